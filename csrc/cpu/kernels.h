@@ -1,0 +1,105 @@
+// kernels.h - what one instruction set offers. bindings.cpp picks one of the tables.
+//
+// Shape letters as in tinylm/kernels/__init__.py. Arrays are float32 and C-contiguous unless said
+// otherwise; arguments are checked by bindings.cpp. The bits of a result depend on the shapes alone,
+// never on the number of threads: work is split by shape, and partial sums are added in order.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+float* take_scratch(size_t floats);  // from the pool, 64-byte aligned, not zeroed (bindings.cpp)
+void give_scratch(float* p, size_t floats);
+
+// C (M, N) = op(A) op(B) + bias, or C += op(A) op(B) where `add`.
+struct Product {
+    bool transpose_a, transpose_b;  // A is stored (K, M), B is stored (N, K)
+    long M, N, K;
+    const float* A;
+    long lda;  // floats from one stored row to the next
+    const float* B;
+    long ldb;
+    float* C;
+    long ldc;
+    const float* bias = nullptr;  // (N)
+    bool add = false;
+};
+
+// A (B, H, T, D) array in which only D need be contiguous: (b, h, t, d) is data[b*b + h*h + t*t + d].
+struct Heads {
+    float* data;
+    long b, h, t;  // strides, in floats
+};
+struct AttentionShape {
+    long B, H, G, T, S, D;
+};
+
+struct AdamW {
+    float lr, beta1_rest, beta2_rest;  // 1 - beta
+    float correction1, correction2;    // 1 / (1 - beta^step)
+    float eps, weight_decay, grad_scale;
+};
+
+struct Kernels {
+    const char* name;
+    double (*peak)(int threads);  // multiply-adds on registers only; returns how many operations
+
+    void (*matmul)(const Product& product, int threads);
+    void (*sum_rows)(const float* x, float* y, long N, long C, int threads);  // (N, C) -> (C)
+
+    void (*embedding_forward)(const int32_t* tokens, const float* weight, float* y, long N, long C,
+                              int threads);
+    void (*embedding_backward)(const float* dy, const int32_t* tokens, float* dweight, long N,
+                               long V, long C, int threads);
+
+    void (*rms_norm_forward)(const float* x, const float* weight, float eps, float* y, float* rstd,
+                             long N, long C, int threads);
+    void (*rms_norm_backward)(const float* dy, const float* x, const float* weight,
+                              const float* rstd, float* dx, float* dweight, long N, long C,
+                              int threads);
+    void (*layer_norm_forward)(const float* x, const float* weight, const float* bias, float eps,
+                               float* y, float* mean, float* rstd, long N, long C, int threads);
+    void (*layer_norm_backward)(const float* dy, const float* x, const float* weight,
+                                const float* mean, const float* rstd, float* dx, float* dweight,
+                                float* dbias, long N, long C, int threads);
+
+    // direction +1 turns forward, -1 back
+    void (*rope)(const Heads& x, const float* cos, const float* sin, const int32_t* positions,
+                 float direction, const Heads& y, long B, long H, long T, long D, int threads);
+
+    void (*softmax_forward)(const float* x, float* y, long N, long C, int threads);
+    void (*softmax_backward)(const float* dy, const float* y, float* dx, long N, long C,
+                             int threads);
+
+    // start (B, T) or null; lse (B, H, T)
+    void (*attention_forward)(const AttentionShape& shape, const Heads& q, const Heads& k,
+                              const Heads& v, const int32_t* start, const Heads& out, float* lse,
+                              int threads);
+    void (*attention_backward)(const AttentionShape& shape, const Heads& dout, const Heads& q,
+                               const Heads& k, const Heads& v, const Heads& out, const float* lse,
+                               const int32_t* start, const Heads& dq, const Heads& dk,
+                               const Heads& dv, int threads);
+
+    void (*swiglu_forward)(const float* gate, const float* up, float* y, long n, int threads);
+    void (*swiglu_backward)(const float* dy, const float* gate, const float* up, float* dgate,
+                            float* dup, long n, int threads);
+    void (*gelu_forward)(const float* x, float* y, long n, bool approximate, int threads);
+    void (*gelu_backward)(const float* dy, const float* x, float* dx, long n, bool approximate,
+                          int threads);
+
+    void (*cross_entropy_forward)(const float* logits, const int32_t* targets, float* loss,
+                                  float* lse, long N, long V, int threads);
+    void (*cross_entropy_backward)(const float* dloss, const float* logits, const int32_t* targets,
+                                   const float* lse, float* dlogits, long N, long V, int threads);
+    void (*linear_cross_entropy_forward)(const float* x, const float* weight,
+                                         const int32_t* targets, float* loss, float* lse, long N,
+                                         long C, long V, int threads);
+    void (*linear_cross_entropy_backward)(const float* dloss, const float* x, const float* weight,
+                                          const int32_t* targets, const float* lse, float* dx,
+                                          float* dweight, long N, long C, long V, int threads);
+
+    void (*adamw)(const AdamW& step, float* param, const float* grad, float* m, float* v, long n,
+                  int threads);
+    double (*sum_squares)(const float* x, long n, int threads);
+};
+
+extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_avx512bf16;

@@ -1,0 +1,238 @@
+// matmul.cpp - C = op(A) op(B) + bias: every matrix product of a model, in every layout.
+//
+//        nc columns                 for each block of nc columns and kc values of depth:
+//        ┌───────┐                      pack that block of B into panels NR wide     (stays in L3)
+//     kc │   B   │                      for each block of mc rows:
+//        └───────┘                          pack that block of A into panels MR high (stays in L2)
+//    kc  ┌───────┐                          for each panel of B, for each panel of A:
+//   ┌──┐ │   C   │ mc                           the micro-kernel: MR x NR sums in registers
+//   │A │ │       │                                (the panel of B stays in L1)
+//   └──┘ └───────┘
+//
+// Goto and van de Geijn, "Anatomy of high-performance matrix multiplication" (2008). Packing reads a
+// transposed operand just as well as a plain one, so that all layouts run at the same speed.
+//
+// Each element of C is one chain of multiply-adds in the order of k, cut only at multiples of kc,
+// and kc depends on K alone: neither the tiles nor the threads change a bit.
+//
+// A "word" is 32 bits of depth: here one float32; bfloat16 would hold two neighbours along k.
+#include "simd.h"
+
+namespace ISA {
+// Measured on Zen 5 (AVX-512) over the shapes of PERFORMANCE.md; bits depend on kc, not on mc and nc.
+struct Blocking {
+    long kc, mc, nc;
+};
+#if LANES == 16
+constexpr int MR = 14, NV = 2;  // 28 sums + 2 of B + 1 broadcast = 31 of 32 registers
+constexpr Blocking blocking = {768, 112, 3072};
+#elif LANES == 8
+constexpr int MR = 6, NV = 2;  // 12 sums + 2 of B + 1 broadcast = 15 of 16 registers
+constexpr Blocking blocking = {256, 96, 2048};
+#else
+constexpr int MR = 4, NV = 2;
+constexpr Blocking blocking = {256, 96, 2048};
+#endif
+constexpr int NR = NV * W;
+static_assert(MR <= W, "pack() writes a panel of A as one vector per word");
+
+struct Float32 {
+    static constexpr long PER_WORD = 1;
+    INLINE vf dot(vf sum, vf a, vf b) { return sum + a * b; }  // -ffp-contract: one fused operation
+    INLINE vf along_k(const float* p, long n) { return load_n(p, n); }          // n values of k
+    INLINE vf across_k(const float* p, long, long n, long) { return load_n(p, n); }  // n rows
+};
+
+// ---- packing: `count` rows of op(A), or columns of op(B), and `depth` values of k --------------
+// Panels are P wide and word-major: word w of row r of a panel lies at w * P + r. Stores are W wide
+// even where P is not: the next word overwrites the surplus, and the gap after a panel takes the last.
+
+INLINE long panel_size(int P, long words) { return round_up(P * words + W, 16); }
+
+template <class Word, int P>
+static void pack_along_k(const float* src, long ld, long count, long depth, float* dst) {
+    constexpr long K = Word::PER_WORD, ROWS = P < W ? P : W;
+    const long words = up(depth, K), stride = panel_size(P, words);
+    for (long row = 0; row < count; row += P, dst += stride)
+        for (long w = 0; w < words; w += W)
+            for (long g = 0; g < P; g += W) {
+                const float* s = src + (row + g) * ld + w * K;
+                const long left = depth - w * K, rows = min(ROWS, count - row - g);
+                vf r[W];
+                if (rows == ROWS && left >= W * K) {
+                    UNROLL for (int i = 0; i < W; ++i)
+                        r[i] = i < ROWS ? Word::along_k(s + i * ld, W * K) : vf{};
+                } else {
+                    for (int i = 0; i < W; ++i)
+                        r[i] = i < rows ? Word::along_k(s + i * ld, left) : vf{};
+                }
+                transpose(r);
+                float* d = dst + w * P + g;
+                for (long i = 0; i < min(W, words - w); ++i) store(d + i * P, r[i]);
+            }
+}
+
+// The words `first` and following of panels that have `words` of them.
+template <class Word, int P>
+static void pack_across_k(const float* src, long ld, long count, long depth, float* dst, long first,
+                          long words) {
+    constexpr long K = Word::PER_WORD;
+    const long stride = panel_size(P, words), end = first + up(depth, K);
+    for (long w = first; w < end; ++w, src += K * ld, depth -= K)
+        for (long row = 0, panel = 0; row < count; row += P, ++panel) {
+            float* d = dst + panel * stride + w * P;
+            UNROLL for (long g = 0; g < P; g += W) {
+                const vf x = Word::across_k(src + row + g, ld, count - row - g, depth);
+                if (P % W == 0 || w < end - 1)
+                    store(d + g, x);
+                else  // the next word may be another thread's, and written already
+                    store_n(d + g, x, P - g);
+            }
+        }
+}
+
+// ---- the micro-kernel: R rows and V vectors of C -----------------------------------------------
+
+template <class Word, int R, int V>
+static void tile(long words, const float* a, const float* b, float* c, long ldc, long columns,
+                 const float* bias, bool add) {
+    vf sums[R][V] = {};
+    for (long k = 0; k < words; ++k, a += MR, b += NR) {
+        vf bk[V];
+        UNROLL for (int j = 0; j < V; ++j) bk[j] = load(b + j * W);
+        UNROLL for (int i = 0; i < R; ++i) {
+            const vf ai = splat(a[i]);
+            UNROLL for (int j = 0; j < V; ++j) sums[i][j] = Word::dot(sums[i][j], ai, bk[j]);
+        }
+    }
+    vf base[V];
+    UNROLL for (int j = 0; j < V; ++j) base[j] = bias ? load_n(bias + j * W, columns - j * W) : vf{};
+    if (columns >= V * W && !add) {  // the common case without a branch: 3 % of a product
+        UNROLL for (int i = 0; i < R; ++i)
+            UNROLL for (int j = 0; j < V; ++j) store(c + i * ldc + j * W, sums[i][j] + base[j]);
+        return;
+    }
+    UNROLL for (int i = 0; i < R; ++i)
+        UNROLL for (int j = 0; j < V; ++j) {
+            float* p = c + i * ldc + j * W;
+            const vf before = add ? load_n(p, columns - j * W) : base[j];
+            store_n(p, sums[i][j] + before, columns - j * W);
+        }
+}
+
+template <class Word, int R = MR, class... Args>
+INLINE void tile_of(long rows, long columns, Args... args) {  // tile<> for a number of rows <= MR
+    if constexpr (R > 0) {
+        if (rows != R) return tile_of<Word, R - 1>(rows, columns, args...);
+        (columns > W ? tile<Word, R, NV> : tile<Word, R, 1>)(args...);
+    }
+}
+
+// ---- one block of columns and depth ------------------------------------------------------------
+
+struct Plan {  // from the shape alone
+    long kc, mc, nc, row_blocks;
+    bool share_a;  // few row blocks: all threads pack A together and then share tiles of C
+};
+static Plan plan_for(const Product& p, long per_word) {
+    const long K = max(p.K, 1), M = max(p.M, 1), N = max(p.N, 1);
+    Plan plan;
+    plan.kc = round_up(up(K, up(K, blocking.kc * per_word)), 16);
+    plan.nc = round_up(up(N, up(N, blocking.nc)), NR);
+    plan.mc = round_up(up(M, up(M, blocking.mc)), MR);
+    plan.row_blocks = up(M, plan.mc);
+    plan.share_a = plan.row_blocks < 32;
+    return plan;
+}
+
+template <class Word>
+struct Block {
+    const Product& p;
+    const Plan plan;
+    float *packed_a, *packed_b;
+    long n0, nc, k0, kc;  // columns n0 .. n0 + nc, depth k0 .. k0 + kc
+
+    long words() const { return up(kc, Word::PER_WORD); }
+    long rows(long m) const { return min(plan.mc, p.M - m * plan.mc); }  // of row block m
+    long a_size() const { return plan.mc / MR * panel_size(MR, words()); }
+
+    void pack_rows(long m, float* dst) const {
+        const long m0 = m * plan.mc;
+        if (p.transpose_a)
+            pack_across_k<Word, MR>(p.A + k0 * p.lda + m0, p.lda, rows(m), kc, dst, 0, words());
+        else
+            pack_along_k<Word, MR>(p.A + m0 * p.lda + k0, p.lda, rows(m), kc, dst);
+    }
+
+    // Tasks read whole rows as they lie in memory: some panels, or DEPTH values of k.
+    static constexpr long DEPTH = 64, COLUMNS = 3 * NR;
+    long b_tasks() const { return p.transpose_b ? up(nc, COLUMNS) : up(kc, DEPTH); }
+    void pack_b(long task) const {
+        if (p.transpose_b) {
+            const long n = task * COLUMNS;
+            pack_along_k<Word, NR>(p.B + (n0 + n) * p.ldb + k0, p.ldb, min(COLUMNS, nc - n), kc,
+                                   packed_b + n / NR * panel_size(NR, words()));
+        } else {
+            const long k = task * DEPTH;
+            pack_across_k<Word, NR>(p.B + (k0 + k) * p.ldb + n0, p.ldb, nc, min(DEPTH, kc - k),
+                                    packed_b, k / Word::PER_WORD, words());
+        }
+    }
+
+    // Row block m times the panels [from, to) of B.
+    void multiply(long m, const float* a, long from, long to) const {
+        for (long j = from; j < to; ++j)
+            for (long i = 0; i < rows(m); i += MR) {
+                const long n = n0 + j * NR, columns = min(NR, nc - j * NR);
+                tile_of<Word>(min(MR, rows(m) - i), columns, words(),
+                              a + i / MR * panel_size(MR, words()),
+                              packed_b + j * panel_size(NR, words()),
+                              p.C + (m * plan.mc + i) * p.ldc + n, p.ldc, columns,
+                              p.bias && k0 == 0 ? p.bias + n : nullptr, p.add || k0 > 0);
+            }
+    }
+
+    void run() const {  // by every thread of the team
+        const long panels = up(nc, NR), a_tasks = plan.share_a ? plan.row_blocks : 0;
+#pragma omp for schedule(dynamic)
+        for (long t = 0; t < a_tasks + b_tasks(); ++t) {
+            if (t < a_tasks)
+                pack_rows(t, packed_a + t * a_size());
+            else
+                pack_b(t - a_tasks);
+        }
+        if (plan.share_a) {
+            const long splits = min(panels, up(48, plan.row_blocks));  // about 48 tasks
+#pragma omp for schedule(dynamic)
+            for (long t = 0; t < plan.row_blocks * splits; ++t) {
+                const long m = t % plan.row_blocks, s = t / plan.row_blocks;
+                multiply(m, packed_a + m * a_size(), panels * s / splits, panels * (s + 1) / splits);
+            }
+        } else {  // 10 to 18 points of the peak faster at large M than sharing
+            float* mine = packed_a + THREAD_INDEX * a_size();
+#pragma omp for schedule(dynamic)
+            for (long m = 0; m < plan.row_blocks; ++m) {
+                pack_rows(m, mine);
+                multiply(m, mine, 0, panels);
+            }
+        }
+    }
+};
+
+template <class Word>
+static void multiply(const Product& p, int threads) {
+    const Plan plan = plan_for(p, Word::PER_WORD);
+    const long words = up(plan.kc, Word::PER_WORD);
+    const long a_blocks = plan.share_a ? plan.row_blocks : threads;
+    Scratch a(a_blocks * (plan.mc / MR) * panel_size(MR, words));
+    Scratch b(plan.nc / NR * panel_size(NR, words));
+#pragma omp parallel num_threads(threads)
+    for (long n0 = 0; n0 < p.N; n0 += plan.nc)
+        for (long k0 = 0; k0 == 0 || k0 < p.K; k0 += plan.kc) {  // once where K is 0: writes zeros
+            const long nc = min(plan.nc, p.N - n0), kc = min(plan.kc, p.K - k0);
+            Block<Word>{p, plan, a.data, b.data, n0, nc, k0, kc}.run();
+        }
+}
+
+static void matmul(const Product& p, int threads) { multiply<Float32>(p, threads); }
+}  // namespace ISA

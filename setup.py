@@ -1,0 +1,93 @@
+"""Builds the two extensions: tinylm.kernels._cpu (C++17, OpenMP) and tinylm._bpe (Cython).
+
+csrc/cpu/table.cpp is compiled once per instruction set, each time into a namespace of that name;
+bindings.cpp is compiled once and picks a table when it is imported. Both extensions are optional:
+where they cannot be built, tinylm runs on its NumPy reference kernels and says so.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+INSTRUCTION_SETS = {"baseline": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+
+# A kernel sums in a fixed order and may contract a*b+c into one rounding; nothing else is relaxed.
+FLAGS = [
+    "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall",
+    "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
+]  # fmt: skip
+SANITIZE = os.environ.get("TINYLM_SANITIZE", "")  # for example "address,undefined"
+if SANITIZE:
+    FLAGS += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g"]
+
+
+def openmp_flags(compiler: list[str]) -> list[str]:
+    """["-fopenmp"] where the compiler can compile and link it, else [] (kernels run on one thread)."""
+    if os.environ.get("TINYLM_OPENMP") == "0":
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        source = os.path.join(folder, "probe.cpp")
+        with open(source, "w") as f:
+            f.write("#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n")
+        command = [*compiler, "-fopenmp", source, "-o", os.path.join(folder, "probe")]
+        found = subprocess.run(command, capture_output=True).returncode == 0
+    if not found:
+        print("tinylm: no OpenMP found, the kernels will run on one thread", file=sys.stderr)
+    return ["-fopenmp"] if found else []
+
+
+class BuildExtensions(build_ext):
+    """build_ext that compiles table.cpp once per instruction set."""
+
+    def build_extension(self, ext: Extension) -> None:
+        if ext.name != "tinylm.kernels._cpu":
+            return super().build_extension(ext)
+        import pybind11
+
+        openmp = openmp_flags(self.compiler.compiler_so_cxx[:1])
+        ext.include_dirs.append(pybind11.get_include())
+        ext.extra_compile_args = [*FLAGS, *openmp]
+        ext.extra_link_args = [*openmp, *([f"-fsanitize={SANITIZE}"] if SANITIZE else [])]
+        ext.extra_objects = [
+            self.compile_table(name, [*FLAGS, *openmp, *flags])
+            for name, flags in INSTRUCTION_SETS.items()
+        ]
+        return super().build_extension(ext)
+
+    def compile_table(self, name: str, flags: list[str]) -> str:
+        """Compile csrc/cpu/table.cpp for one instruction set; returns the object's path."""
+        folder = os.path.join(self.build_temp, name)
+        (built,) = self.compiler.compile(
+            ["csrc/cpu/table.cpp"],
+            output_dir=folder,
+            macros=[("ISA", name)],
+            extra_postargs=flags,
+            depends=self.extensions[0].depends,
+        )
+        return built
+
+
+def sources(folder: str) -> list[str]:
+    return sorted(os.path.join(folder, f) for f in os.listdir(folder))
+
+
+CPU = Extension(
+    "tinylm.kernels._cpu",
+    sources=["csrc/cpu/bindings.cpp"],
+    depends=sources("csrc/cpu"),
+    define_macros=[(f"HAVE_{name.upper()}", "1") for name in INSTRUCTION_SETS],
+    language="c++",
+    optional=True,
+)
+BPE = Extension("tinylm._bpe", sources=["tinylm/_bpe.pyx"], language="c++", extra_compile_args=["-O3", "-std=c++17"], optional=True)
+
+setup(ext_modules=[CPU, BPE], cmdclass={"build_ext": BuildExtensions})

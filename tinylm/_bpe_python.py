@@ -1,0 +1,157 @@
+"""Byte-pair encoding in plain Python: the readable twin of _bpe.pyx.
+
+Both modules define `Encoder` and `learn_merges` and give the same ids, which the tests check.
+tinylm.tokenizer takes the compiled one where there is one; read this one first.
+
+Byte-pair encoding (Sennrich et al., arXiv 1508.07909) knows a list of *merges*: pairs of neighbours
+that become one token. Learning takes the commonest pair of the training text, again and again;
+encoding repeats the merges on a new text in the order in which they were learnt.
+"""
+
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+CACHE_SIZE = 1 << 18  # pieces remembered by an Encoder before it forgets them all
+LONGEST_CACHED = 64  # characters; longer pieces hardly ever come twice
+
+
+class Encoder:
+    """Turns pieces of text into token ids.
+
+    A piece is cut into symbols: a character in `characters` is one symbol, any other is its UTF-8
+    bytes by way of `byte_ids`, and without `byte_ids` it is `unk`. An id of -1 stands for no token
+    and is left out. Then `merges` are applied: the list of (left, right, merged) ids, best first.
+    A piece in `whole` is that one token and skips all this.
+    """
+
+    def __init__(
+        self,
+        byte_ids: list[int] | None,
+        merges: list[tuple[int, int, int]],
+        characters: dict[str, int] | None = None,
+        unk: int = -1,
+        whole: dict[str, int] | None = None,
+    ):
+        self.byte_ids, self.characters, self.unk = byte_ids, characters or {}, unk
+        self.ranks = {(left, right): rank for rank, (left, right, _) in enumerate(merges)}
+        self.merged = [merged for _, _, merged in merges]
+        self.whole = {piece: [token] for piece, token in (whole or {}).items()}
+        self.cache: dict[str, list[int]] = {}
+
+    def encode(self, pieces: Iterable[str]) -> np.ndarray:
+        """The ids of all pieces, one after the other: uint32 (n,)."""
+        ids: list[int] = []
+        for piece in pieces:
+            known = self.cache.get(piece)
+            ids += self.encode_piece(piece) if known is None else known
+        return np.array(ids, np.uint32)
+
+    def encode_piece(self, piece: str) -> list[int]:
+        ids = self.whole.get(piece) or self.merge(self.cut(piece))
+        if len(piece) <= LONGEST_CACHED:
+            if len(self.cache) >= CACHE_SIZE:
+                self.cache.clear()
+            self.cache[piece] = ids
+        return ids
+
+    def cut(self, piece: str) -> list[int]:
+        ids = []
+        for character in piece:
+            if character in self.characters:
+                ids.append(self.characters[character])
+            elif self.byte_ids is None:
+                ids.append(self.unk)
+            else:
+                ids += [self.byte_ids[b] for b in character.encode("utf-8", "surrogateescape")]
+        return [i for i in ids if i >= 0]
+
+    def merge(self, ids: list[int]) -> list[int]:
+        """Merge neighbours, the best rank first, the leftmost first among equals.
+
+        The symbols are a linked list and the pairs wait in a heap, so n symbols take O(n log n).
+        A pair in the heap is stale, and skipped, once rank[i] has become another one.
+        """
+        n = len(ids)
+        left, right = list(range(-1, n - 1)), list(range(1, n + 1))
+        rank = [self.ranks.get(pair) for pair in zip(ids, ids[1:])] + [None]
+        heap = [(r, i) for i, r in enumerate(rank) if r is not None]
+        heapq.heapify(heap)
+
+        def meet(i: int, k: int) -> None:
+            rank[i] = self.ranks.get((ids[i], ids[k])) if k < n else None
+            if rank[i] is not None:
+                heapq.heappush(heap, (rank[i], i))
+
+        while heap:
+            best, i = heapq.heappop(heap)
+            if rank[i] != best:
+                continue
+            j = right[i]  # the merged token stands at i; j drops out of the list
+            k = right[i] = right[j]
+            ids[i], rank[j], right[j] = self.merged[best], None, -1
+            meet(i, k)
+            if k < n:
+                left[k] = i
+            if left[i] >= 0:
+                meet(left[i], i)
+        return [token for token, following in zip(ids, right) if following >= 0]
+
+
+def learn_merges(
+    counts: dict[str, int], n_merges: int, progress: Callable[[int, int], None] | None = None
+) -> list[tuple[int, int]]:
+    """The first `n_merges` merges of byte-pair encoding, fewer if the text runs out of pairs.
+
+    `counts` says how often each piece of text occurs; merges never cross the edge of a piece. Ids
+    0 to 255 are the bytes, merge m makes id 256 + m. The commonest pair comes first; among equally
+    common ones the smallest left id, then the smallest right id.
+    """
+    words = [list(piece.encode("utf-8", "surrogateescape")) for piece in counts]
+    weights = list(counts.values())
+    pairs: Counter[tuple[int, int]] = Counter()
+    places: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
+    for w, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pairs[pair] += weights[w]
+            places[pair].add(w)
+    heap = [(-count, pair) for pair, count in pairs.items()]
+    heapq.heapify(heap)
+    merges: list[tuple[int, int]] = []
+    while heap and len(merges) < n_merges:
+        count, pair = heapq.heappop(heap)
+        if pairs[pair] != -count:  # out of date: it has lost some of its occurrences meanwhile
+            if pairs[pair] > 0:
+                heapq.heappush(heap, (-pairs[pair], pair))
+            continue
+        fresh: set[tuple[int, int]] = set()
+        for w in places.pop(pair):
+            for changed, delta in merge_in_word(words[w], pair, 256 + len(merges)):
+                pairs[changed] += delta * weights[w]
+                if delta > 0:
+                    places[changed].add(w)
+                    fresh.add(changed)
+        del pairs[pair]
+        for new in fresh:  # only pairs with the new token have become more frequent
+            heapq.heappush(heap, (-pairs[new], new))
+        merges.append(pair)
+        if progress:
+            progress(len(merges), n_merges)
+    return merges
+
+
+def merge_in_word(word: list[int], pair: tuple[int, int], merged: int):
+    """Replace `pair` by `merged` in `word`, in place; the pairs gained (+1) and lost (-1) so."""
+    changes = []
+    i = 0
+    while i + 1 < len(word):
+        if (word[i], word[i + 1]) == pair:
+            if i > 0:
+                changes += [((word[i - 1], pair[0]), -1), ((word[i - 1], merged), 1)]
+            if i + 2 < len(word):
+                changes += [((pair[1], word[i + 2]), -1), ((merged, word[i + 2]), 1)]
+            word[i : i + 2] = [merged]
+        i += 1
+    return changes

@@ -1,0 +1,102 @@
+"""Which kernels run, and on which arrays: the one place that knows.
+
+`kernels` is the module whose functions the ops call, `xp` the array library that goes with it.
+A process runs on one backend at a time; `use` rebinds both names. A kernel that a backend lacks
+raises by name: nothing ever falls back silently to another implementation.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+
+import numpy
+from threadpoolctl import threadpool_limits
+
+from tinylm.kernels import CONTRACT, reference
+
+MODULES = {
+    "reference": "tinylm.kernels.reference",
+    "cpu": "tinylm.kernels._cpu",
+    "cuda": "tinylm.kernels.cuda",
+}
+
+name: str = "reference"
+kernels: ModuleType = reference
+xp: ModuleType = numpy
+
+
+def use(backend: str) -> None:
+    """Run on "reference" (NumPy, any float dtype), "cpu" (C++, float32) or "cuda" (CuPy arrays).
+
+    Raises ValueError for an unknown name, and ImportError with the remedy where the backend
+    cannot run here. Tensors made before stay on the arrays they were made with.
+    """
+    global name, kernels, xp
+    if backend not in MODULES:
+        raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(MODULES)}")
+    try:
+        module = importlib.import_module(MODULES[backend])
+    except ImportError as error:
+        raise ImportError(f"backend {backend!r} cannot run here: {REMEDY[backend]}") from error
+    missing = [kernel for kernel in CONTRACT if not hasattr(module, kernel)]
+    assert not missing, f"backend {backend!r} lacks the kernels {missing}"
+    name, kernels = backend, module
+    xp = importlib.import_module("cupy") if backend == "cuda" else numpy
+
+
+REMEDY = {
+    "cpu": "its extension was not compiled; install a C++ compiler, then reinstall tinylm",
+    "cuda": "it comes with a later version of tinylm",
+}
+
+
+def default() -> str:
+    """The fastest backend that runs here; says on standard error when it is not the compiled one."""
+    try:
+        importlib.import_module(MODULES["cpu"])
+    except ImportError:
+        notice = "tinylm: the C++ kernels are not compiled, so the NumPy reference kernels run"
+        print(f"{notice} (correct, but slow)", file=sys.stderr)
+        return "reference"
+    return "cpu"
+
+
+_limits = None  # keeps threadpoolctl's limits in force
+
+
+def set_threads(n: int) -> None:
+    """Limit every thread pool of the process: our kernels', OpenMP's and NumPy's BLAS."""
+    global _limits
+    if n < 1:
+        raise ValueError(f"threads: expected at least 1, got {n}")
+    _limits = threadpool_limits(n)
+    if hasattr(kernels, "set_threads"):
+        kernels.set_threads(n)
+
+
+def threads() -> int:
+    """How many threads the kernels use."""
+    return kernels.threads() if hasattr(kernels, "threads") else 1
+
+
+def describe() -> str:
+    """One phrase for logs: backend, instruction set, threads."""
+    if name != "cpu":
+        return name
+    n = threads()
+    return f"cpu ({kernels.isa()}, {n} thread{'s' if n > 1 else ''})"
+
+
+def asarray(x, dtype=None):
+    """x as an array of the backend in use."""
+    return xp.asarray(x, dtype)
+
+
+def to_numpy(x) -> numpy.ndarray:
+    """x as a numpy array, copied from the device if it lives there."""
+    return x.get() if hasattr(x, "get") else numpy.asarray(x)
+
+
+use(default())

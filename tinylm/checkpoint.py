@@ -1,0 +1,244 @@
+"""A run directory on disk: a model directory that `transformers` opens, and what resuming needs.
+
+    config.json, model.safetensors, tokenizer.json, ...    the model: load, save
+    training/checkpoint.safetensors                        all that resuming reads: Checkpoint
+
+Every file is written beside its place, synced, and renamed, so that a run killed at any moment
+leaves whole files only. Weights are read with the safetensors library; pickle is never read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
+import numpy
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from tinylm import backend
+from tinylm.config import from_json, to_json
+from tinylm.errors import InputError
+from tinylm.model import Transformer
+from tinylm.tokenizer import Tokenizer
+
+FLOATS = ("F32", "F16", "BF16", "F64")
+
+# ---- a model directory -------------------------------------------------------------------------
+
+
+def load(path: str | Path) -> tuple[Transformer, Tokenizer | None]:
+    """Open a run directory or any supported Hugging Face model directory.
+
+    Returns (model, tokenizer), or (model, None) where there is no tokenizer.json. Weights become
+    float32. Raises InputError naming the file and what is wrong with it.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such directory")
+    config = from_json(read_json(folder / "config.json"), str(folder / "config.json"))
+    tokenizer = load_tokenizer(folder)
+    if tokenizer and tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"{folder}/tokenizer.json: {tokenizer.vocab_size} tokens, but config.json has a "
+            f"vocab_size of {config.vocab_size}: these files do not belong together"
+        )
+    model = Transformer(config)
+    set_weights(model, read_weights(folder), folder)
+    return model, tokenizer
+
+
+def save(model: Transformer, tokenizer: Tokenizer | None, path: str | Path) -> None:
+    """Write a directory that `transformers` opens. Existing model files in it are replaced."""
+    folder = Path(path)
+    save_description(model, tokenizer, folder)
+    save_weights(model, folder)
+
+
+def save_description(model: Transformer, tokenizer: Tokenizer | None, folder: Path) -> None:
+    """Everything of a model directory that stays the same while the weights learn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.config
+    write_json(folder / "config.json", to_json(config))
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    write_json(folder / "generation_config.json", ids)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+def save_weights(model: Transformer, folder: Path) -> None:
+    tensors = {name: backend.to_numpy(p.data) for name, p in model.parameters().items()}
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+
+
+def load_tokenizer(folder: Path) -> Tokenizer | None:
+    if not (folder / "tokenizer.json").exists():
+        return None
+    try:
+        return Tokenizer.load(folder)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def read_weights(folder: Path) -> dict[str, numpy.ndarray]:
+    """All tensors of model.safetensors, or of the shards that its index names, as float32."""
+    index = folder / "model.safetensors.index.json"
+    files = [folder / "model.safetensors"]
+    if not files[0].exists() and index.exists():
+        names = set(read_json(index).get("weight_map", {}).values())
+        if any(Path(name).name != name for name in names):
+            raise InputError(f"{index}: a shard outside the directory is refused")
+        files = [folder / name for name in sorted(names)]
+    weights = {}
+    for file in files:
+        weights |= read_tensors(file)[0]
+    return weights
+
+
+def set_weights(model: Transformer, weights: dict[str, numpy.ndarray], folder: Path) -> None:
+    """Put the file's tensors into the model. Raises InputError naming what is missing or misshapen.
+
+    A checkpoint of the bare model, whose names lack the leading `transformer.` or `model.`, is read
+    too; buffers that older versions saved (masks, rotary frequencies) are left out.
+    """
+    for name, parameter in model.parameters().items():
+        bare = name.split(".", 1)[1]
+        values = weights.pop(name, None)
+        values = weights.pop(bare, None) if values is None else values
+        if values is None:
+            raise InputError(f"{folder}/model.safetensors: the tensor {name} is missing")
+        if values.shape != parameter.shape:
+            raise InputError(
+                f"{folder}/model.safetensors: {name} has shape {values.shape}, "
+                f"but config.json asks for {parameter.shape}"
+            )
+        parameter.data = backend.asarray(values)
+    buffers = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "lm_head.weight")
+    unknown = [name for name in weights if not name.endswith(buffers)]
+    if unknown:
+        raise InputError(f"{folder}/model.safetensors: unknown tensor {sorted(unknown)[0]}")
+
+
+# ---- what resuming reads -----------------------------------------------------------------------
+
+
+class Checkpoint:
+    """training/checkpoint.safetensors: float32 weights, optimizer moments, and a state dictionary.
+
+    The state (step, position in the data, random states, config) lies in the file's metadata, so
+    that one rename replaces everything at once.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.path = Path(folder) / "training" / "checkpoint.safetensors"
+
+    def exists(self) -> bool:
+        return self.path.exists()
+
+    def save(self, model: Transformer, optimizer, state: dict) -> None:
+        tensors = {}
+        for name, p in model.parameters().items():
+            tensors[f"param/{name}"] = backend.to_numpy(p.data)
+            tensors[f"m/{name}"] = backend.to_numpy(optimizer.m[name])
+            tensors[f"v/{name}"] = backend.to_numpy(optimizer.v[name])
+        write_tensors(self.path, tensors, {"state": json.dumps(state)})
+
+    def state(self) -> dict:
+        """The state alone, without reading the tensors."""
+        return json.loads(read_metadata(self.path)["state"])
+
+    def restore(self, model: Transformer, optimizer) -> None:
+        """Put weights and moments back, in place."""
+        tensors, _ = read_tensors(self.path)
+        for name, p in model.parameters().items():
+            p.data = backend.asarray(tensors[f"param/{name}"])
+            optimizer.m[name] = backend.asarray(tensors[f"m/{name}"])
+            optimizer.v[name] = backend.asarray(tensors[f"v/{name}"])
+
+
+# ---- files -------------------------------------------------------------------------------------
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Let write(temporary path) make the file, then put it in place of path by one rename.
+
+    File and directory are synced. Raises InputError where the disk is full or not writable; the
+    old file is untouched then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        write(temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(
+            f"{path}: cannot be written ({reason}); what was saved before is intact: "
+            "make room or mend the permissions, then run again with --resume"
+        ) from error
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, numpy.ndarray], metadata: dict[str, str]) -> None:
+    contiguous = {name: numpy.ascontiguousarray(x) for name, x in tensors.items()}
+    replace_file(path, lambda temporary: save_file(contiguous, temporary, metadata))
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; a model directory needs it") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return content
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    with open_tensors(path) as file:
+        return file.metadata() or {}
+
+
+def read_tensors(path: Path) -> tuple[dict[str, numpy.ndarray], dict[str, str]]:
+    """(tensors as float32, metadata) of a safetensors file."""
+    with open_tensors(path) as file:
+        tensors = {}
+        for name in file.keys():  # noqa: SIM118  (not a dict)
+            kind = file.get_slice(name).get_dtype()
+            if kind in FLOATS:
+                tensors[name] = numpy.asarray(file.get_tensor(name), numpy.float32)
+            elif not name.endswith((".attn.bias", ".attn.masked_bias")):  # old causal masks
+                raise InputError(f"{path}: {name} is of type {kind}, expected a float type")
+        return tensors, file.metadata() or {}
+
+
+def open_tensors(path: Path):
+    try:
+        return safe_open(path, framework="numpy")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; a model directory needs it") from None
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error})") from error

@@ -1,0 +1,208 @@
+"""ModelConfig, and its translation to and from the config.json of `transformers`.
+
+Two shapes exist: `llama` (RMSNorm, rotary positions, SwiGLU, grouped heads) and `gpt2` (LayerNorm,
+learned positions, GELU, biases). A field of config.json that would change the arithmetic in a way
+not supported here is refused by name: a model either computes what its file says, or does not open.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from tinylm.errors import InputError
+
+
+@dataclass
+class ModelConfig:
+    """The shape of a Transformer.
+
+    vocab_size     V, special tokens included
+    n_layer        blocks
+    n_head         H, query heads
+    n_kv_head      G, key/value heads; divides n_head (0: n_head)
+    n_embd         C, model width
+    n_inner        F, feed-forward width (0: 4 C, or for llama 8/3 C rounded up to a multiple of 32)
+    block_size     the most tokens that attention may look at
+    architecture   "llama" or "gpt2"
+    head_size      D (0: C / H)
+    norm_eps       added under the square root of a norm
+    rope_theta     base of the rotary angles (llama)
+    tie_embeddings the head is the embedding table itself
+    exact_gelu     x Φ(x) instead of its tanh approximation (gpt2)
+    """
+
+    vocab_size: int
+    n_layer: int = 4
+    n_head: int = 4
+    n_kv_head: int = 0
+    n_embd: int = 128
+    n_inner: int = 0
+    block_size: int = 256
+    architecture: str = "llama"
+    head_size: int = 0
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_embeddings: bool = True
+    exact_gelu: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_size = self.head_size or self.n_embd // self.n_head
+        if not self.n_inner:
+            wide = 4 * self.n_embd
+            self.n_inner = -(-wide * 2 // 3 // 32) * 32 if self.is_llama else wide
+        self.check()
+
+    @property
+    def is_llama(self) -> bool:
+        return self.architecture == "llama"
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end a text: none, one or several."""
+        ids = self.eos_token_id
+        return [] if ids is None else ids if isinstance(ids, list) else [ids]
+
+    def check(self) -> None:
+        """Raise InputError where the numbers cannot make a model."""
+        if self.architecture not in ("llama", "gpt2"):
+            raise InputError(f"architecture: expected llama or gpt2, got {self.architecture!r}")
+        sizes = ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "block_size")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.n_head % self.n_kv_head:
+            raise InputError(f"n_kv_head {self.n_kv_head} must divide n_head {self.n_head}")
+        if self.head_size * self.n_head != self.n_embd and not self.is_llama:
+            raise InputError(f"n_head {self.n_head} must divide n_embd {self.n_embd}")
+        if self.head_size < 1 or (self.is_llama and self.head_size % 2):
+            raise InputError(
+                f"n_embd / n_head = {self.n_embd} / {self.n_head}: rotary positions need an even head size"
+            )
+
+
+# our field -> the field of each file format
+LLAMA_FIELDS = {
+    "vocab_size": "vocab_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "n_embd": "hidden_size",
+    "n_inner": "intermediate_size",
+    "block_size": "max_position_embeddings",
+    "head_size": "head_dim",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "tie_embeddings": "tie_word_embeddings",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+}
+GPT2_FIELDS = {
+    "vocab_size": "vocab_size",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "n_inner": "n_inner",
+    "block_size": "n_positions",
+    "norm_eps": "layer_norm_epsilon",
+    "tie_embeddings": "tie_word_embeddings",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+}
+
+# what transformers assumes where config.json is silent
+LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu"}
+GPT2_DEFAULTS = {
+    "layer_norm_epsilon": 1e-5,
+    "n_positions": 1024,
+    "tie_word_embeddings": True,
+    "activation_function": "gelu_new",
+}
+
+# the only value of each field that the arithmetic here covers
+LLAMA_ONLY = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "rope_scaling": (None,),
+    "sliding_window": (None,),
+    "partial_rotary_factor": (None, 1.0),
+    "quantization_config": (None,),
+}
+GPT2_ONLY = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "reorder_and_upcast_attn": (False,),
+    "add_cross_attention": (False,),
+    "quantization_config": (None,),
+}
+
+
+def to_json(config: ModelConfig) -> dict:
+    """The content of config.json."""
+    if config.is_llama:
+        table, fixed = LLAMA_FIELDS, {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "rope_scaling": None,
+        }  # fmt: skip
+    else:
+        table, fixed = GPT2_FIELDS, {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "activation_function": "gelu" if config.exact_gelu else "gelu_new",
+            "attn_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+        }  # fmt: skip
+    values = {theirs: getattr(config, ours) for ours, theirs in table.items()}
+    return {**fixed, **values, "torch_dtype": "float32"}
+
+
+def from_json(content: dict, path: str = "config.json") -> ModelConfig:
+    """Read config.json. Raises InputError naming the field that is missing or not supported."""
+    kind = content.get("model_type")
+    if kind not in ("llama", "gpt2"):
+        raise InputError(f"{path}: model_type {kind!r} is not supported: expected llama or gpt2")
+    tables = (LLAMA_FIELDS, LLAMA_DEFAULTS, LLAMA_ONLY), (GPT2_FIELDS, GPT2_DEFAULTS, GPT2_ONLY)
+    table, defaults, only = tables[kind == "gpt2"]
+    content = {**defaults, **content}
+    if kind == "llama":
+        content = plain_rope(content, path)
+    for name, allowed in only.items():
+        if name in content and content[name] not in allowed:
+            raise InputError(f"{path}: {name} = {content[name]!r} is not supported")
+    values = {ours: content.get(theirs) for ours, theirs in table.items()}
+    missing = [table[n] for n in ("vocab_size", "n_layer", "n_head", "n_embd") if not values[n]]
+    if missing:
+        raise InputError(f"{path}: the field {missing[0]} is missing")
+    optional = {"bos_token_id", "eos_token_id"}
+    values = {name: v for name, v in values.items() if v is not None or name in optional}
+    if kind == "llama":
+        values.setdefault("tie_embeddings", False)
+    exact = content.get("activation_function") == "gelu"
+    known = {field.name: field.type for field in fields(ModelConfig)}
+    for name, value in values.items():
+        if "int" == known[name] and not isinstance(value, int):
+            raise InputError(f"{path}: {table[name]}: expected a whole number, got {value!r}")
+    return ModelConfig(**values, architecture=kind, exact_gelu=exact)
+
+
+def plain_rope(content: dict, path: str) -> dict:
+    """Both spellings of the rotary base: rope_theta, and rope_parameters of newer transformers."""
+    parameters = content.get("rope_parameters") or {}
+    if parameters.get("rope_type", "default") != "default":
+        raise InputError(f"{path}: rope_type = {parameters['rope_type']!r} is not supported")
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise InputError(f"{path}: partial_rotary_factor is not supported")
+    scaling = content.get("rope_scaling")
+    if isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) == "default":
+        content = {**content, "rope_scaling": None}
+    theta = content.get("rope_theta", parameters.get("rope_theta"))
+    return {**content, "rope_theta": theta if theta is not None else 10000.0}

@@ -1,0 +1,40 @@
+"""The kernel contract: which functions a backend offers, and the letters their shapes are spelled with.
+
+    B  batch                 H  query heads           C  model width
+    T  query tokens          G  key/value heads       F  feed-forward width
+    S  key tokens            D  head size             V  vocabulary
+    N  rows: B·T             P  positions
+
+The same names stand in reference.py (NumPy, written to be read), in csrc/cpu (C++ with OpenMP) and
+in cases.py (what the parity, gradient and speed checks walk). A kernel takes and returns plain
+arrays and never knows a Tensor; a backward repeats what its forward read, plus the few residuals
+that the forward returned. `dx` is the gradient of the loss with respect to `x`, and has its shape.
+"""
+
+CONTRACT = (
+    "matmul",
+    "linear_forward",
+    "linear_backward",
+    "embedding_forward",
+    "embedding_backward",
+    "rms_norm_forward",
+    "rms_norm_backward",
+    "layer_norm_forward",
+    "layer_norm_backward",
+    "rope_forward",
+    "rope_backward",
+    "softmax_forward",
+    "softmax_backward",
+    "attention_forward",
+    "attention_backward",
+    "swiglu_forward",
+    "swiglu_backward",
+    "gelu_forward",
+    "gelu_backward",
+    "cross_entropy_forward",
+    "cross_entropy_backward",
+    "linear_cross_entropy_forward",
+    "linear_cross_entropy_backward",
+    "adamw",
+    "global_norm",
+)

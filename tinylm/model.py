@@ -1,0 +1,221 @@
+"""The Transformer, in two shapes: Llama-like and GPT-2-like.
+
+Both are a stack of pre-norm residual blocks, x + attention(norm(x)) and then x + mlp(norm(x)); they
+differ in the norm, the MLP, how positions come in, and how the parts are called in a file.
+Sampling and the KV cache are in generate.py; the layers in nn.py.
+"""
+
+from __future__ import annotations
+
+import numpy
+
+from tinylm import backend, nn, ops
+from tinylm.config import ModelConfig
+from tinylm.tensor import Array, Tensor
+
+__all__ = ["ModelConfig", "Transformer"]
+
+# How each part is called in model.safetensors: the vocabulary of transformers' two classes.
+FILE_NAMES = {
+    "llama": {
+        "embedding": "model.embed_tokens",
+        "blocks": "model.layers",
+        "norm_1": "input_layernorm",
+        "attention": "self_attn",
+        "q": "q_proj",
+        "k": "k_proj",
+        "v": "v_proj",
+        "out": "o_proj",
+        "norm_2": "post_attention_layernorm",
+        "gate": "gate_proj",
+        "up": "up_proj",
+        "down": "down_proj",
+        "norm": "model.norm",
+        "head": "lm_head",
+    },
+    "gpt2": {
+        "embedding": "transformer.wte",
+        "positions": "transformer.wpe",
+        "blocks": "transformer.h",
+        "norm_1": "ln_1",
+        "attention": "attn",
+        "qkv": "c_attn",
+        "out": "c_proj",
+        "norm_2": "ln_2",
+        "up": "c_fc",
+        "down": "c_proj",
+        "norm": "transformer.ln_f",
+        "head": "lm_head",
+    },
+}
+
+
+class Attention(nn.Module):
+    """Causal self-attention with H query heads sharing G key/value heads."""
+
+    def __init__(self, config: ModelConfig, rng, out_std: float):
+        C, H, G, D = config.n_embd, config.n_head, config.n_kv_head, config.head_size
+        if config.is_llama:
+            self.q = nn.Linear(rng, C, H * D)
+            self.k = nn.Linear(rng, C, G * D)
+            self.v = nn.Linear(rng, C, G * D)
+            self.out = nn.Linear(rng, H * D, C, out_std)
+        else:
+            self.qkv = nn.Linear(rng, C, 3 * C, bias=True, transposed=True)
+            self.out = nn.Linear(rng, C, C, out_std, bias=True, transposed=True)
+        self._config = config
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, C) -> q (B, H, T, D), k and v (B, G, T, D), all views."""
+        if self._config.is_llama:
+            q, k, v = self.q(x), self.k(x), self.v(x)
+        else:
+            q, k, v = ops.split(self.qkv(x), 3)
+        H, G = self._config.n_head, self._config.n_kv_head
+        return ops.split_heads(q, H), ops.split_heads(k, G), ops.split_heads(v, G)
+
+    def __call__(self, x: Tensor, places: Places, cache=None) -> Tensor:
+        q, k, v = self.project(x)
+        if self._config.is_llama:
+            q = ops.rope(q, places.cos, places.sin, places.positions)
+            k = ops.rope(k, places.cos, places.sin, places.positions)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        return self.out(ops.merge_heads(ops.attention(q, k, v, places.start)))
+
+
+class SwiGLU(nn.Module):
+    """Llama's MLP: down(silu(gate(x)) · up(x)).  arXiv 2002.05202"""
+
+    def __init__(self, config: ModelConfig, rng, out_std: float):
+        C, F = config.n_embd, config.n_inner
+        self.gate = nn.Linear(rng, C, F)
+        self.up = nn.Linear(rng, C, F)
+        self.down = nn.Linear(rng, F, C, out_std)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(ops.swiglu(self.gate(x), self.up(x)))
+
+
+class GELU(nn.Module):
+    """GPT-2's MLP: down(gelu(up(x)))."""
+
+    def __init__(self, config: ModelConfig, rng, out_std: float):
+        C, F = config.n_embd, config.n_inner
+        self.up = nn.Linear(rng, C, F, bias=True, transposed=True)
+        self.down = nn.Linear(rng, F, C, out_std, bias=True, transposed=True)
+        self._approximate = not config.exact_gelu
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(ops.gelu(self.up(x), self._approximate))
+
+
+class Block(nn.Module):
+    """One layer: attention mixes the tokens, the MLP works on each of them."""
+
+    def __init__(self, config: ModelConfig, rng):
+        out_std = 0.02 / (2 * config.n_layer) ** 0.5  # 2 n_layer additions into one residual stream
+        norm, mlp = (nn.RMSNorm, SwiGLU) if config.is_llama else (nn.LayerNorm, GELU)
+        self.norm_1 = norm(config.n_embd, config.norm_eps)
+        self.attention = Attention(config, rng, out_std)
+        self.norm_2 = norm(config.n_embd, config.norm_eps)
+        self.mlp = mlp(config, rng, out_std)
+
+    def __call__(self, x: Tensor, places: Places, cache=None) -> Tensor:
+        x = x + self.attention(self.norm_1(x), places, cache)
+        return x + self.mlp(self.norm_2(x))
+
+
+class Places:
+    """Where each token stands: what every layer needs to know besides the tokens.
+
+    positions (B, T)   counted from the first token of the token's document
+    start     (B, T)   the first key that the token may see, or None: all up to itself
+    cos, sin  (P, D/2) rotary angles by position (llama)
+    """
+
+    def __init__(self, tokens: Array, start: Array | None, past: int, cos: Array, sin: Array):
+        B, T = tokens.shape
+        at = numpy.broadcast_to(numpy.arange(past, past + T, dtype=numpy.int32), (B, T))
+        positions = at if start is None else numpy.maximum(at - start, 0)
+        self.positions = backend.asarray(numpy.ascontiguousarray(positions))
+        self.start = None if start is None else backend.asarray(start, "int32")
+        self.cos, self.sin = cos, sin
+
+
+class Transformer(nn.Module):
+    """A causal language model.
+
+    rng draws the initial weights: N(0, 0.02²), residual projections scaled by 1/√(2 n_layer), norms
+    one, biases zero (the GPT-2 recipe).
+    """
+
+    def __init__(self, config: ModelConfig, rng: numpy.random.Generator | int = 0):
+        rng = numpy.random.default_rng(rng)
+        self.config = config
+        self.embedding = nn.Embedding(rng, config.vocab_size, config.n_embd)
+        if config.is_llama:
+            angles = rotary_angles(config)
+        else:
+            self.positions = nn.Embedding(rng, config.block_size, config.n_embd)
+            angles = numpy.zeros((0, 0))
+        self._cos, self._sin = numpy.cos(angles), numpy.sin(angles)
+        self.blocks = [Block(config, rng) for _ in range(config.n_layer)]
+        norm = nn.RMSNorm if config.is_llama else nn.LayerNorm
+        self.norm = norm(config.n_embd, config.norm_eps)
+        if not config.tie_embeddings:
+            self.head = nn.Linear(rng, config.n_embd, config.vocab_size)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, C): the embedding table itself where the two are tied."""
+        return self.embedding.weight if self.config.tie_embeddings else self.head.weight
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Name -> Tensor, as in model.safetensors; a tied weight appears once."""
+        words = FILE_NAMES[self.config.architecture]
+        return {
+            ".".join(words.get(part, part) for part in path.split(".")): tensor
+            for path, tensor in self.named_tensors()
+        }
+
+    def hidden(self, tokens: Array, start: Array | None = None, cache=None) -> Tensor:
+        """tokens (B, T) of int -> (B, T, C): what the head reads.
+
+        start (B, T): index of the first token of each token's document; attention does not look
+        before it, and positions count from it. cache: a KVCache holding what came before.
+        """
+        tokens = numpy.atleast_2d(numpy.asarray(tokens))
+        past = 0 if cache is None else cache.length
+        if past + tokens.shape[1] > self.config.block_size:
+            raise ValueError(
+                f"{past + tokens.shape[1]} tokens do not fit the context of {self.config.block_size}"
+            )
+        dtype = self.embedding.weight.dtype
+        cos, sin = (backend.asarray(x, dtype) for x in (self._cos, self._sin))
+        places = Places(tokens, start, past, cos, sin)
+        x = self.embedding(backend.asarray(tokens))
+        if not self.config.is_llama:
+            x = x + self.positions(places.positions)
+        for i, block in enumerate(self.blocks):
+            x = block(x, places, None if cache is None else cache.layers[i])
+        return self.norm(x)
+
+    def __call__(self, tokens: Array, start: Array | None = None, cache=None) -> Tensor:
+        """tokens (B, T) of int -> logits (B, T, V)."""
+        return ops.linear(self.hidden(tokens, start, cache), self.head_weight)
+
+    def loss(self, tokens: Array, targets: Array, start: Array | None = None) -> Tensor:
+        """Loss per token in nats, (B, T); 0 where the target is −1."""
+        targets = backend.asarray(numpy.atleast_2d(targets))
+        return ops.linear_cross_entropy(self.hidden(tokens, start), self.head_weight, targets)
+
+    def n_parameters(self) -> int:
+        return sum(tensor.size for tensor in self.parameters().values())
+
+
+def rotary_angles(config: ModelConfig) -> numpy.ndarray:
+    """position · θ^(−2 d / D) for each position and each pair d: (block_size, D/2).  arXiv 2104.09864"""
+    D = config.head_size
+    frequency = config.rope_theta ** (-numpy.arange(0, D, 2) / D)
+    return numpy.arange(config.block_size)[:, None] * frequency

@@ -1,0 +1,256 @@
+"""Differentiable ops: each a forward kernel and, beside it, the vjp that inverts it.
+
+Read it as a list of pairs. An op unwraps Tensors into arrays, calls the kernel of the backend in
+use, and tells `Tensor.from_op` how a gradient travels back. Only glue that moves or adds numbers
+(views, residual adds, sums) is written with array methods; all arithmetic worth a name is a kernel.
+"""
+
+from __future__ import annotations
+
+from tinylm import backend
+from tinylm.tensor import Array, Tensor
+
+# ---- glue: adds, products, sums, views ---------------------------------------------------------
+
+
+def unbroadcast(grad: Array, shape: tuple[int, ...]) -> Array:
+    """Sum grad over the axes along which an operand of that shape was broadcast."""
+    grad = grad.sum(axis=tuple(range(grad.ndim - len(shape))))
+    stretched = tuple(i for i, n in enumerate(shape) if n == 1 != grad.shape[i])
+    return grad.sum(axis=stretched, keepdims=True)
+
+
+def wrap(x) -> Tensor:
+    """x itself, or a constant Tensor around a number or array."""
+    return x if isinstance(x, Tensor) else Tensor(backend.asarray(x))
+
+
+def add(x: Tensor, y: Tensor | float) -> Tensor:
+    """x + y, broadcasting."""
+    if not isinstance(y, Tensor) and backend.xp.ndim(y) == 0:
+        return Tensor.from_op(x.data + y, (x,), lambda dout: (dout,))
+    y = wrap(y)
+
+    def vjp(dout):
+        return unbroadcast(dout, x.shape), unbroadcast(dout, y.shape)
+
+    return Tensor.from_op(x.data + y.data, (x, y), vjp)
+
+
+def mul(x: Tensor, y: Tensor | float) -> Tensor:
+    """x · y, broadcasting."""
+    if not isinstance(y, Tensor) and backend.xp.ndim(y) == 0:
+        return Tensor.from_op(x.data * y, (x,), lambda dout: (dout * y,))
+    y = wrap(y)
+
+    def vjp(dout):
+        return unbroadcast(dout * y.data, x.shape), unbroadcast(dout * x.data, y.shape)
+
+    return Tensor.from_op(x.data * y.data, (x, y), vjp)
+
+
+def sum(x: Tensor, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
+    """The sum over an axis, several, or (None) all of them."""
+
+    def vjp(dout):
+        if axis is not None and not keepdims:
+            dout = backend.xp.expand_dims(dout, axis)
+        return (dout + backend.xp.zeros_like(x.data),)
+
+    return Tensor.from_op(x.data.sum(axis=axis, keepdims=keepdims), (x,), vjp)
+
+
+def mean(x: Tensor, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
+    total = sum(x, axis, keepdims)
+    return mul(total, total.size / x.size)
+
+
+def reshape(x: Tensor, *shape: int) -> Tensor:
+    """The same numbers in another shape; −1 stands for what is left."""
+    return Tensor.from_op(x.data.reshape(shape), (x,), lambda dout: (dout.reshape(x.shape),))
+
+
+def split_heads(x: Tensor, n_head: int) -> Tensor:
+    """(B, T, H·D) -> (B, H, T, D), a view."""
+    B, T, _ = x.shape
+    heads = x.data.reshape(B, T, n_head, -1).swapaxes(1, 2)
+    return Tensor.from_op(heads, (x,), lambda dout: (dout.swapaxes(1, 2).reshape(x.shape),))
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, T, D) -> (B, T, H·D): undoes split_heads."""
+    B, H, T, D = x.shape
+
+    def vjp(dout):
+        return (dout.reshape(B, T, H, D).swapaxes(1, 2),)
+
+    return Tensor.from_op(x.data.swapaxes(1, 2).reshape(B, T, H * D), (x,), vjp)
+
+
+def split(x: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """Cut the last axis into equal parts, as views."""
+    width = x.shape[-1] // parts
+
+    def view(i):
+        def vjp(dout):
+            dx = backend.xp.zeros(x.shape, x.dtype)
+            dx[..., i * width : (i + 1) * width] = dout
+            return (dx,)
+
+        return Tensor.from_op(x.data[..., i * width : (i + 1) * width], (x,), vjp)
+
+    return tuple(view(i) for i in range(parts))
+
+
+# ---- products ----------------------------------------------------------------------------------
+
+
+def matmul(x: Tensor, y: Tensor) -> Tensor:
+    """(M, K) times (K, N) -> (M, N)."""
+
+    def vjp(dout):
+        dx = backend.kernels.matmul(dout, y.data, transpose_b=True)
+        return dx, backend.kernels.matmul(x.data, dout, transpose_a=True)
+
+    return Tensor.from_op(backend.kernels.matmul(x.data, y.data), (x, y), vjp)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False
+) -> Tensor:
+    """x Wᵀ + b.  x (..., C), weight (F, C), or (C, F) if transposed, bias (F) -> (..., F)."""
+    b = None if bias is None else bias.data
+    y = backend.kernels.linear_forward(x.data, weight.data, b, transposed)
+
+    def vjp(dy):
+        has_bias = bias is not None
+        grads = backend.kernels.linear_backward(dy, x.data, weight.data, transposed, has_bias)
+        return grads if has_bias else grads[:2]
+
+    return Tensor.from_op(y, (x, weight) if bias is None else (x, weight, bias), vjp)
+
+
+def embedding(tokens: Array, weight: Tensor) -> Tensor:
+    """tokens (B, T) of int, weight (V, C) -> (B, T, C)."""
+
+    def vjp(dy):
+        return (backend.kernels.embedding_backward(dy, tokens, weight.shape[0]),)
+
+    return Tensor.from_op(backend.kernels.embedding_forward(tokens, weight.data), (weight,), vjp)
+
+
+# ---- normalisation -----------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last axis.  arXiv 1910.07467"""
+    y, rstd = backend.kernels.rms_norm_forward(x.data, weight.data, eps)
+
+    def vjp(dy):
+        return backend.kernels.rms_norm_backward(dy, x.data, weight.data, rstd)
+
+    return Tensor.from_op(y, (x, weight), vjp)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """(x − mean) / sqrt(var + eps) · weight + bias over the last axis.  arXiv 1607.06450"""
+    y, mean, rstd = backend.kernels.layer_norm_forward(x.data, weight.data, bias.data, eps)
+
+    def vjp(dy):
+        return backend.kernels.layer_norm_backward(dy, x.data, weight.data, mean, rstd)
+
+    return Tensor.from_op(y, (x, weight, bias), vjp)
+
+
+# ---- attention ---------------------------------------------------------------------------------
+
+
+def rope(x: Tensor, cos: Array, sin: Array, positions: Array) -> Tensor:
+    """Rotary position embedding.  x (B, H, T, D); cos, sin (P, D/2); positions (B, T)."""
+    y = backend.kernels.rope_forward(x.data, cos, sin, positions)
+
+    def vjp(dy):
+        return (backend.kernels.rope_backward(dy, cos, sin, positions),)
+
+    return Tensor.from_op(y, (x,), vjp)
+
+
+def softmax(x: Tensor) -> Tensor:
+    """exp(x) / Σ exp(x) over the last axis."""
+    y = backend.kernels.softmax_forward(x.data)
+    return Tensor.from_op(y, (x,), lambda dy: (backend.kernels.softmax_backward(dy, y),))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, start: Array | None = None) -> Tensor:
+    """Causal softmax(q kᵀ / √D) v.  q (B, H, T, D); k, v (B, G, S, D) -> (B, H, T, D).
+
+    Query t stands at key t + S − T and sees the keys from start[b, t] (default 0) to there.
+    """
+    out, lse = backend.kernels.attention_forward(q.data, k.data, v.data, start)
+
+    def vjp(dout):
+        return backend.kernels.attention_backward(
+            dout, q.data, k.data, v.data, out, lse, start
+        )  # fmt: skip
+
+    return Tensor.from_op(out, (q, k, v), vjp)
+
+
+# ---- activations -------------------------------------------------------------------------------
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gate · σ(gate) · up.  arXiv 2002.05202"""
+    y = backend.kernels.swiglu_forward(gate.data, up.data)
+
+    def vjp(dy):
+        return backend.kernels.swiglu_backward(dy, gate.data, up.data)
+
+    return Tensor.from_op(y, (gate, up), vjp)
+
+
+def gelu(x: Tensor, approximate: bool = True) -> Tensor:
+    """x Φ(x), or its tanh approximation.  arXiv 1606.08415"""
+    y = backend.kernels.gelu_forward(x.data, approximate)
+
+    def vjp(dy):
+        return (backend.kernels.gelu_backward(dy, x.data, approximate),)
+
+    return Tensor.from_op(y, (x,), vjp)
+
+
+# ---- loss --------------------------------------------------------------------------------------
+
+
+def cross_entropy(logits: Tensor, targets: Array) -> Tensor:
+    """−log softmax(logits)[target].  (..., V), (...) of int -> (...); 0 where the target is −1."""
+    loss, lse = backend.kernels.cross_entropy_forward(logits.data, targets)
+
+    def vjp(dloss):
+        return (backend.kernels.cross_entropy_backward(dloss, logits.data, targets, lse),)
+
+    return Tensor.from_op(loss, (logits,), vjp)
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Array) -> Tensor:
+    """cross_entropy(linear(x, weight), targets) without ever holding all logits."""
+    loss, lse = backend.kernels.linear_cross_entropy_forward(x.data, weight.data, targets)
+
+    def vjp(dloss):
+        return backend.kernels.linear_cross_entropy_backward(
+            dloss, x.data, weight.data, targets, lse
+        )  # fmt: skip
+
+    return Tensor.from_op(loss, (x, weight), vjp)
+
+
+# ---- so that a formula reads like one -----------------------------------------------------------
+
+Tensor.__add__ = Tensor.__radd__ = add
+Tensor.__mul__ = Tensor.__rmul__ = mul
+Tensor.__neg__ = lambda x: mul(x, -1)
+Tensor.__sub__ = lambda x, y: add(x, -y)
+Tensor.__rsub__ = lambda x, y: add(mul(x, -1), y)
+Tensor.__truediv__ = lambda x, y: mul(x, 1 / y)  # by a number
+Tensor.__matmul__ = matmul
+Tensor.sum, Tensor.mean, Tensor.reshape = sum, mean, reshape
