@@ -114,7 +114,8 @@ cdef class Encoder:
         while not self.heap.empty():
             top = ~self.heap.top()
             self.heap.pop()
-            best, i = top >> 32, top & 0xFFFFFFFF
+            best = <uint32_t>(top >> 32)
+            i = <uint32_t>top
             if self.rank[i] != best:
                 continue
             j = self.right[i]

@@ -11,6 +11,7 @@ encoding repeats the merges on a new text in the order in which they were learnt
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 
 import numpy as np
 
@@ -76,7 +77,7 @@ class Encoder:
         """
         n = len(ids)
         left, right = list(range(-1, n - 1)), list(range(1, n + 1))
-        rank = [self.ranks.get(pair) for pair in zip(ids, ids[1:])] + [None]
+        rank = [self.ranks.get(pair) for pair in pairwise(ids)] + [None]
         heap = [(r, i) for i, r in enumerate(rank) if r is not None]
         heapq.heapify(heap)
 
@@ -114,7 +115,7 @@ def learn_merges(
     pairs: Counter[tuple[int, int]] = Counter()
     places: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
     for w, word in enumerate(words):
-        for pair in zip(word, word[1:]):
+        for pair in pairwise(word):
             pairs[pair] += weights[w]
             places[pair].add(w)
     heap = [(-count, pair) for pair, count in pairs.items()]

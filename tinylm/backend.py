@@ -53,7 +53,7 @@ REMEDY = {
 
 
 def default() -> str:
-    """The fastest backend that runs here; says on standard error when it is not the compiled one."""
+    """The fastest backend that runs here; says so when it is not the compiled one."""
     try:
         importlib.import_module(MODULES["cpu"])
     except ImportError:

@@ -79,7 +79,8 @@ class ModelConfig:
             raise InputError(f"n_head {self.n_head} must divide n_embd {self.n_embd}")
         if self.head_size < 1 or (self.is_llama and self.head_size % 2):
             raise InputError(
-                f"n_embd / n_head = {self.n_embd} / {self.n_head}: rotary positions need an even head size"
+                f"n_embd / n_head = {self.n_embd} / {self.n_head}: "
+                "rotary positions need an even head size"
             )
 
 
@@ -189,7 +190,7 @@ def from_json(content: dict, path: str = "config.json") -> ModelConfig:
     exact = content.get("activation_function") == "gelu"
     known = {field.name: field.type for field in fields(ModelConfig)}
     for name, value in values.items():
-        if "int" == known[name] and not isinstance(value, int):
+        if known[name] == "int" and not isinstance(value, int):
             raise InputError(f"{path}: {table[name]}: expected a whole number, got {value!r}")
     return ModelConfig(**values, architecture=kind, exact_gelu=exact)
 

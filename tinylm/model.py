@@ -189,7 +189,7 @@ class Transformer(nn.Module):
         past = 0 if cache is None else cache.length
         if past + tokens.shape[1] > self.config.block_size:
             raise ValueError(
-                f"{past + tokens.shape[1]} tokens do not fit the context of {self.config.block_size}"
+                f"{past + tokens.shape[1]} tokens do not fit a context of {self.config.block_size}"
             )
         dtype = self.embedding.weight.dtype
         cos, sin = (backend.asarray(x, dtype) for x in (self._cos, self._sin))
@@ -215,7 +215,7 @@ class Transformer(nn.Module):
 
 
 def rotary_angles(config: ModelConfig) -> numpy.ndarray:
-    """position · θ^(−2 d / D) for each position and each pair d: (block_size, D/2).  arXiv 2104.09864"""
+    """position · θ^(−2 d / D) for each position and pair d, (block_size, D/2).  arXiv 2104.09864"""
     D = config.head_size
     frequency = config.rope_theta ** (-numpy.arange(0, D, 2) / D)
     return numpy.arange(config.block_size)[:, None] * frequency

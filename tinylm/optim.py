@@ -50,7 +50,7 @@ class AdamW:
 
 
 def clip_scale(norm: float, limit: float) -> float:
-    """What to multiply gradients of that global norm by, so that it is at most limit (0: no limit)."""
+    """What to multiply gradients of that norm by, so that it is at most limit (0: no limit)."""
     return min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
 
 

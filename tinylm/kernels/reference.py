@@ -133,7 +133,7 @@ def attention_backward(dout, q, k, v, out, lse, start=None):
     B, G, S, D = k.shape
     p = np.exp(_scores(q, k, start) - _finite(lse[..., None]))  # (B, H, T, S)
     dp = dout @ _repeat_heads(v, q.shape[1]).swapaxes(-1, -2)
-    ds = p * (dp - (dout * out).sum(-1, keepdims=True)) / np.sqrt(D)
+    ds = p * (dp - (dout * out).sum(-1, keepdims=True)) / D**0.5
     dq = ds @ _repeat_heads(k, q.shape[1])
     dk = (ds.swapaxes(-1, -2) @ q).reshape(B, G, -1, S, D).sum(2)
     dv = (p.swapaxes(-1, -2) @ dout).reshape(B, G, -1, S, D).sum(2)
@@ -147,7 +147,7 @@ def _scores(q, k, start):
     first = np.zeros((B, T), np.int32) if start is None else start
     key, last = np.arange(S), np.arange(T) + S - T
     visible = (key <= last[:, None]) & (key >= first[..., None])  # (B, T, S)
-    scores = q @ _repeat_heads(k, H).swapaxes(-1, -2) / np.sqrt(D)
+    scores = q @ _repeat_heads(k, H).swapaxes(-1, -2) / D**0.5
     return np.where(visible[:, None], scores, -np.inf)
 
 
@@ -185,14 +185,14 @@ SQRT_2_OVER_PI = 0.7978845608028654
 def gelu_forward(x, approximate=True):
     """x Φ(x), or its tanh approximation ("gelu_new" of GPT-2).  arXiv 1606.08415"""
     if not approximate:
-        return x * 0.5 * (1 + _erf(x / np.sqrt(2)))
+        return x * 0.5 * (1 + _erf(x / 2**0.5))
     return 0.5 * x * (1 + np.tanh(SQRT_2_OVER_PI * (x + 0.044715 * x**3)))
 
 
 def gelu_backward(dy, x, approximate=True):
     if not approximate:
-        density = np.exp(-0.5 * x * x) / np.sqrt(2 * np.pi)
-        return dy * (0.5 * (1 + _erf(x / np.sqrt(2))) + x * density)
+        density = np.exp(-0.5 * x * x) / (2 * np.pi) ** 0.5
+        return dy * (0.5 * (1 + _erf(x / 2**0.5)) + x * density)
     t = np.tanh(SQRT_2_OVER_PI * (x + 0.044715 * x**3))
     slope = SQRT_2_OVER_PI * (1 + 3 * 0.044715 * x * x)
     return dy * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * slope)
@@ -230,15 +230,23 @@ def cross_entropy_backward(dloss, logits, targets, lse):
 def linear_cross_entropy_forward(x, weight, targets):
     """Language-model head and loss in one.  x (N, C), weight (V, C) -> loss (N), lse (N).
 
-    The fast versions work in blocks of rows, so that the (N, V) logits never exist at once.
+    Rows whose target is −1 take no part: their loss and lse are 0. The fast versions work in blocks,
+    so that the (N, V) logits never exist at once.
     """
-    return cross_entropy_forward(linear_forward(x, weight), targets)
+    counted = targets >= 0
+    logits = linear_forward(x[counted], weight)
+    loss, lse = np.zeros((2, *targets.shape), x.dtype)
+    loss[counted], lse[counted] = cross_entropy_forward(logits, targets[counted])
+    return loss, lse
 
 
 def linear_cross_entropy_backward(dloss, x, weight, targets, lse):
     """-> dx (N, C), dweight (V, C)."""
-    dlogits = cross_entropy_backward(dloss, linear_forward(x, weight), targets, lse)
-    dx, dweight, _ = linear_backward(dlogits, x, weight)
+    counted = targets >= 0
+    logits = linear_forward(x[counted], weight)
+    dlogits = cross_entropy_backward(dloss[counted], logits, targets[counted], lse[counted])
+    dx = np.zeros_like(x)
+    dx[counted], dweight, _ = linear_backward(dlogits, x[counted], weight)
     return dx, dweight
 
 

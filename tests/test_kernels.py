@@ -1,0 +1,293 @@
+"""The kernels: the reference against finite differences, the C++ module against the reference.
+
+What must also hold: the same bits for any number of threads and any strides, no NaN swallowed, no
+read out of bounds, errors that say what was expected, and a life after fork.
+"""
+
+import os
+import signal
+import time
+import warnings
+
+import numpy as np
+import pytest
+
+from tinylm.kernels import CONTRACT, _cpu, cases, reference
+from tinylm.kernels.cases import CASES, OPS, Draw, backward, forward, prepared, rounded, run
+
+DEFAULT_ISA, DEFAULT_THREADS = _cpu.isa(), _cpu.threads()
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_isa = pytest.mark.parametrize("isa", _cpu.isas())
+
+
+@pytest.fixture(autouse=True)
+def defaults_afterwards():
+    with np.errstate(all="ignore"):
+        yield
+    _cpu.use_isa(DEFAULT_ISA)
+    _cpu.set_threads(DEFAULT_THREADS)
+
+
+def same_bits(a, b):
+    return all(np.asarray(a[k]).tobytes() == np.asarray(b[k]).tobytes() for k in a)
+
+
+# ---- agreement ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.smooth and OPS[c.op].inputs], ids=str)
+def test_reference_gradients_are_finite_differences(case):
+    assert cases.gradient_error(case) <= cases.GRADIENT_TOLERANCE
+
+
+@every_isa
+@every_case
+def test_parity_with_reference(case, isa):
+    _cpu.use_isa(isa)
+    assert cases.parity_error(_cpu, case) <= cases.TOLERANCE["float32"] * case.slack
+
+
+@every_case
+def test_reference_keeps_float32(case):
+    for name, result in run(reference, case).items():
+        assert isinstance(result, float) or result.dtype == np.float32, name
+
+
+def test_every_kernel_of_the_contract_has_cases_and_is_built():
+    have = {f"{op}{half}" for op in OPS for half in ("", "_forward", "_backward")}
+    assert set(CONTRACT) <= have
+    assert {case.op for case in CASES} == set(OPS)
+    assert all(hasattr(_cpu, name) and hasattr(reference, name) for name in CONTRACT)
+
+
+def test_parity_never_passes_nan():
+    assert cases.distance([np.nan], [1.0]) == np.inf
+    assert cases.distance([np.nan], [np.nan]) == np.inf
+    assert cases.distance([-np.inf, 1.0], [-np.inf, 1.0]) == 0
+
+
+# ---- the same bits -----------------------------------------------------------------------------
+
+
+@every_isa
+@every_case
+def test_threads_do_not_change_bits(case, isa):
+    _cpu.use_isa(isa)
+    _cpu.set_threads(1)
+    expected = run(_cpu, case)
+    for n in (2, 3, 5):
+        _cpu.set_threads(n)
+        assert same_bits(expected, run(_cpu, case)), f"{n} threads"
+
+
+def strided_copies(x):
+    """The same (B, H, T, D) values with other strides; D stays contiguous."""
+    B, H, T, D = x.shape
+    merged = np.full((B, T, H, D + 3), np.nan, x.dtype)  # a slice of a wider projection
+    merged[..., :D] = x.swapaxes(1, 2)
+    cache = np.full((B, H, T + 5, D), np.nan, x.dtype)  # a key/value cache, partly filled
+    cache[:, :, :T] = x
+    return merged[..., :D].swapaxes(1, 2), cache[:, :, :T], x[:, :, ::-1].copy()[:, :, ::-1]
+
+
+@every_isa
+@pytest.mark.parametrize("case", [c for c in CASES if c.op in ("attention", "rope")], ids=str)
+def test_strides_do_not_change_bits(case, isa):
+    _cpu.use_isa(isa)
+    arguments, expected, dy = prepared(case, "float32")
+    results = rounded(expected, np.float32)
+    want = forward(_cpu, case, arguments) | backward(_cpu, case, arguments, results, dy)
+    first = OPS[case.op].returns[0]
+    for i in range(3):
+        moved = {k: strided_copies(arguments[k])[i] for k in OPS[case.op].inputs}
+        back = results | {first: strided_copies(results[first])[i]}
+        got = forward(_cpu, case, arguments | moved)
+        got |= backward(_cpu, case, arguments | moved, back, strided_copies(dy)[i])
+        assert same_bits(want, got)
+
+
+def test_other_kernels_copy_what_is_not_contiguous():
+    x, weight = Draw(0)(12, 10).astype(np.float32), np.ones(6, np.float32)
+    view = x.T[::2, ::2]
+    for got, want in zip(
+        _cpu.rms_norm_forward(view, weight, 1e-5),
+        _cpu.rms_norm_forward(view.copy(), weight, 1e-5),
+    ):
+        assert got.tobytes() == want.tobytes()
+    assert _cpu.matmul(view, view.T).tobytes() == _cpu.matmul(view.copy(), view.T.copy()).tobytes()
+
+
+def test_heads_merge_without_a_copy():
+    q = np.ones((2, 3, 5, 8), np.float32)
+    out, lse = _cpu.attention_forward(q, q, q)
+    turned = _cpu.rope_forward(q, *np.ones((2, 9, 4), np.float32), np.zeros((2, 5), np.int64))
+    for x in (out, turned, *_cpu.attention_backward(q, q, q, q, out, lse)):
+        assert np.shares_memory(x, x.swapaxes(1, 2).reshape(2, 5, 24))
+
+
+def test_integers_of_both_widths_mean_the_same():
+    tokens, weight = np.array([[0, 2], [1, 2]]), np.ones((3, 4), np.float32).cumsum(0)
+    for dtype in (np.int32, np.int64):
+        y = _cpu.embedding_forward(tokens.astype(dtype), weight.astype(np.float32))
+        assert np.array_equal(y, weight[tokens])
+    assert np.array_equal(_cpu.embedding_forward(tokens.T[::-1], weight), weight[tokens.T[::-1]])
+
+
+# ---- numbers that are not numbers --------------------------------------------------------------
+
+
+@every_isa
+@pytest.mark.parametrize("case", [c for c in CASES if "all −1" not in c.about], ids=str)
+def test_nan_is_not_swallowed(case, isa):
+    _cpu.use_isa(isa)
+    arguments, expected, dy = prepared(case, "float32")
+    for name in OPS[case.op].inputs or ("a", "param", "grad"):
+        if name not in arguments or "large" in case.about:
+            continue
+        poisoned = arguments | {name: np.full_like(arguments[name], np.nan)}
+        results = forward(_cpu, case, poisoned)
+        assert any(np.isnan(r).any() for r in results.values()), name
+    if OPS[case.op].inputs:
+        results = rounded(expected, np.float32)
+        gradients = backward(_cpu, case, arguments, results, np.full_like(dy, np.nan))
+        assert all(np.isnan(g).any() for g in gradients.values())
+
+
+@every_isa
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_bad_number_shows_in_its_row(bad, isa):
+    _cpu.use_isa(isa)
+    targets = np.zeros(1, np.int32)
+    for at in range(37):
+        x = Draw(at)(1, 37).astype(np.float32)
+        x[0, at] = bad
+        assert np.isnan(_cpu.softmax_forward(x)).any()
+        assert not np.isfinite(_cpu.cross_entropy_forward(x, targets)[1]).any()
+        assert not np.isfinite(_cpu.gelu_forward(x)[0, at])
+        assert not np.isfinite(_cpu.gelu_forward(x, False)[0, at])
+        assert not np.isfinite(_cpu.swiglu_forward(x, x)[0, at])
+        assert not np.isfinite(_cpu.global_norm([x]))
+        k = np.ones((1, 1, 37, 1), np.float32)
+        q, v = x.reshape(1, 1, 37, 1), np.ones_like(k)
+        assert not np.isfinite(_cpu.attention_forward(q, k, v)[1][0, 0, at])
+        assert not np.isfinite(_cpu.attention_forward(k, q, v)[1][0, 0, 36])
+        assert not np.isfinite(_cpu.attention_forward(k, k, q)[0][0, 0, 36])
+
+
+@every_isa
+def test_a_query_that_sees_nothing_gives_zero(isa):
+    _cpu.use_isa(isa)
+    d = Draw(0)
+    q, k, dout = (d(2, 4, n, 8).astype(np.float32) for n in (6, 4, 6))
+    start = np.array([[0, 0, 0, 0, 0, 0], [9, 9, 9, 2, 2, 9]], np.int32)
+    out, lse = _cpu.attention_forward(q, k, k, start)
+    # query t sees the keys start .. t - 2
+    blind = np.array([[t - 2 < max(s, 0) for t, s in enumerate(row)] for row in start])
+    for b, t in zip(*np.nonzero(blind)):
+        assert np.all(out[b, :, t] == 0) and np.all(lse[b, :, t] == -np.inf)
+    gradients = _cpu.attention_backward(dout, q, k, k, out, lse, start)
+    assert all(np.isfinite(g).all() for g in gradients)
+    assert all(np.all(gradients[0][b, :, t] == 0) for b, t in zip(*np.nonzero(blind)))
+
+
+def test_masked_targets_give_exact_zeros():
+    d = Draw(0)
+    logits, targets = d(4, 9).astype(np.float32), np.array([3, -1, 0, -1])
+    loss, lse = _cpu.cross_entropy_forward(logits, targets)
+    dlogits = _cpu.cross_entropy_backward(np.ones(4, np.float32), logits, targets, lse)
+    assert np.all(loss[1::2] == 0) and np.all(dlogits[1::2] == 0) and np.all(dlogits[::2] != 0)
+
+
+# ---- errors ------------------------------------------------------------------------------------
+
+f32 = np.ones((2, 3), np.float32)
+heads = np.ones((2, 4, 5, 8), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (TypeError, "[rms_norm_forward] x: expected float32, got float64", lambda: _cpu.rms_norm_forward(np.ones((2, 3)), f32[0], 1e-5)),
+        (TypeError, "[embedding_forward] tokens: expected int32 or int64, got float32", lambda: _cpu.embedding_forward(f32, f32)),
+        (ValueError, "[matmul] b: expected (K, N) = (3, any), got (2, 3)", lambda: _cpu.matmul(f32, f32)),
+        (ValueError, "[rms_norm_forward] weight: expected (C) = (3,), got (2,)", lambda: _cpu.rms_norm_forward(f32, f32[:, 0], 1e-5)),
+        (ValueError, "[attention_forward] k: expected (B, G, S, D) = (2, any, any, 8), got (2, 4, 5, 7)", lambda: _cpu.attention_forward(heads, heads[..., :7], heads)),
+        (ValueError, "[attention_forward] v: expected (B, G, S, D) = (2, 2, 5, 8), got (2, 4, 5, 8)", lambda: _cpu.attention_forward(heads, heads[:, :2], heads)),
+        (ValueError, "[attention_forward] k: expected G dividing H = 4, got G = 3", lambda: _cpu.attention_forward(heads, heads[:, :3], heads[:, :3])),
+        (ValueError, "[embedding_forward] tokens: expected values in [0, 2), got 2", lambda: _cpu.embedding_forward(np.array([0, 2]), f32)),
+        (ValueError, "[embedding_forward] tokens: expected values in [0, 2), got -1", lambda: _cpu.embedding_forward(np.array([0, -1]), f32)),
+        (ValueError, "[embedding_backward] tokens: expected values in [0, 3), got 4294967296", lambda: _cpu.embedding_backward(f32, np.array([0, 1 << 32]), 3)),
+        (ValueError, "[cross_entropy_forward] targets: expected values in [-1, 3), got 3", lambda: _cpu.cross_entropy_forward(f32, np.array([0, 3]))),
+        (ValueError, "[linear_cross_entropy_forward] targets: expected values in [-1, 2), got -2", lambda: _cpu.linear_cross_entropy_forward(f32, f32, np.array([0, -2]))),
+        (ValueError, "[rope_forward] positions: expected values in [0, 6), got 6", lambda: _cpu.rope_forward(heads, *np.ones((2, 6, 4), np.float32), np.full((2, 5), 6))),
+        (ValueError, "[rope_forward] x: expected an even head size D, got 7", lambda: _cpu.rope_forward(heads[..., :7], f32, f32, np.zeros((2, 5), int))),
+        (ValueError, "[adamw] m: expected a C-contiguous array", lambda: _cpu.adamw(f32.copy(), f32, np.ones((3, 2), np.float32).T, f32.copy(), 1, 0.9, 0.9, 1, 0, 1)),
+        (ValueError, "[adamw] param: expected a writable array", lambda: _cpu.adamw(np.broadcast_to(f32, (2, 3)), f32, f32.copy(), f32.copy(), 1, 0.9, 0.9, 1, 0, 1)),
+        (ValueError, "[adamw] step: expected at least 1, got 0", lambda: _cpu.adamw(f32.copy(), f32, f32.copy(), f32.copy(), 1, 0.9, 0.9, 1, 0, 0)),
+        (ValueError, 'got "mmx"', lambda: _cpu.use_isa("mmx")),
+        (ValueError, "[set_threads] n: expected at least 1, got 0", lambda: _cpu.set_threads(0)),
+    ],
+)  # fmt: skip
+def test_errors_say_what_was_expected(error, message, call):
+    with pytest.raises(error) as raised:
+        call()
+    assert message in str(raised.value)
+
+
+# ---- edges of the world ------------------------------------------------------------------------
+
+
+def test_empty_arrays():
+    none, weight, tokens = np.ones((0, 3), np.float32), f32, np.zeros(0, np.int32)
+    assert _cpu.linear_forward(none, weight).shape == (0, 2)
+    assert np.array_equal(_cpu.matmul(none.T, none), np.zeros((3, 3)))  # a sum over nothing
+    assert np.array_equal(_cpu.linear_backward(none[:, :2], none, weight)[1], np.zeros((2, 3)))
+    assert np.array_equal(_cpu.embedding_backward(none, tokens, 2), np.zeros((2, 3)))
+    assert np.array_equal(_cpu.rms_norm_backward(none, none, f32[0], none[:, 0])[1], np.zeros(3))
+    loss, lse = _cpu.linear_cross_entropy_forward(none, weight, tokens)
+    dx, dweight = _cpu.linear_cross_entropy_backward(loss, none, weight, tokens, lse)
+    assert loss.shape == (0,) and dx.shape == (0, 3) and np.array_equal(dweight, np.zeros((2, 3)))
+    out, lse = _cpu.attention_forward(heads, heads[:, :, :0], heads[:, :, :0])
+    assert np.all(out == 0) and np.all(lse == -np.inf)
+    assert _cpu.attention_forward(heads[:, :, :0], heads, heads)[0].shape == (2, 4, 0, 8)
+    assert _cpu.gelu_forward(none).shape == (0, 3) and _cpu.global_norm([]) == 0
+
+
+def test_arrays_stay_whole_while_memory_is_reused():
+    x = np.arange(1 << 16, dtype=np.float32).reshape(256, 256)
+    eye, kept = np.eye(256, dtype=np.float32), []
+    for i in range(8):
+        kept.append(_cpu.matmul(x + i, eye))
+    assert all(np.array_equal(y, x + i) for i, y in enumerate(kept))
+    del kept
+    _cpu.pool_trim()
+    before = _cpu.pool_bytes()
+    for _ in range(20):  # the same sizes again ask for nothing new
+        _cpu.matmul(x, eye)
+    first = _cpu.pool_bytes()
+    for _ in range(20):
+        _cpu.matmul(x, eye)
+    assert before <= _cpu.pool_bytes() == first
+
+
+def test_a_child_of_fork_computes_the_same_bits():
+    x = Draw(0)(300, 300).astype(np.float32)
+    _cpu.set_threads(2)
+    expected = _cpu.matmul(x, x).tobytes()  # the parent's threads exist now
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: fork with threads
+        child = os.fork()
+    if child == 0:
+        _cpu.set_threads(2)
+        os._exit(0 if _cpu.matmul(x, x).tobytes() == expected and _cpu.threads() == 1 else 1)
+    for _ in range(2000):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.01)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert _cpu.matmul(x, x).tobytes() == expected

@@ -1,0 +1,269 @@
+"""What tinylm understands of tokenizer.json, the file format of Hugging Face `tokenizers`.
+
+Three families are read: byte-level BPE split by regular expressions (ours, GPT-2, Llama 3, SmolLM),
+SentencePiece-like BPE that writes "▁" for a space (Llama 2, TinyLlama), and BPE over characters.
+Whatever else a file asks for is an InputError that names it: a tokenizer that is nearly right
+would quietly feed the model the wrong ids.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import regex
+
+from tinylm.errors import InputError
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LONE_SURROGATE = regex.compile("[\ud800-\udc7f\udd00-\udfff]")
+
+
+def byte_characters() -> list[str]:
+    """How GPT-2's format writes each byte as a printable character: a space, for example, as "Ġ"."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(b if b in printable else next(others)) for b in range(256)]
+
+
+BYTE_CHARACTERS = byte_characters()
+BYTE_OF_CHARACTER = {character: b for b, character in enumerate(BYTE_CHARACTERS)}
+
+BYTE_LEVEL = {
+    "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False,
+}  # fmt: skip
+SPLIT = {"type": "Split", "pattern": None, "behavior": "Isolated", "invert": False}
+LLAMA2 = {
+    "normalizer": {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ],
+    },
+    "decoder": {
+        "type": "Sequence",
+        "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ],
+    },
+}
+
+
+def make_spec(tokens: list[str], merges: list[tuple[str, str]]) -> dict:
+    """A tokenizer.json in which text is one piece and tokens[i] has id i."""
+    # Merges are written "a b", as all versions of `tokenizers` read them; no token has a space.
+    model = {
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+        "ignore_merges": False, "vocab": {token: i for i, token in enumerate(tokens)},
+        "merges": [f"{left} {right}" for left, right in merges],
+    }  # fmt: skip
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+        "normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None,
+        "model": model,
+    }  # fmt: skip
+
+
+def add_special(spec: dict, names: Iterable[str]) -> dict:
+    """Make `names` special tokens: with the id they have, or after all others."""
+    vocab = spec["model"]["vocab"]
+    for name in names:
+        new = len(vocab) + sum(token["content"] not in vocab for token in spec["added_tokens"])
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        token = {"id": vocab.get(name, new), "content": name, **flags, "special": True}
+        spec["added_tokens"].append(token)
+    return spec
+
+
+@dataclass
+class Layout:
+    """How text becomes pieces, and how tokens are written in the file."""
+
+    patterns: list[regex.Pattern] = field(default_factory=list)  # each splits what the last left
+    byte_level: bool = False  # tokens are written in BYTE_CHARACTERS
+    byte_tokens: bool = False  # the token "<0x0A>" is the byte 10
+    spaces: bool = False  # tokens are written with "▁" for a space
+    prefix: str = ""  # a "▁" goes before the text: "always", or "missing": where it has none
+
+    @classmethod
+    def read(cls, spec: dict) -> "Layout":
+        check(spec)
+        layout = cls(byte_tokens=bool(spec["model"].get("byte_fallback")))
+        for step in steps_of(spec.get("normalizer"), "normalizers"):
+            layout.add_normalizer(step)
+        for step in steps_of(spec.get("pre_tokenizer"), "pretokenizers"):
+            layout.add_pre_tokenizer(step)
+        for step in steps_of(spec.get("decoder"), "decoders"):
+            layout.check_decoder(step)
+        vocab = spec["model"]["vocab"]
+        if layout.spaces and not layout.patterns and not any("▁" in t.lstrip("▁") for t in vocab):
+            # No token has a "▁" after another character, so a cut there changes no id, and short
+            # pieces come again and again: with the encoder's cache, 100 kB/s become megabytes.
+            layout.patterns.append(compile_split("▁*[^▁]*"))
+        return layout
+
+    def add_normalizer(self, step: dict) -> None:
+        match step:
+            case {"type": "Prepend", "prepend": "▁"}:
+                self.prefix = "always"
+            case {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}:
+                self.spaces = True
+            case _:
+                raise unsupported("normalizer", step)
+
+    def add_pre_tokenizer(self, step: dict) -> None:
+        match step:
+            case _ if self.byte_level:  # it would have to split BYTE_CHARACTERS, not text
+                raise unsupported("pre_tokenizer after ByteLevel:", step)
+            case {"type": "ByteLevel", "add_prefix_space": False}:
+                self.byte_level = True
+                if step.get("use_regex", True):
+                    self.patterns.append(compile_split(GPT2_PATTERN))
+            case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}:
+                self.patterns.append(compile_split(pattern))
+            case {"type": "Split", "pattern": {"Regex": p}, "behavior": "Removed", "invert": True}:
+                self.patterns.append(compile_split(p))  # GPT-4's pattern, which leaves nothing out
+            case {"type": "Digits", "individual_digits": each}:
+                self.patterns.append(compile_split(r"\p{N}" if each else r"\p{N}+"))
+            case {"type": "Metaspace", "replacement": "▁"}:
+                self.spaces = True
+                never = step.get("prepend_scheme") == "never" or not step.get("add_prefix_space", True)
+                self.prefix = "" if never else "missing"
+                if step.get("split", True):
+                    self.patterns.append(compile_split("▁?[^▁]*"))
+            case _:
+                raise unsupported("pre_tokenizer", step)
+
+    def check_decoder(self, step: dict) -> None:
+        """Decoding follows from the rest of the file; the decoder has only to agree with it."""
+        match step:
+            case {"type": "ByteLevel"} if self.byte_level:
+                pass
+            case {"type": "Replace", "pattern": {"String": "▁"}, "content": " "} if self.spaces:
+                pass
+            case {"type": "ByteFallback" | "Fuse" | "Strip" | "Metaspace"} if not self.byte_level:
+                pass
+            case _:
+                raise unsupported("decoder", step)
+
+    def pieces(self, text: str) -> Iterable[str]:
+        text = LONE_SURROGATE.sub("\ufffd", text)
+        if self.spaces:
+            text = text.replace(" ", "▁")
+        if text and (self.prefix == "always" or (self.prefix == "missing" and text[0] != "▁")):
+            text = "▁" + text
+        pieces: Iterable[str] = [text]
+        for pattern in self.patterns:
+            pieces = split(pattern, pieces)
+        return pieces
+
+    def token_bytes(self, token: str) -> bytes:
+        if self.byte_level and all(character in BYTE_OF_CHARACTER for character in token):
+            return bytes([BYTE_OF_CHARACTER[character] for character in token])
+        if self.byte_tokens and regex.fullmatch("<0x[0-9A-F]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        return (token.replace("▁", " ") if self.spaces else token).encode()
+
+    def encoder_arguments(self, spec: dict) -> dict:
+        """The arguments of Encoder. A special token is left out of them, so no text becomes one."""
+        model = spec["model"]
+        vocab = model["vocab"]
+        special = {token["content"] for token in spec.get("added_tokens") or []}
+        ordinary = {token: i for token, i in vocab.items() if token not in special}
+        unk = vocab.get(model.get("unk_token"), -1)
+        byte_ids = None
+        if self.byte_level:
+            byte_ids = [vocab.get(character, unk) for character in BYTE_CHARACTERS]
+        elif self.byte_tokens:
+            byte_ids = [vocab[f"<0x{b:02X}>"] for b in range(256)]
+        characters = {} if self.byte_level else {t: i for t, i in ordinary.items() if len(t) == 1}
+        whole = {
+            self.token_bytes(t).decode("utf-8", "surrogateescape"): i for t, i in ordinary.items()
+        }
+        return {
+            "byte_ids": byte_ids,
+            "merges": list(read_merges(model)),
+            "characters": characters,
+            "unk": unk,
+            "whole": whole if model.get("ignore_merges") else None,
+        }
+
+
+def check(spec: dict) -> None:
+    """Refuse what would change the ids and is not supported."""
+    model = spec["model"]
+    kind = model.get("type", "BPE" if "merges" in model else None)  # GPT-2's own file has no type
+    if kind != "BPE":
+        raise InputError(f"unsupported model {kind!r}")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise InputError(f"unsupported {name} {model[name]!r}")
+    if model.get("fuse_unk") and not model.get("byte_fallback"):
+        raise InputError("unsupported fuse_unk")
+    if model.get("byte_fallback"):
+        missing = [f"<0x{b:02X}>" for b in range(256) if f"<0x{b:02X}>" not in model["vocab"]]
+        if missing:
+            raise InputError(f"unsupported byte_fallback without the token {missing[0]}")
+    for token in spec.get("added_tokens") or []:
+        if not token.get("special"):
+            raise InputError(f"unsupported added token {token['content']!r}: it is not special")
+
+
+def read_merges(model: dict) -> Iterator[tuple[int, int, int]]:
+    """(left, right, merged) ids; a merge is written "a b" or, in newer files, ["a", "b"]."""
+    vocab = model["vocab"]
+    for merge in model["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        if not (left in vocab and right in vocab and left + right in vocab):
+            raise InputError(f"merge {merge!r} needs a token that the vocabulary lacks")
+        yield vocab[left], vocab[right], vocab[left + right]
+
+
+def steps_of(node: dict | None, key: str) -> list[dict]:
+    """A component as the list of its steps, a Sequence within a Sequence too."""
+    if node is None:
+        return []
+    if node["type"] == "Sequence":
+        return [step for inner in node[key] for step in steps_of(inner, key)]
+    return [node]
+
+
+def compile_split(pattern: str) -> regex.Pattern:
+    """`pattern` as one group, so that splitting also gives what matched."""
+    try:
+        compiled = regex.compile(f"({pattern})", regex.MULTILINE)  # ^ and $ as in oniguruma
+    except regex.error as error:
+        raise InputError(f"unsupported Split pattern {pattern!r}: {error}") from None
+    if compiled.groups > 1:
+        raise InputError(f"unsupported Split pattern {pattern!r}: it has groups of its own")
+    return compiled
+
+
+def split(pattern: regex.Pattern, pieces: Iterable[str]) -> Iterator[str]:
+    """The matches of `pattern` in every piece, and what lies between them, in order."""
+    for piece in pieces:
+        for part in pattern.splititer(piece):
+            if part:
+                yield part
+
+
+def unsupported(component: str, step: dict) -> InputError:
+    details = {k: v for k, v in step.items() if k != "type" and isinstance(v, bool | str | dict)}
+    return InputError(f"unsupported {component} '{step['type']}' {details or ''}".rstrip())
+
+
+def read_json(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file") from None
+    except (OSError, ValueError) as error:  # a JSON or UTF-8 mistake is a ValueError
+        raise InputError(f"{file}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: expected a JSON object, found a {type(content).__name__}")
+    return content

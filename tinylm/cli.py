@@ -1,0 +1,352 @@
+"""The command line: subcommands, flags, and how mistakes are told.
+
+Results go to standard output (one JSON object with
+--json), everything else to standard error. Exit codes: 0 done, 2 the input is wrong (one line, no
+traceback), 130 interrupted with progress saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import sys
+from functools import wraps
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import tinylm
+from tinylm import backend as backends
+from tinylm import data
+from tinylm.checkpoint import Checkpoint
+from tinylm.errors import InputError
+from tinylm.evaluate import evaluate_directory
+from tinylm.generate import BLANK, stream_text
+from tinylm.llama2c import load_llama2c
+from tinylm.progress import Progress
+from tinylm.selfcheck import selfcheck as check_kernels
+from tinylm.stages import pretrain as pretraining
+from tinylm.tokenizer import train_bpe, train_characters
+from tinylm.train import read_metrics
+
+TYPES = {"int": int, "float": float, "str": str}
+
+
+def main() -> None:
+    """The `tinylm` command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:  # noqa: PLR0911  (one for each way to end)
+    """Run one command; returns its exit code."""
+    try:
+        cli(arguments, prog_name="tinylm", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        return mistake(error.format_message())
+    except (InputError, ImportError) as error:
+        return mistake(str(error))
+    except (KeyboardInterrupt, click.Abort):
+        print("\ntinylm: interrupted; what was saved is intact", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `tinylm ... | head`
+        sys.stdout = None
+        return 0
+    except MemoryError:
+        return mistake("out of memory: use a smaller --batch-size, --block-size or --n-embd")
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        return mistake(f"{error.filename or 'file'}: {error.strerror}")
+    return 0
+
+
+def mistake(sentence: str) -> int:
+    print("tinylm: " + " ".join(sentence.split()), file=sys.stderr)
+    return 2
+
+
+class Group(click.Group):
+    """Lists commands in the order of the work, and knows the nearest name to a wrong one."""
+
+    def list_commands(self, context):
+        return list(self.commands)
+
+    def resolve_command(self, context, arguments):
+        try:
+            return super().resolve_command(context, arguments)
+        except click.UsageError as error:
+            raise click.UsageError(error.message + nearest(arguments[0], self.commands)) from None
+
+
+def nearest(name: str, known) -> str:
+    found = difflib.get_close_matches(name, known, 1)
+    return f" Did you mean {found[0]}?" if found else f" Known: {', '.join(known)}."
+
+
+@click.group(cls=Group, context_settings={"show_default": True, "max_content_width": 100})
+@click.version_option(package_name="tinylm")
+def cli():
+    """From raw text to an assistant, from scratch."""
+
+
+def common(command):
+    """The flags of every subcommand; sets backend and threads before the command runs."""
+
+    @click.option("--backend", type=click.Choice(["reference", "cpu", "cuda"]), help="Kernels.")
+    @click.option("--threads", type=click.IntRange(1), help="Limit of every thread pool.")
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the result.")
+    @wraps(command)
+    def wrapped(*args, backend, threads, **kwargs):
+        if backend:
+            backends.use(backend)
+        if threads:
+            backends.set_threads(threads)
+        return command(*args, **kwargs)
+
+    return wrapped
+
+
+def settings_of(config):
+    """A flag for each field of a stage's config dataclass."""
+
+    def decorate(command):
+        for field in reversed(dataclasses.fields(config)):
+            choices = field.metadata["choices"]
+            command = click.option(
+                "--" + field.name.replace("_", "-"),
+                type=click.Choice(choices) if choices else TYPES[field.type],
+                default=field.default,
+                help=field.metadata["help"],
+            )(command)
+        return command
+
+    return decorate
+
+
+def sampling(command):
+    """The flags of everything that writes text."""
+    for option in (
+        click.option("--seed", type=int, help="Seed of the sampling; none: new each time."),
+        click.option("--top-p", type=click.FloatRange(0, 1), default=1.0, help="Nucleus."),
+        click.option("--top-k", type=click.IntRange(0), default=0, help="Likeliest (0: all)."),
+    ):
+        command = option(command)
+    return command
+
+
+def print_json(content: dict) -> None:
+    print(json.dumps(content, ensure_ascii=False, allow_nan=False, default=float))
+
+
+# ---- making models -----------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("paths", nargs=-1, metavar="FILE_OR_DIR...")
+@click.option("--out", required=True, type=Path, help="Directory of the run.")
+@click.option("--preset", help=f"Starting point: {', '.join(pretraining.PRESETS)}.  [default: small]")
+@click.option("--resume", is_flag=True, help="Continue the run in --out.")
+@settings_of(pretraining.PretrainConfig)
+@common
+@click.pass_context
+def pretrain(context, paths, out, preset, resume, as_json, **values):
+    """Raw text -> a base model.
+
+    Files and folders of plain text, .gz, or JSON lines with a `text` field.
+    """
+    given = {
+        name for name in values
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }  # fmt: skip
+    chosen = preset_values(preset, pretraining.PRESETS)
+    if given & {"max_steps", "minutes"}:
+        chosen = {k: v for k, v in chosen.items() if k not in ("max_steps", "minutes")}
+    named = {name: values[name] for name in given}
+    config = pretraining.PretrainConfig(**{**values, **chosen, **named})
+    given |= set(chosen if preset else ())
+    results = pretraining.run(list(paths), out, config, given, resume, Progress())
+    if as_json:
+        print_json(results)
+    else:
+        click.echo(f'{out}: try  tinylm generate {out} "Once upon a time"', err=True)
+
+
+def preset_values(name: str | None, presets: dict) -> dict:
+    if name is not None and name not in presets:
+        raise InputError(f"--preset {name}: no such preset." + nearest(name, presets))
+    return presets[name or "small"]
+
+
+@cli.command()
+@click.argument("paths", nargs=-1, required=True, metavar="FILE_OR_DIR...")
+@click.option("--out", required=True, type=Path, help="Directory for tokenizer.json.")
+@click.option("--vocab-size", type=click.IntRange(1), default=4096, help="Special tokens counted.")
+@click.option("--characters", is_flag=True, help="One token per character instead of a BPE.")
+@click.option("--document-separator", default="", help="A string between documents.")
+@common
+def tokenizer(paths, out, vocab_size, characters, document_separator, as_json):
+    """Learn a vocabulary from text."""
+    files = data.list_files(paths)
+    size = sum(path.stat().st_size for path in files)
+    with Progress().counting("vocabulary", size) as seen:
+        texts = (text for text, _ in data.read_texts(files, document_separator, seen))
+        made = train_characters(texts) if characters else train_bpe(texts, vocab_size)
+    made.save(out)
+    if as_json:
+        print_json({"directory": str(out), "vocab_size": made.vocab_size})
+
+
+@cli.command()
+@click.argument("model_bin", type=Path)
+@click.argument("tokenizer_bin", type=Path)
+@click.option("--out", required=True, type=Path, help="Directory for the model.")
+@common
+def convert(model_bin, tokenizer_bin, out, as_json):
+    """A model of llama2.c (MODEL_BIN, TOKENIZER_BIN) -> a model directory."""
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty: choose another --out")
+    loaded, made = load_llama2c(model_bin, tokenizer_bin)
+    tinylm.save(loaded, made, out)
+    if as_json:
+        print_json({"directory": str(out), "parameters": loaded.n_parameters()})
+
+
+# ---- using models ------------------------------------------------------------------------------
+
+
+def open_model(path: Path, with_tokenizer: bool = True):
+    model, made = tinylm.load(path)
+    if with_tokenizer and made is None:
+        raise InputError(f"{path}/tokenizer.json: no such file; text needs it")
+    return model, made
+
+
+@cli.command()
+@click.argument("model", type=Path)
+@click.argument("prompt", default="")
+@click.option("--max-new-tokens", type=click.IntRange(0), default=200, help="Length, in tokens.")
+@click.option("--temperature", type=click.FloatRange(0), default=0.8, help="0 is greedy.")
+@sampling
+@common
+def generate(model, prompt, as_json, **settings):
+    """Continue PROMPT."""
+    loaded, made = open_model(model)
+    pieces = stream_text(loaded, made, prompt, **settings)
+    if as_json:
+        print_json({"prompt": prompt, "continuation": "".join(pieces)})
+        return
+    click.echo(prompt, nl=False)
+    for piece in pieces:
+        click.echo(piece, nl=False)
+    click.echo()
+
+
+@cli.command()
+@click.argument("model", type=Path)
+@click.argument("text")
+@click.option("--n", type=click.IntRange(1), default=5, help="How many answers.")
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, help="0: beam search.")
+@sampling
+@common
+def fill(model, text, as_json, **settings):
+    """Fill the blank ___ in TEXT."""
+    loaded, made = open_model(model)
+    found = tinylm.fill(loaded, made, text, **settings)
+    before, after = text.split(BLANK)
+    before = before.removesuffix(" ")
+    if as_json:
+        answers = [
+            {"answer": answer.strip(), "text": before + answer + after, "logprob": logp}
+            for answer, logp in found
+        ]
+        print_json({"answers": answers})
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    for answer, logp in found:
+        chance = "" if logp is None else f"{100 * math.exp(logp):5.1f} %  "
+        console.print(Text.assemble((chance, "dim"), before, (answer, "bold green"), after))
+
+
+@cli.command("eval")
+@click.argument("model", type=Path)
+@click.option("--data", "paths", multiple=True, help="Text to judge by.  [default: held-out part]")
+@click.option("--document-separator", default="", help="A string between documents.")
+@click.option("--block-size", type=click.IntRange(0), default=0, help="Window (0: the context).")
+@click.option("--batch-size", type=click.IntRange(1), default=16, help="Windows at once.")
+@common
+def evaluate(model, paths, document_separator, block_size, batch_size, as_json):
+    """Bits per byte of held-out text, beside xz."""
+    loaded, made = open_model(model)
+    if block_size > loaded.config.block_size:
+        raise InputError(f"--block-size {block_size}: the context is {loaded.config.block_size}")
+    found = evaluate_directory(
+        loaded, made, model, list(paths), document_separator, block_size, batch_size
+    )
+    if as_json:
+        print_json(found)
+        return
+    click.echo(f"loss           {found['loss']:.4f} nats per token ({found['tokens']:,} tokens)")
+    click.echo(f"perplexity     {found['perplexity']:.2f}")
+    click.echo(f"bits per byte  {found['bits_per_byte']:.3f} ({found['bytes']:,} bytes)")
+    if found.get("xz_bits_per_byte"):
+        click.echo(f"xz             {found['xz_bits_per_byte']:.3f} bits per byte")
+
+
+@cli.command()
+@click.argument("model", type=Path)
+@common
+def info(model, as_json):
+    """What a model directory holds."""
+    loaded, made = open_model(model, with_tokenizer=False)
+    facts = {**dataclasses.asdict(loaded.config), "parameters": loaded.n_parameters()}
+    facts["tokenizer"] = made is not None
+    facts["backend"] = backends.describe()
+    checkpoint = Checkpoint(model)
+    if checkpoint.exists():
+        state = checkpoint.state()
+        facts |= {"step": state["step"], "training_seconds": round(state["seconds"], 1)}
+        evals = [row for row in read_metrics(model) if "bits_per_byte" in row]
+        facts |= {"bits_per_byte": evals[-1]["bits_per_byte"]} if evals else {}
+    if as_json:
+        print_json(facts)
+        return
+    for name, value in facts.items():
+        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+        click.echo(f"{name:18} {shown}")
+
+
+@cli.command()
+@common
+def selfcheck(as_json):
+    """The parity certificate: every kernel against finite differences and the reference."""
+    rows = check_kernels()
+    ok = all(row.ok for row in rows)
+    if as_json:
+        content = {"backend": backends.describe(), "ok": ok}
+        print_json({**content, "kernels": [dataclasses.asdict(row) for row in rows]})
+    else:
+        table = Table(title=f"tinylm selfcheck: {backends.describe()}")
+        for heading in ("kernel", "gradient error", "parity error", ""):
+            table.add_column(heading, justify="left" if heading == "kernel" else "right")
+        for row in rows:
+            table.add_row(*certificate(row))
+        Console().print(table)
+    if not ok:
+        raise click.exceptions.Exit(1)
+
+
+def certificate(row) -> tuple[str, str, str, str]:
+    def shown(error):
+        return "-" if error is None else f"{error:.1e}"
+
+    verdict = "[green]ok[/green]" if row.ok else "[red]WRONG[/red]"
+    return row.kernel, shown(row.gradient_error), shown(row.parity_error), verdict
+

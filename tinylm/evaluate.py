@@ -1,0 +1,163 @@
+"""How good a base model is: bits per byte of held-out text, beside what xz needs for it.
+
+Bits per byte compares models whatever their tokens. xz is given the training text first, so that
+both have seen the same; the model also had its weights to write it into, whose size is stated.
+"""
+
+from __future__ import annotations
+
+import lzma
+import math
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy
+
+from tinylm.data import (
+    Batch,
+    Corpus,
+    as_documents,
+    byte_lengths,
+    in_order,
+    list_files,
+    next_token_batch,
+    read_texts,
+)  # fmt: skip
+from tinylm.errors import InputError
+from tinylm.model import Transformer
+from tinylm.tensor import no_grad
+from tinylm.tokenizer import Tokenizer
+
+XZ_WINDOW = 1 << 26  # bytes of training text that xz -9 can look back on
+
+
+def evaluate_text(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    shards: list[numpy.ndarray],
+    block_size: int = 0,
+    batch_size: int = 16,
+    max_tokens: int = 0,
+) -> dict[str, float]:
+    """Next-word loss over shards, in windows of block_size (0: the model's), each token once.
+
+    Returns loss (nats per token), perplexity, bits_per_byte, tokens and bytes. The first token of a
+    window that starts inside a document is context only. max_tokens (0: all) cuts it short.
+    """
+    lengths = byte_lengths(tokenizer)
+    nats, tokens, n_bytes = 0.0, 0, 0
+    rows = in_order(shards, block_size or model.config.block_size)
+    for batch in in_batches(rows, batch_size, tokenizer.special.get("<|begin|>", -1)):
+        with no_grad():
+            loss = model.loss(batch.tokens, batch.targets, batch.start).data
+        known = batch.targets >= 0
+        nats += float(loss.sum(dtype="float64"))
+        tokens += int(known.sum())
+        n_bytes += int(lengths[batch.targets[known]].sum())
+        if max_tokens and tokens >= max_tokens:
+            break
+    if not tokens or not n_bytes:
+        return {"loss": math.nan, "perplexity": math.nan, "bits_per_byte": math.nan, "tokens": 0}
+    mean = nats / tokens
+    return {
+        "loss": mean,
+        "perplexity": math.exp(min(mean, 700)),
+        "bits_per_byte": nats / math.log(2) / n_bytes,
+        "tokens": tokens,
+        "bytes": n_bytes,
+    }
+
+
+def in_batches(rows: Iterable[numpy.ndarray], size: int, begin: int) -> Iterator[Batch]:
+    """Rows of T + 1 or fewer tokens as batches; short ones are filled up with nothing to learn."""
+    held: list[numpy.ndarray] = []
+
+    def batch():
+        width = max(map(len, held))
+        padded = numpy.full((len(held), width), begin if begin >= 0 else 0, numpy.int64)
+        for row, tokens in zip(padded, held):
+            row[: len(tokens)] = tokens
+        made = next_token_batch(padded, begin)
+        for targets, tokens in zip(made.targets, held):
+            targets[len(tokens) - 1 :] = -1
+        return made
+
+    for row in rows:
+        held.append(row)
+        if len(held) == size:
+            yield batch()
+            held.clear()
+    if held:
+        yield batch()
+
+
+def xz_bits_per_byte(train: Iterable[bytes], heldout: Iterable[bytes]) -> float:
+    """8 · (size of xz(train + held-out) − size of xz(train)) / bytes of held-out, with xz -9."""
+    train, heldout = list(train), list(heldout)
+    with ThreadPoolExecutor(2) as pool:  # lzma releases the GIL
+        both, alone = pool.map(xz_size, (train + heldout, train))
+    return 8 * (both - alone) / max(1, sum(map(len, heldout)))
+
+
+def xz_size(chunks: Iterable[bytes]) -> int:
+    compressor = lzma.LZMACompressor(preset=9)
+    return sum(len(compressor.compress(chunk)) for chunk in chunks) + len(compressor.flush())
+
+
+def shard_bytes(tokenizer: Tokenizer, shards: list[numpy.ndarray], last: int = 0) -> list[bytes]:
+    """The text of shards in chunks, without special tokens; only about the last bytes if asked."""
+    special = numpy.array(sorted(tokenizer.special.values()))
+    chunks, size = [], 0
+    for shard in reversed(shards):
+        for end in range(len(shard), 0, -(1 << 20)):
+            tokens = shard[max(0, end - (1 << 20)) : end]
+            chunks.append(tokenizer.decode_bytes(tokens[~numpy.isin(tokens, special)].tolist()))
+            size += len(chunks[-1])
+            if last and size >= last:
+                return chunks[::-1]
+    return chunks[::-1]
+
+
+def xz_of_corpus(tokenizer: Tokenizer, train: list, heldout: list) -> float:
+    """xz_bits_per_byte of token shards; of a large corpus, xz sees what its window can hold."""
+    return xz_bits_per_byte(
+        shard_bytes(tokenizer, train, XZ_WINDOW), shard_bytes(tokenizer, heldout, XZ_WINDOW)
+    )
+
+
+def evaluate_directory(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    folder,
+    paths: list[str],
+    separator: str = "",
+    block_size: int = 0,
+    batch_size: int = 16,
+) -> dict:
+    """evaluate_text on the named files, or else on the part that the run in folder held out."""
+    tokens = Path(folder) / "training" / "tokens"
+    corpus = Corpus.load(tokens)
+    if paths:
+        shards = [encode_files(tokenizer, list_files(paths), separator)]
+        xz = None
+    elif corpus:
+        shards, xz = corpus.shards(tokens, "heldout"), corpus.xz_bits_per_byte
+    else:
+        raise InputError(f"{folder} holds no held-out text: name some with --data FILE")
+    found = evaluate_text(model, tokenizer, shards, block_size, batch_size)
+    if not found["tokens"]:
+        raise InputError("the text is too short to be judged")
+    return {**found, "xz_bits_per_byte": xz}
+
+
+def encode_files(tokenizer: Tokenizer, files: list, separator: str) -> numpy.ndarray:
+    """All documents of files as one array of tokens, as prepare would lay them on disk."""
+    begin, end = (tokenizer.special.get(name) for name in ("<|begin|>", "<|end|>"))
+    begin, end = (tokenizer.bos_id, tokenizer.eos_id) if begin is None else (begin, end)
+    parts = []
+    for document in as_documents(read_texts(files, separator)):
+        ids = [i for text in document for i in tokenizer.encode(text)]
+        if ids:
+            parts.append([i for i in (begin, *ids, end) if i is not None])
+    return numpy.array([i for part in parts for i in part], numpy.int64)

@@ -1,0 +1,270 @@
+"""Decoding: the KV cache, sampling, and filling a blank.
+
+One loop serves all: prompts of any lengths are padded on the left to one batch, the first forward
+reads them whole, and each later one only the newest token of every row. When the context is full,
+its older half is dropped and the rest is read anew.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Sequence
+
+import numpy
+
+from tinylm import backend, ops
+from tinylm.errors import InputError
+from tinylm.model import Transformer
+from tinylm.tensor import Tensor, no_grad
+from tinylm.tokenizer import Tokenizer
+
+BLANK = "___"
+
+
+class LayerCache:
+    """Keys and values that one layer has computed, (B, G, block_size, D) each; grows in place."""
+
+    def __init__(self, shape: tuple[int, ...], dtype):
+        self.k, self.v = backend.xp.empty(shape, dtype), backend.xp.empty(shape, dtype)
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add (B, G, T, D) at the end; returns everything so far, (B, G, S, D), as views."""
+        past, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, past : self.length] = k.data
+        self.v[:, :, past : self.length] = v.data
+        return Tensor(self.k[:, :, : self.length]), Tensor(self.v[:, :, : self.length])
+
+
+class KVCache:
+    """What the layers of a model remember of the tokens that they have read."""
+
+    def __init__(self, model: Transformer, batch: int, size: int):
+        c = model.config
+        dtype = model.embedding.weight.dtype
+        shape = (batch, c.n_kv_head, size, c.head_size)
+        self.layers = [LayerCache(shape, dtype) for _ in range(c.n_layer)]
+
+    @property
+    def length(self) -> int:
+        return self.layers[0].length
+
+
+def sample(
+    logits: numpy.ndarray,
+    rng: numpy.random.Generator,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> numpy.ndarray:
+    """Draw one token for each row of logits (B, V) -> (B,) of int.
+
+    temperature 0 takes the most likely token. top_k keeps the k most likely (0: all), top_p the
+    smallest set that holds that share of the probability (arXiv 1904.09751), in this order.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    x = logits.astype(numpy.float64) / temperature
+    if 0 < top_k < x.shape[-1]:
+        kth = numpy.partition(x, -top_k, -1)[:, -top_k, None]
+        x = numpy.where(x < kth, -numpy.inf, x)
+    p = numpy.exp(x - x.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    if top_p < 1:
+        p = nucleus(p, top_p)
+    cumulative = numpy.cumsum(p, -1)
+    draw = rng.random((len(x), 1)) * cumulative[:, -1:]
+    return (cumulative > draw).argmax(-1)
+
+
+def nucleus(p: numpy.ndarray, top_p: float) -> numpy.ndarray:
+    """Zero all but the likeliest tokens that together hold top_p of each row's probability."""
+    order = numpy.argsort(-p, -1, kind="stable")
+    ranked = numpy.take_along_axis(p, order, -1)
+    likelier = numpy.cumsum(ranked, -1) - ranked  # held by the tokens before this one
+    numpy.put_along_axis(p, order, numpy.where(likelier < top_p, ranked, 0), -1)
+    return p
+
+
+def stream(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    rng: numpy.random.Generator,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop_ids: Sequence[int] = (),
+) -> Iterator[numpy.ndarray]:
+    """Continue every prompt by one token per turn; yields (B,) of int, −1 in rows that have ended.
+
+    The last token yielded for a row that ends by itself is one of stop_ids.
+    """
+    limit = model.config.block_size
+    rows = [list(prompt[-limit:]) for prompt in prompts]
+    alive = numpy.ones(len(rows), bool)
+    cache = None
+    for turn in range(max_new_tokens):
+        if cache is None or cache.length == limit:
+            if cache is not None:
+                rows = [row[-(limit - limit // 2) :] for row in rows]
+            longest = max(map(len, rows))
+            size = min(limit, longest + max_new_tokens - turn)
+            cache = KVCache(model, len(rows), size)
+            tokens, padding = pad_left(rows, longest)
+        logits = last_logits(model, tokens, padding, cache)
+        new = sample(logits, rng, temperature, top_k, top_p)
+        yield numpy.where(alive, new, -1)
+        alive &= ~numpy.isin(new, stop_ids)
+        if not alive.any():
+            return
+        for row, token in zip(rows, new):
+            row.append(int(token))
+        tokens = new[:, None]
+
+
+def pad_left(rows: list[list[int]], width: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Rows of unequal length as one (B, width) array, and how much padding each has, (B, 1)."""
+    padding = numpy.array([[width - len(row)] for row in rows], numpy.int32)
+    return numpy.array([[0] * (width - len(row)) + row for row in rows]), padding
+
+
+def last_logits(model, tokens, padding, cache) -> numpy.ndarray:
+    """Logits of the token after the last column, (B, V)."""
+    start = numpy.repeat(padding, tokens.shape[1], 1) if padding.any() else None
+    with no_grad():
+        hidden = model.hidden(tokens, start, cache)
+        last = Tensor(backend.xp.ascontiguousarray(hidden.data[:, -1]))
+        return backend.to_numpy(ops.linear(last, model.head_weight).data)
+
+
+def encode_prompt(model: Transformer, tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The prompt's ids; the begin token stands before them if the tokenizer asks for it, and alone
+    where there is nothing to continue."""
+    ids = tokenizer.encode(prompt)
+    begin = model.config.bos_token_id
+    if begin is not None and (tokenizer.add_bos or not ids):
+        ids = [begin, *ids]
+    if not ids:
+        raise InputError("the prompt is empty, and this model has no token to begin with")
+    return ids
+
+
+def stream_text(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int = 200,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+) -> Iterator[str]:
+    """Continue a prompt, piece by piece, as soon as whole characters are known."""
+    ids = encode_prompt(model, tokenizer, prompt)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    rng = numpy.random.default_rng(seed)
+    stop_ids = model.config.stop_ids
+    settings = (temperature, top_k, top_p, stop_ids)
+    first = ids == [model.config.bos_token_id]
+    for (token,) in stream(model, [ids], max_new_tokens, rng, *settings):
+        if token in stop_ids:
+            break
+        piece = tokenizer.decode_bytes([int(token)])
+        if first and tokenizer.add_bos:
+            piece = piece.removeprefix(b" ")  # SentencePiece puts a space before every text
+        first = False
+        yield decoder.decode(piece)
+    yield decoder.decode(b"", final=True)
+
+
+def generate(model: Transformer, tokenizer: Tokenizer, prompt: str, **settings) -> str:
+    """Continue a prompt; returns the continuation only.
+
+    Settings: max_new_tokens (200), temperature (1.0; 0 is greedy), top_k (0: all), top_p (1.0),
+    seed (None: a new one each time). Ends early at the model's end token.
+    """
+    return "".join(stream_text(model, tokenizer, prompt, **settings))
+
+
+def blank_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """`<|prefix|>` before `<|suffix|>` after `<|middle|>`, for a text with one blank ___.
+
+    The space before the blank belongs to what fills it (arXiv 2207.14255, in its causal form).
+    """
+    if text.count(BLANK) != 1:
+        raise InputError(f"expected one blank {BLANK} in the text, found {text.count(BLANK)}")
+    missing = [t for t in ("<|prefix|>", "<|suffix|>", "<|middle|>") if t not in tokenizer.special]
+    if missing:
+        raise InputError(f"this model's tokenizer has no {missing[0]}: it cannot fill blanks")
+    before, after = text.split(BLANK)
+    prefix, suffix, middle = (tokenizer.special[f"<|{n}|>"] for n in ("prefix", "suffix", "middle"))
+    before = before.removesuffix(" ")
+    return [prefix, *tokenizer.encode(before), suffix, *tokenizer.encode(after), middle]
+
+
+def fill(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    text: str,
+    n: int = 1,
+    max_new_tokens: int = 32,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> list[tuple[str, float | None]]:
+    """What may stand in the blank ___ of text: n answers, most likely first, with log-probability.
+
+    With temperature 0 these are the best of a beam search; otherwise n samples, equal ones merged.
+    """
+    ids = blank_ids(tokenizer, text)
+    if len(ids) + max_new_tokens > model.config.block_size:
+        max_new_tokens = model.config.block_size - len(ids)
+    if max_new_tokens < 1:
+        raise InputError(f"the text is longer than the context of {model.config.block_size} tokens")
+    if temperature == 0:
+        found = beam_search(model, ids, max_new_tokens, max(n, 4), model.config.stop_ids)[:n]
+    else:
+        rng = numpy.random.default_rng(seed)
+        rows = [[] for _ in range(n)]
+        stop = model.config.stop_ids
+        for new in stream(model, [ids] * n, max_new_tokens, rng, temperature, top_k, top_p, stop):
+            for row, token in zip(rows, new):
+                if token >= 0 and token not in stop:
+                    row.append(int(token))
+        found = [(row, None) for row in dict.fromkeys(map(tuple, rows))]
+    return [(tokenizer.decode(list(row)), score) for row, score in found]
+
+
+def beam_search(
+    model: Transformer, prompt: list[int], max_new_tokens: int, width: int, stop_ids: list[int]
+) -> list[tuple[list[int], float]]:
+    """The likeliest continuations that reach a stop token: [(ids without it, log-probability)].
+
+    Short answers only: every step reads the whole sequences again.
+    """
+    beams: list[tuple[list[int], float]] = [([], 0.0)]
+    done: list[tuple[list[int], float]] = []
+    for _ in range(max_new_tokens):
+        tokens = numpy.array([prompt + ids for ids, _ in beams])
+        with no_grad():
+            hidden = model.hidden(tokens).data[:, -1]
+            logits = ops.linear(Tensor(backend.xp.ascontiguousarray(hidden)), model.head_weight)
+        x = backend.to_numpy(logits.data).astype(numpy.float64)
+        logp = x - x.max(-1, keepdims=True)
+        logp -= numpy.log(numpy.exp(logp).sum(-1, keepdims=True))
+        total = logp + numpy.array([[score] for _, score in beams])
+        best = numpy.argsort(-total, axis=None, kind="stable")[: 2 * width]
+        candidates = []
+        for row, token in zip(*numpy.unravel_index(best, total.shape)):
+            ids, score = beams[row][0], float(total[row, token])
+            if token in stop_ids:
+                done.append((ids, score))
+            elif len(candidates) < width:
+                candidates.append(([*ids, int(token)], score))
+        beams = candidates
+        done = sorted(done, key=lambda found: -found[1])[:width]
+        if len(done) == width and done[-1][1] >= beams[0][1]:
+            break
+    return done or beams

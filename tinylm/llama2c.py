@@ -1,0 +1,83 @@
+"""Opens a model in the format of llama2.c (version 0: `model.bin` and `tokenizer.bin`).
+
+The weights lie one after the other without names. llama2.c rotates neighbouring pairs of a head,
+transformers and tinylm pairs half a head apart: the rows of q and k are reordered for that.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy
+
+from tinylm import backend
+from tinylm.errors import InputError
+from tinylm.model import ModelConfig, Transformer
+from tinylm.tokenizer import from_llama2c
+
+HEADER = 7  # int32: dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len
+BOS, EOS = 1, 2  # llama2.c ends a text at either
+
+
+def load_llama2c(model_path: str | Path, tokenizer_path: str | Path):
+    """-> (model, tokenizer). Raises InputError where a file does not hold what its header says."""
+    path = Path(model_path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    header = numpy.fromfile(path, numpy.int32, HEADER)
+    if len(header) < HEADER or (header[:5] <= 0).any() or header[2] > 10_000:
+        raise InputError(f"{path}: not a model of llama2.c (version 0)")
+    dim, hidden, n_layer, n_head, n_kv_head, vocab_size, block_size = map(int, header)
+    config = ModelConfig(
+        abs(vocab_size), n_layer, n_head, n_kv_head, dim, hidden, block_size,
+        tie_embeddings=vocab_size > 0, bos_token_id=BOS, eos_token_id=[BOS, EOS],
+    )  # fmt: skip
+    floats = numpy.fromfile(path, numpy.float32, offset=4 * HEADER)
+    weights = named(floats, config, path)
+    model = Transformer(config)
+    for name, parameter in model.parameters().items():
+        assert weights[name].shape == parameter.shape, name
+        parameter.data = backend.asarray(numpy.ascontiguousarray(weights[name]))
+    return model, from_llama2c(tokenizer_path, config.vocab_size)
+
+
+def named(floats: numpy.ndarray, c: ModelConfig, path: Path) -> dict[str, numpy.ndarray]:
+    """The weights under the names of model.safetensors."""
+    L, C, F, V, D = c.n_layer, c.n_embd, c.n_inner, c.vocab_size, c.head_size
+    heads, groups = c.n_head * D, c.n_kv_head * D
+    order = [
+        ("model.embed_tokens", (V, C)),
+        ("input_layernorm", (L, C)),
+        ("self_attn.q_proj", (L, heads, C)),
+        ("self_attn.k_proj", (L, groups, C)),
+        ("self_attn.v_proj", (L, groups, C)),
+        ("self_attn.o_proj", (L, C, heads)),
+        ("post_attention_layernorm", (L, C)),
+        ("mlp.gate_proj", (L, F, C)),
+        ("mlp.down_proj", (L, C, F)),
+        ("mlp.up_proj", (L, F, C)),
+        ("model.norm", (C,)),
+        ("rotary angles", (2, c.block_size, D // 2)),
+    ]
+    if not c.tie_embeddings:
+        order.append(("lm_head", (V, C)))
+    expected = sum(int(numpy.prod(shape)) for _, shape in order)
+    if len(floats) != expected:
+        raise InputError(f"{path}: {len(floats)} numbers, but its header asks for {expected}")
+    weights, at = {}, 0
+    for name, shape in order:
+        size = int(numpy.prod(shape))
+        values, at = floats[at : at + size].reshape(shape), at + size
+        if name.startswith("model.") or name == "lm_head":
+            weights[f"{name}.weight"] = values
+        elif name != "rotary angles":
+            for i, layer in enumerate(values):
+                turned = name.endswith(("q_proj", "k_proj"))
+                weights[f"model.layers.{i}.{name}.weight"] = unweave(layer, D) if turned else layer
+    return weights
+
+
+def unweave(weight: numpy.ndarray, D: int) -> numpy.ndarray:
+    """Rows of each head from 0 1 2 3 ... to 0 2 4 ... 1 3 5 ..."""
+    heads = weight.reshape(-1, D // 2, 2, weight.shape[-1])
+    return heads.swapaxes(1, 2).reshape(weight.shape)

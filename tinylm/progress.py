@@ -1,0 +1,78 @@
+"""What a person sees while a run goes on: one live line, and lines that stay.
+
+On a terminal the live line shows step, loss, tokens/s and the time left; elsewhere a plain line is
+printed now and then. Everything goes to standard error: standard output is for results.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import contextmanager
+
+from rich import progress as bars
+from rich.console import Console
+from rich.text import Text
+
+EVERY = 10  # seconds between plain lines
+
+
+class Progress:
+    """quiet: say nothing at all."""
+
+    def __init__(self, quiet: bool = False):
+        self.console = Console(file=sys.stderr, quiet=quiet, highlight=False)
+        self.live = self.console.is_terminal and not quiet
+        self.bar, self.task, self.smooth, self.spoke = None, None, None, 0.0
+
+    def say(self, text: str, style: str = "") -> None:
+        self.console.print(Text(text, style))
+
+    @contextmanager
+    def counting(self, what: str, total: int):
+        """A bar over `total` bytes; yields the function to tell of every n more."""
+        columns = ("{task.description}", bars.BarColumn(), bars.DownloadColumn())
+        rest = (bars.TransferSpeedColumn(), bars.TimeRemainingColumn())
+        with bars.Progress(*columns, *rest, console=self.console, disable=not self.live) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda n: bar.advance(task, n)
+        if not self.live:
+            self.say(f"{what}: {total / 1e6:.1f} MB")
+
+    @contextmanager
+    def training(self, trainer):
+        columns = ("{task.description}", bars.BarColumn(), "{task.fields[numbers]}")
+        with bars.Progress(*columns, console=self.console, disable=not self.live) as self.bar:
+            self.task = self.bar.add_task(trainer.stage.name, total=1.0, numbers="")
+            yield
+
+    def step(self, trainer, row: dict) -> None:
+        if row["loss"] is not None:
+            old = self.smooth if self.smooth is not None else row["loss"]
+            self.smooth = 0.95 * old + 0.05 * row["loss"]
+        share = trainer.share_done()
+        left = trainer.seconds * (1 - share) / share if share else 0.0
+        of = f" of {trainer.config.max_steps}" if trainer.config.max_steps else ""
+        numbers = f"step {trainer.step}{of}  loss {self.smooth or float('nan'):.3f}  " + (
+            f"{row['tokens_per_second']:,} tokens/s  {clock(left)} left"
+        )
+        if self.live:
+            self.bar.update(self.task, completed=share, numbers=numbers)
+        elif time.monotonic() - self.spoke > EVERY:
+            self.spoke = time.monotonic()
+            self.say(f"{trainer.stage.name}: {numbers}")
+
+    def evaluation(self, trainer, found: dict) -> None:
+        known = {"loss": "held-out loss {:.4f}", "bits_per_byte": "{:.3f} bits per byte"}
+        numbers = [known[k].format(found[k]) for k in known if k in found]
+        if found.get("xz_bits_per_byte"):
+            numbers.append(f"(xz {found['xz_bits_per_byte']:.3f})")
+        self.say(f"step {trainer.step}: {', '.join(numbers[:2])} {' '.join(numbers[2:])}", "bold")
+        if found.get("sample"):
+            self.say("  " + " ".join(found["sample"].split()), "dim")
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,365 @@
+"""Pre-training: raw text becomes a base model by predicting the next word, or a missing one.
+
+    next     every token from those before it
+    missing  a blank of one or a few words from what stands around it (fill in the middle,
+             arXiv 2207.14255); loss on the blank only
+    mixed    half the rows of each kind, loss on everything
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+
+from tinylm import data, evaluate
+from tinylm.data import Batch, Corpus, Windows, next_token_batch
+from tinylm.errors import InputError
+from tinylm.generate import generate
+from tinylm.model import ModelConfig, Transformer
+from tinylm.progress import Progress
+from tinylm.tensor import Tensor
+from tinylm.tokenizer import Tokenizer, train_bpe, train_characters
+from tinylm.train import TrainConfig, Trainer, resumed_config, setting
+
+OBJECTIVES = ("next", "missing", "mixed")
+TOKENIZER_SAMPLE = 100_000_000  # characters of text from which a vocabulary is learned
+
+
+@dataclass
+class PretrainConfig(TrainConfig):
+    """Pre-training: the text, the tokenizer, the model's shape, and how to train it."""
+
+    objective: str = setting("next", "What to predict.", False, OBJECTIVES)
+    tokenizer: str = setting("bpe", "bpe, characters, or a directory with a tokenizer.json.")
+    vocab_size: int = setting(0, "Tokens of a new BPE, special ones too (0: fitted to the text).")
+    document_separator: str = setting("", "A string that separates documents within a file.")
+    held_out: float = setting(0.1, "Share of the text held out for evaluation.")
+    eval_tokens: int = setting(20_000, "Held-out tokens in an evaluation on the way.", True)
+    architecture: str = setting("llama", "Shape of the model.", False, ("llama", "gpt2"))
+    n_layer: int = setting(6, "Blocks.")
+    n_head: int = setting(6, "Query heads.")
+    n_kv_head: int = setting(0, "Key/value heads (0: as many as query heads).")
+    n_embd: int = setting(288, "Width of the model.")
+    n_inner: int = setting(0, "Feed-forward width (0: 4 n_embd; llama 8/3 n_embd).")
+
+    def check(self) -> None:
+        super().check()
+        if not 0 < self.held_out < 1:
+            raise InputError(f"--held-out: expected between 0 and 1, got {self.held_out}")
+
+
+# Named starting points; any flag overrides them.
+PRESETS = {
+    # about 5 million parameters: a first model in ten minutes on two cores
+    "small": {"minutes": 10.0},
+    # a fifth of that, for a first look
+    "tiny": {
+        "minutes": 2.0, "n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128,
+        "learning_rate": 2e-3,
+    },
+    # nanoGPT's published recipe for a CPU: Shakespeare by characters
+    "nanogpt-cpu": {
+        "architecture": "gpt2", "tokenizer": "characters", "n_layer": 4, "n_head": 4,
+        "n_embd": 128, "block_size": 64, "batch_size": 12, "max_steps": 2000, "beta2": 0.99,
+        "learning_rate": 1e-3, "warmup": 0.05, "floor": 0.1, "held_out": 0.1,
+    },
+}  # fmt: skip
+
+
+class Pretrain:
+    """The stage: windows of a corpus, and the loss of its objective."""
+
+    name = "pretrain"
+
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, corpus: Corpus, folder: Path, config
+    ):
+        self.model, self.tokenizer, self.corpus, self.config = model, tokenizer, corpus, config
+        self.begin = tokenizer.special["<|begin|>"]
+        self.windows = Windows(corpus.shards(folder, "train"), config.block_size, config.seed)
+        self.heldout = corpus.shards(folder, "heldout")
+        self.blanks = Blanks(tokenizer) if config.objective != "next" else None
+
+    def draw(self) -> Batch:
+        first = self.windows.drawn
+        rows = self.windows.draw(self.config.batch_size)
+        if self.blanks is None:
+            return next_token_batch(rows, self.begin)
+        return self.blanks.batch(rows, self.begin, self.config, first)
+
+    def loss(self, batch: Batch) -> Tensor:
+        return self.model.loss(batch.tokens, batch.targets, batch.start)
+
+    def evaluate(self, final: bool) -> dict:
+        """Next-word loss on held-out text, whatever the objective; all of it at the end."""
+        limit = 0 if final else self.config.eval_tokens
+        found = evaluate.evaluate_text(
+            self.model, self.tokenizer, self.heldout, self.config.block_size, max_tokens=limit
+        )
+        prompt = self.tokenizer.decode(self.heldout[0][:9].tolist(), skip_special=True)
+        settings = {"max_new_tokens": 200 if final else 60, "temperature": 0.8, "seed": 1}
+        sample = prompt + generate(self.model, self.tokenizer, prompt, **settings)
+        return {**found, "xz_bits_per_byte": self.corpus.xz_bits_per_byte, "sample": sample}
+
+    def state(self) -> dict:
+        return {"drawn": self.windows.drawn}
+
+    def restore(self, state: dict) -> None:
+        self.windows.drawn = state["drawn"]
+
+    def card(self, results: dict) -> str:
+        return model_card(self.model, self.corpus, self.config, results)
+
+
+class Blanks:
+    """Turns rows of text into rows of `<|prefix|> … <|suffix|> … <|middle|> … <|end|>`.
+
+    A row is cut into pieces of random length (so that short texts are practised as well as long
+    ones), and each piece becomes a document of its own with one blank of one or a few whole words.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        names = ("<|prefix|>", "<|suffix|>", "<|middle|>", "<|end|>", "<|begin|>")
+        self.prefix, self.suffix, self.middle, self.end, self.begin = map(
+            tokenizer.special.__getitem__, names
+        )
+        special = set(tokenizer.special.values())
+        texts = [
+            b"" if i in special else tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)
+        ]
+        self.opens = numpy.array([is_word(t[:1]) for t in texts])  # begins inside a word
+        self.spaced = numpy.array([t[:1] == b" " and is_word(t[1:2]) for t in texts])
+        self.space = numpy.array([t == b" " for t in texts])
+        self.breaks = numpy.array([bool(t) and t[-1:].isspace() for t in texts])
+
+    def batch(self, rows: numpy.ndarray, begin: int, config, first: int) -> Batch:
+        """rows (B, T + 1); `first` numbers them within the run, which seeds each one's blanks."""
+        plain = next_token_batch(rows, begin)
+        tokens, targets = plain.tokens.copy(), plain.targets.copy()
+        start = numpy.zeros(tokens.shape, numpy.int32) if plain.start is None else plain.start
+        only = config.objective == "missing"
+        for i, row in enumerate(rows):
+            rng = numpy.random.default_rng((config.seed, first + i))
+            if only or rng.random() < 0.5:
+                tokens[i], targets[i], start[i] = self.row(row, rng, only)
+        return Batch(tokens, targets, start if start.any() else None)
+
+    def row(self, row: numpy.ndarray, rng, only: bool):
+        """(T + 1) tokens -> tokens, targets, start, (T,) each; what does not fit is left out."""
+        T = len(row) - 1
+        tokens = numpy.full(T, self.end)
+        targets, start = numpy.full(T, -1), numpy.zeros(T, numpy.int32)
+        at = 0
+        for piece in self.pieces(row, rng):
+            made, begin_loss = self.with_blank(piece, rng)
+            n = min(len(made), T - at)
+            tokens[at : at + n] = made[:n]
+            start[at : at + n] = at
+            learned = numpy.array(made[1:])
+            if only:
+                learned[: begin_loss - 1] = -1
+            n = min(len(learned), T - at)
+            targets[at : at + n] = learned[:n]
+            at += len(made)
+            if at >= T:
+                break
+        else:
+            start[at:] = at
+        return tokens, targets, start
+
+    def pieces(self, row: numpy.ndarray, rng):
+        """The documents of a row, cut into pieces of 12 to T tokens, their logarithm uniform."""
+        edges = [0, *numpy.flatnonzero(row == self.begin).tolist(), len(row)]
+        room = len(row) - 1
+        for begin, end in zip(edges, edges[1:]):
+            document = row[begin:end]
+            document = document[(document != self.begin) & (document != self.end)].tolist()
+            while len(document) >= 3 and room > 8:
+                n = int(12 * (max(room, 13) / 12) ** rng.random())
+                n = min(n, max(room - 4, 3), len(document))
+                yield document[:n]
+                document, room = document[n:], room - n - 4
+
+    def with_blank(self, piece: list[int], rng) -> tuple[list[int], int]:
+        """One blank in a piece -> its tokens, and where the middle begins in them."""
+        begin, end = self.blank(piece, rng)
+        made = [self.prefix, *piece[:begin], self.suffix, *piece[end:], self.middle]
+        return [*made, *piece[begin:end], self.end], len(made)
+
+    def blank(self, piece: list[int], rng) -> tuple[int, int]:
+        """Where the blank lies: whole words, with the space before them; one word half the time."""
+        begins = [i for i in range(len(piece)) if self.word_begins(piece, i)]
+        if not begins:  # no word begins here: any token will do
+            i = int(rng.integers(len(piece)))
+            return i, i + 1
+        begin = begins[int(rng.integers(len(begins)))]
+        words = int(rng.geometric(0.5))
+        end = self.word_end(piece, begin)
+        while words > 1 and end < len(piece) and self.word_begins(piece, end):
+            end, words = self.word_end(piece, end), words - 1
+        return begin, end
+
+    def word_begins(self, piece: list[int], i: int) -> bool:
+        if self.spaced[piece[i]]:
+            return True
+        if self.space[piece[i]]:
+            return i + 1 < len(piece) and bool(self.opens[piece[i + 1]])
+        return bool(self.opens[piece[i]]) and (i == 0 or bool(self.breaks[piece[i - 1]])) and (
+            i == 0 or not self.space[piece[i - 1]]
+        )  # fmt: skip
+
+    def word_end(self, piece: list[int], i: int) -> int:
+        i += 2 if self.space[piece[i]] else 1
+        while i < len(piece) and self.opens[piece[i]]:
+            i += 1
+        return i
+
+
+def is_word(byte: bytes) -> bool:
+    """Letters, digits, apostrophes, and every byte of a character beyond ASCII."""
+    return byte.isalnum() or byte == b"'" or byte >= b"\x80"
+
+
+# ---- from a command to a run -------------------------------------------------------------------
+
+
+def run(
+    paths: list[str], out: Path, config: PretrainConfig, given: set[str], resume: bool, progress
+) -> dict:
+    """Pre-train on files and folders of text; returns the results. See the command line's help."""
+    folder = Path(out)
+    tokens = folder / "training" / "tokens"
+    files = data.list_files(paths)
+    if resume:
+        config = resumed_config(config, given, folder)
+    elif folder.exists() and any(folder.iterdir()):
+        what = "another run" if (folder / "training").exists() else "other files"
+        raise InputError(f"{folder} holds {what}: choose another --out, or add --resume")
+    config.check()
+    corpus = Corpus.load(tokens) if resume else None
+    if corpus is not None and corpus.source != data.source_of(files):
+        raise InputError(f"{folder} was begun with other text: name the same files, in this order")
+    if corpus is None:
+        tokenizer, corpus = prepare(files, folder, config, progress)
+    else:
+        tokenizer = Tokenizer.load(tokens)
+    model = Transformer(model_config(config, tokenizer), config.seed)
+    stage = Pretrain(model, tokenizer, corpus, tokens, config)
+    progress.say(describe(model, tokenizer, corpus))
+    results = Trainer(stage, config, folder, progress).run(resume)
+    return {"directory": str(folder), "parameters": model.n_parameters(), **results}
+
+
+def prepare(
+    files: list[Path], folder: Path, config: PretrainConfig, progress: Progress
+) -> tuple[Tokenizer, Corpus]:
+    """Tokenizer and token shards, with bars; the tokenizer is kept beside the shards it made."""
+    tokens = folder / "training" / "tokens"
+    size = sum(path.stat().st_size for path in files)
+    if not size:
+        raise InputError(f"{files[0]}: the file is empty")
+    tokenizer = make_tokenizer(files, size, config, progress)
+    with progress.counting("tokens", size) as seen:
+        corpus = data.prepare(
+            files, tokenizer, tokens, config.document_separator, config.held_out, seen
+        )
+    if corpus.invalid_bytes:
+        progress.say(f"{corpus.invalid_bytes} bytes are not UTF-8: taken as bytes", "yellow")
+    if corpus.duplicates:
+        progress.say(f"{corpus.duplicates} exact duplicates of documents dropped", "yellow")
+    shards = (corpus.shards(tokens, split) for split in ("train", "heldout"))
+    corpus.xz_bits_per_byte = evaluate.xz_of_corpus(tokenizer, *shards)
+    tokenizer.save(tokens)
+    corpus.save(tokens)
+    return tokenizer, corpus
+
+
+def make_tokenizer(files, size: int, config: PretrainConfig, progress: Progress) -> Tokenizer:
+    if config.tokenizer not in ("bpe", "characters"):
+        return foreign_tokenizer(config.tokenizer)
+    with progress.counting("vocabulary", size) as seen:
+        texts = (t for t, _ in data.read_texts(files, config.document_separator, seen))
+        texts = first_characters(texts, TOKENIZER_SAMPLE)
+        if config.tokenizer == "characters":
+            return train_characters(texts)
+        return train_bpe(texts, config.vocab_size or fitted_vocabulary(size))
+
+
+def foreign_tokenizer(path: str) -> Tokenizer:
+    if not Path(path).exists():
+        raise InputError(f"--tokenizer {path}: expected bpe, characters, or a directory")
+    tokenizer = Tokenizer.load(path)
+    missing = [name for name in ("<|begin|>", "<|end|>") if name not in tokenizer.special]
+    if missing:
+        raise InputError(f"--tokenizer {path}: it has no {missing[0]} token, which documents need")
+    return tokenizer
+
+
+def first_characters(texts, limit: int):
+    for text in texts:
+        yield text[:limit]
+        limit -= len(text)
+        if limit <= 0:
+            return
+
+
+def fitted_vocabulary(size: int) -> int:
+    """One token for every 2,000 bytes of text, as a power of two from 512 to 8,192."""
+    return 2 ** min(13, max(9, round(numpy.log2(max(1, size / 2000)))))
+
+
+def model_config(config: PretrainConfig, tokenizer: Tokenizer) -> ModelConfig:
+    shape = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "block_size", "architecture")
+    return ModelConfig(
+        tokenizer.vocab_size,
+        **{name: getattr(config, name) for name in shape},
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+    )
+
+
+def describe(model: Transformer, tokenizer: Tokenizer, corpus: Corpus) -> str:
+    c = model.config
+    return (
+        f"{c.architecture} model, {model.n_parameters():,} parameters: {c.n_layer} layers, "
+        f"{c.n_head} heads, {c.n_embd} wide, context {c.block_size}, "
+        f"{tokenizer.vocab_size:,} tokens in the vocabulary\n"
+        f"{corpus.documents:,} documents: {corpus.train_tokens:,} tokens to train on, "
+        f"{corpus.heldout_tokens:,} held out"
+    )
+
+
+def model_card(model: Transformer, corpus: Corpus, config: PretrainConfig, results: dict) -> str:
+    """README.md of the run directory."""
+    c = model.config
+    sources = "\n".join(f"- {name}, {size:,} bytes" for name, size in corpus.source[:50])
+    numbers = "not finished yet"
+    if results:
+        numbers = (
+            f"- {results['bits_per_byte']:.3f} bits per byte of held-out text"
+            f" (xz, the training text known: {corpus.xz_bits_per_byte:.3f})\n"
+            f"- held-out loss {results['loss']:.4f} nats per token, {results['steps']} steps,"
+            f" {results['seconds']:.0f} seconds"
+        )
+    return f"""# A base model made by tinylm
+
+It continues text; it has not been taught to answer.
+
+| | |
+|---|---|
+| stage | pretrain, objective `{config.objective}` |
+| shape | {c.architecture}, {c.n_layer} layers, {c.n_embd} wide |
+| parameters | {model.n_parameters():,} |
+| context | {c.block_size} tokens |
+| vocabulary | {c.vocab_size} tokens |
+| documents | {corpus.documents:,} |
+| bytes of text | {corpus.train_bytes:,} to train on, {corpus.heldout_bytes:,} held out |
+
+## Numbers
+{numbers}
+
+## Data
+{sources}
+"""

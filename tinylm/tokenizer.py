@@ -1,0 +1,276 @@
+"""Text to token ids and back: byte-pair encoding in the tokenizer.json format of Hugging Face.
+
+A Tokenizer is a reading of one tokenizer.json, be it made here (`train_bpe`, `train_characters`,
+`from_llama2c`) or elsewhere (GPT-2, Llama 2 and 3, SmolLM ...). One design serves them all:
+
+1. the text is rewritten (Llama 2 writes "▁" for a space and puts one in front),
+2. regular expressions split it into pieces (GPT-2 and its heirs),
+3. each piece becomes ids by byte-pair encoding: _bpe_python.py, or _bpe.pyx, its fast twin.
+
+Steps 1 and 2 are read by _tokenizer_json.py. Tokens are bytes, so decoding strings them together.
+Left out on purpose: the chat template (chat.py), and special tokens found in text, because a text
+is data and never a command.
+"""
+
+import codecs
+import json
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+
+from tinylm._tokenizer_json import (
+    BYTE_CHARACTERS,
+    BYTE_LEVEL,
+    LLAMA2,
+    SPLIT,
+    Layout,
+    add_special,
+    compile_split,
+    make_spec,
+    read_json,
+    steps_of,
+)
+from tinylm.errors import InputError
+
+try:
+    from tinylm._bpe import Encoder, learn_merges
+
+    COMPILED = True
+except ImportError:
+    from tinylm._bpe_python import Encoder, learn_merges
+
+    COMPILED = False
+
+# Begin of a document; end of a document, a turn or a filled blank; who speaks; fill in the middle.
+SPECIAL_TOKENS = (
+    "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>",
+    "<|prefix|>", "<|suffix|>", "<|middle|>",
+)  # fmt: skip
+
+# GPT-4's pieces: contractions; words, each with the character before it; up to three digits;
+# punctuation; line ends; spaces. GPT-4 also has possessive quantifiers, which save time and change
+# no piece. They are left out because oniguruma, the engine of Hugging Face, reads them differently.
+PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+CONFIG = {  # tokenizer_config.json of every tokenizer made here
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": "<|begin|>",
+    "eos_token": "<|end|>",
+    "pad_token": "<|end|>",
+    "add_bos_token": False,
+    "clean_up_tokenization_spaces": False,
+}
+MOST_PIECES = 2_000_000  # distinct pieces kept while counting, about 300 MB
+
+
+class Tokenizer:
+    """Encodes text, decodes ids.
+
+    spec: the content of tokenizer.json; config: that of tokenizer_config.json.
+    special: the ids of the special tokens by their text. tokens: the bytes of every token.
+    bos_id, eos_id, pad_id: None where the files name none.
+    add_bos: whether the model wants bos_id before a text; encode never adds it by itself.
+    """
+
+    def __init__(self, spec: dict, config: dict | None = None):
+        self.spec, self.config = spec, config or {}
+        self._layout = Layout.read(spec)
+        self._encoder = Encoder(**self._layout.encoder_arguments(spec))
+        vocab = spec["model"]["vocab"]
+        self.special = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
+        self._special_ids = set(self.special.values())
+        self.vocab_size = 1 + max([*vocab.values(), *self._special_ids])
+        self.tokens = [b""] * self.vocab_size
+        for token, i in vocab.items():
+            self.tokens[i] = self._layout.token_bytes(token)
+        for token, i in self.special.items():
+            self.tokens[i] = token.encode()
+        self.bos_id, self.eos_id, self.pad_id = map(self._named, ("bos", "eos", "pad"))
+        self.add_bos = self._wants_bos()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`. No special token is added, nor made out of the text.
+
+        Raw bytes may stand in the text as bytes.decode("utf-8", "surrogateescape") leaves them;
+        every other lone surrogate counts as U+FFFD.
+        """
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """`encode` for bulk work: uint32 (n,)."""
+        return self._encoder.encode(self._layout.pieces(text))
+
+    def decode_bytes(self, ids: Iterable[int], skip_special: bool = False) -> bytes:
+        """The tokens' bytes, strung together. A special token is its text, or skipped."""
+        return b"".join(self._tokens(list(ids), skip_special))
+
+    def decode(
+        self, ids: Iterable[int], skip_special: bool = False, continues: bool = False
+    ) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
+
+        Llama 2 puts a space before every text it encodes. Where a text begins, at the start and
+        after each special token, that space is taken away again. If `continues`, the ids continue
+        a text whose beginning is not among them, and a space at their start is a real one: so
+        decode(a + b) == decode(a) + decode(b, continues=True) if `a` ends with a whole character.
+        """
+        ids = list(ids)
+        tokens = self._tokens(ids, skip_special)
+        if self._layout.prefix:
+            begins = not continues
+            for at, i in enumerate(ids):
+                if begins and i not in self._special_ids:
+                    tokens[at] = tokens[at].removeprefix(b" ")
+                begins = i in self._special_ids
+        return b"".join(tokens).decode("utf-8", "replace")
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text that continues another one, id by id; a character comes once it is whole."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for i in ids:
+            yield decoder.decode(self.tokens[i])
+        yield decoder.decode(b"", final=True)
+
+    def token_bytes(self, i: int) -> bytes:
+        return self.tokens[i]
+
+    def save(self, directory: str | Path, chat_template: str | None = None) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which `transformers` opens too."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = self.config | ({"chat_template": chat_template} if chat_template else {})
+        for name, content in (("tokenizer", self.spec), ("tokenizer_config", config)):
+            text = json.dumps(content, ensure_ascii=False, indent=1)
+            (directory / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Read a directory or its tokenizer.json; InputError says what is wrong with it."""
+        file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+        config = file.with_name("tokenizer_config.json")
+        spec = read_json(file)
+        try:
+            return cls(spec, read_json(config) if config.exists() else {})
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise InputError(f"{file}: not what a tokenizer.json holds: {error!r}") from error
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from None
+
+    def _tokens(self, ids: list[int], skip_special: bool) -> list[bytes]:
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
+            raise InputError(f"[decode] id {wrong} is not in the vocabulary of {self.vocab_size}")
+        if skip_special:
+            return [b"" if i in self._special_ids else self.tokens[i] for i in ids]
+        return [self.tokens[i] for i in ids]
+
+    def _named(self, name: str) -> int | None:
+        """The id of the token that tokenizer_config.json calls bos, eos or pad."""
+        token = self.config.get(f"{name}_token")
+        text = token["content"] if isinstance(token, dict) else token
+        return self.special.get(text, self.spec["model"]["vocab"].get(text))
+
+    def _wants_bos(self) -> bool:
+        """As tokenizer_config.json says; where it is silent, whether the post-processor adds it."""
+        if "add_bos_token" in self.config:
+            return bool(self.config["add_bos_token"])
+        steps = steps_of(self.spec.get("post_processor"), "processors")
+        starts = [step["single"][0] for step in steps if step["type"] == "TemplateProcessing"]
+        names = [start["SpecialToken"]["id"] for start in starts if "SpecialToken" in start]
+        return self.bos_id is not None and self.bos_id in map(self.special.get, names)
+
+
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, progress: Callable[[int, int], None] | None = None
+) -> Tokenizer:
+    """Learn byte-level BPE: 256 bytes, then merges, then SPECIAL_TOKENS: `vocab_size` in all.
+
+    The texts are read once, and never all in memory. The result depends on nothing but the texts,
+    not on their order: see learn_merges for ties. `progress` is called with (done, total) merges.
+    """
+    n_merges = vocab_size - 256 - len(SPECIAL_TOKENS)
+    if n_merges < 0:
+        raise InputError(f"--vocab-size {vocab_size}: 256 bytes and the special tokens need "
+                         f"{256 + len(SPECIAL_TOKENS)} or more")  # fmt: skip
+    merges = learn_merges(count_pieces(texts), n_merges, progress)
+    if len(merges) < n_merges:
+        most = vocab_size - (n_merges - len(merges))
+        raise InputError(f"text allows only {most} tokens; use --vocab-size {most} or less")
+    tokens = list(BYTE_CHARACTERS)  # ids 0 to 255 are the bytes
+    for left, right in merges:  # no two merges make the same token: equal strings merge equally
+        tokens.append(tokens[left] + tokens[right])
+    spec = make_spec(tokens, [(tokens[left], tokens[right]) for left, right in merges])
+    split = SPLIT | {"pattern": {"Regex": PATTERN}}
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]}
+    spec["decoder"] = BYTE_LEVEL
+    return Tokenizer(add_special(spec, SPECIAL_TOKENS), CONFIG)
+
+
+def count_pieces(texts: Iterable[str]) -> Counter[str]:
+    """How often each piece occurs. When there are too many, the rarest are forgotten."""
+    layout = Layout(patterns=[compile_split(PATTERN)])
+    pieces = chain.from_iterable(map(layout.pieces, texts))
+    counts: Counter[str] = Counter()
+    while block := list(islice(pieces, MOST_PIECES // 4)):
+        counts.update(block)
+        rare = 0
+        while len(counts) > MOST_PIECES:
+            rare += 1
+            counts = Counter({piece: n for piece, n in counts.items() if n > rare})
+    return counts
+
+
+def train_characters(texts: Iterable[str]) -> Tokenizer:
+    """One token for every character found, no merges; any other character becomes U+FFFD."""
+    found = {"\ufffd"}
+    for text in texts:
+        found.update(text)
+    spec = make_spec(sorted(c for c in found if not "\ud800" <= c <= "\udfff"), [])
+    spec["model"]["unk_token"] = "\ufffd"
+    spec["decoder"] = {"type": "Fuse"}
+    return Tokenizer(add_special(spec, SPECIAL_TOKENS), CONFIG)
+
+
+def from_llama2c(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
+    """Read llama2.c's tokenizer.bin as a tokenizer of the Llama 2 kind.
+
+    The file: int32 longest token, then for each token float32 score, int32 length, its bytes. Ids
+    0, 1, 2 are unknown, begin and end, the next 256 the bytes. llama2.c knows no merges but joins
+    the neighbours whose union has the best score: so every way to cut a token in two is a merge,
+    ranked by the token's score. vocab_size: how many tokens to read, by default all.
+    """
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    scores = {}
+    for score, piece in read_llama2c(Path(path), vocab_size)[len(names) :]:
+        names.append(piece.decode().replace(" ", "▁"))
+        scores[names[-1]] = score
+    best_first = sorted(scores, key=scores.__getitem__, reverse=True)
+    merges = [
+        (token[:cut], token[cut:])
+        for token in best_first
+        for cut in range(1, len(token))
+        if token[:cut] in scores and token[cut:] in scores
+    ]
+    spec = make_spec(names, merges) | LLAMA2
+    spec["model"] |= {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
+    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    return Tokenizer(add_special(spec, names[:3]), CONFIG | config)
+
+
+def read_llama2c(file: Path, vocab_size: int | None) -> list[tuple[float, bytes]]:
+    try:
+        data = file.read_bytes()
+        tokens, at = [], 4
+        while at < len(data) if vocab_size is None else len(tokens) < vocab_size:
+            score, length = struct.unpack_from("<fi", data, at)
+            tokens.append((score, data[at + 8 : at + 8 + length]))
+            at += 8 + length
+    except (OSError, struct.error) as error:
+        raise InputError(f"{file}: not a tokenizer.bin of llama2.c: {error}") from None
+    return tokens

@@ -1,0 +1,326 @@
+"""THE training loop: draw, accumulate, clip, step, log, evaluate, save, resume.
+
+The three stages share it. A stage brings its model, its batches and its loss (the protocol
+`Stage`); everything that keeps a long run safe is here: the guard against bad steps, whole
+checkpoints, metrics that are cut back on resume, Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+from tinylm import backend, memory
+from tinylm.checkpoint import Checkpoint, save_description, save_weights
+from tinylm.data import Batch
+from tinylm.errors import InputError
+from tinylm.model import Transformer
+from tinylm.optim import AdamW, clip_scale, schedule
+from tinylm.progress import Progress
+from tinylm.tensor import Tensor
+from tinylm.tokenizer import Tokenizer
+
+
+def setting(default, help: str, free: bool = False, choices: tuple[str, ...] = ()):
+    """A field of a stage's config, which is also a flag. free: may change between resumes."""
+    return field(default=default, metadata={"help": help, "free": free, "choices": choices})
+
+
+@dataclass
+class TrainConfig:
+    """What every stage can be told; the flags are made from these fields."""
+
+    max_steps: int = setting(0, "Optimizer steps in all (0: as many as --minutes allows).", True)
+    minutes: float = setting(0.0, "Minutes to train; the schedule is fitted to them.", True)
+    batch_size: int = setting(16, "Rows in one forward and backward.")
+    accumulate: int = setting(1, "Forwards and backwards in one optimizer step.")
+    block_size: int = setting(256, "Tokens in a row: the context.")
+    learning_rate: float = setting(1e-3, "Peak learning rate.")
+    warmup: float = setting(0.05, "Share of the run in which the learning rate rises.")
+    floor: float = setting(0.1, "Learning rate at the end, as a share of its peak.")
+    beta1: float = setting(0.9, "AdamW: memory of the gradient.")
+    beta2: float = setting(0.99, "AdamW: memory of its square.")
+    weight_decay: float = setting(0.1, "AdamW: decoupled decay of matrices.")
+    clip: float = setting(1.0, "Largest global norm of the gradient (0: no limit).")
+    dtype: str = setting("float32", "Arithmetic of weights and activations.", False, ("float32",))
+    seed: int = setting(0, "Seeds everything random.")
+    eval_every: int = setting(250, "Steps between evaluations.", True)
+    save_every: int = setting(250, "Steps between checkpoints.", True)
+
+    def check(self) -> None:
+        """Raise InputError for a value that makes no sense."""
+        for name in ("batch_size", "accumulate", "block_size", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{flag(name)}: expected at least 1, got {getattr(self, name)}")
+        for name in ("max_steps", "minutes", "learning_rate", "weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{flag(name)}: expected at least 0, got {getattr(self, name)}")
+        for name in ("warmup", "floor", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{flag(name)}: expected 0 to 1, got {getattr(self, name)}")
+        if not self.max_steps and not self.minutes:
+            raise InputError("say how long to train: --max-steps N or --minutes N")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class Stage(Protocol):
+    """What a stage brings to the loop."""
+
+    name: str
+    model: Transformer
+    tokenizer: Tokenizer
+
+    def draw(self) -> Batch:
+        """The next rows; advances the position in the data."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Loss per token, (B, T)."""
+
+    def evaluate(self, final: bool) -> dict[str, Any]:
+        """Numbers on held-out data, and perhaps a sample; must not touch the state below."""
+
+    def state(self) -> dict:
+        """Position in the data and random states, as JSON."""
+
+    def restore(self, state: dict) -> None:
+        """Continue from such a state."""
+
+    def card(self, results: dict) -> str:
+        """The model card, Markdown."""
+
+
+@dataclass
+class Guard:
+    """Refuses an update that would do harm: a loss or gradient that is not finite, or a spike.
+
+    A spike is a gradient norm of more than 10 times its running mean, once 50 steps have been
+    seen. After 50 refusals in a row the run ends: the settings are wrong, not the data.
+    """
+
+    mean: float = 0.0
+    seen: int = 0
+    refused: int = 0
+    in_a_row: int = 0
+
+    def reason(self, loss: float, norm: float) -> str | None:
+        """Why this update must not be made, or None; remembers what it has seen."""
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        spike = finite and self.seen >= 50 and norm > 10 * self.mean
+        if finite:
+            self.seen += 1
+            weight = max(1 / self.seen, 0.02)
+            self.mean += weight * (min(norm, 10 * self.mean if spike else norm) - self.mean)
+        if finite and not spike:
+            self.in_a_row = 0
+            return None
+        self.refused += 1
+        self.in_a_row += 1
+        if self.in_a_row >= 50:
+            raise InputError(
+                "50 updates in a row had to be refused (loss or gradient not finite, or a spike): "
+                "lower --learning-rate or raise --warmup; the last checkpoint is intact"
+            )
+        return f"gradient norm {norm:.3g} spiked" if spike else "loss or gradient not finite"
+
+
+class Metrics:
+    """training/metrics.jsonl: one JSON object a line, a `step` in each."""
+
+    def __init__(self, folder: Path, keep_until: int | None):
+        """keep_until: the step to which an earlier run's lines are kept (None: keep nothing)."""
+        self.path = folder / "training" / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if keep_until is not None:
+            kept = [row for row in read_metrics(folder) if row["step"] <= keep_until]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        partial.replace(self.path)
+        self.file = open(self.path, "a", buffering=1)
+
+    def write(self, **row) -> None:
+        self.file.write(json.dumps(row) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+    path = folder / "training" / "metrics.jsonl"
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Trainer:
+    """One run of one stage in one directory."""
+
+    def __init__(self, stage: Stage, config: TrainConfig, folder: Path, progress: Progress):
+        self.stage, self.config, self.folder, self.progress = stage, config, folder, progress
+        self.optimizer = AdamW(
+            stage.model.parameters(),
+            config.beta1,
+            config.beta2,
+            weight_decay=config.weight_decay,
+        )
+        self.checkpoint = Checkpoint(folder)
+        self.guard = Guard()
+        self.step, self.seconds, self.results = 0, 0.0, {}
+        self.stop_asked = False
+
+    def run(self, resume: bool) -> dict:
+        """Train to the end, or until Ctrl-C; returns the final evaluation and what it took.
+
+        Raises KeyboardInterrupt after a save if it was interrupted.
+        """
+        resumed = resume and self.checkpoint.exists()
+        if resumed:
+            self.restore()
+        if resumed and self.finished():
+            self.progress.say(f"{self.folder}: finished at step {self.step}, nothing left to do")
+            return self.results
+        metrics = Metrics(self.folder, self.step if resumed else None)
+        if resume:
+            metrics.write(step=self.step, event="resume")
+            self.progress.say(f"resuming at step {self.step}")
+        if not resumed:
+            memory.check(self.stage.model, self.config)
+            save_description(self.stage.model, self.stage.tokenizer, self.folder)
+            self.save()
+        with graceful_stop(self), self.progress.training(self):
+            self.loop(metrics)
+        if self.stop_asked:
+            raise KeyboardInterrupt
+        return self.results
+
+    def loop(self, metrics: Metrics) -> None:
+        began = time.perf_counter() - self.seconds
+        while not self.finished() and not self.stop_asked:
+            tick = time.perf_counter()
+            row = self.update()
+            self.seconds = time.perf_counter() - began
+            row["tokens_per_second"] = round(row.pop("tokens") / (time.perf_counter() - tick))
+            metrics.write(step=self.step, **row, seconds=round(self.seconds, 3))
+            self.progress.step(self, row)
+            final = self.finished()
+            if final or self.step % self.config.eval_every == 0:
+                self.evaluate(metrics, final)
+            self.seconds = time.perf_counter() - began
+            if final or self.stop_asked or self.step % self.config.save_every == 0:
+                self.save()
+
+    def update(self) -> dict:
+        """One optimizer step on accumulated batches; the mean is over all their targets."""
+        batches = [self.stage.draw() for _ in range(self.config.accumulate)]
+        n = max(1, sum(int((batch.targets >= 0).sum()) for batch in batches))
+        total = 0.0
+        for batch in batches:
+            loss = self.stage.loss(batch)
+            total += float(loss.data.sum(dtype="float64"))
+            loss.backward(backend.xp.full(loss.shape, 1 / n, loss.dtype))
+        norm = backend.kernels.global_norm(self.optimizer.gradients())
+        refusal = self.guard.reason(total, norm)
+        c = self.config
+        lr = c.learning_rate * schedule(self.share_done(1), c.warmup, c.floor)
+        if not refusal:
+            self.optimizer.step(lr, clip_scale(norm, c.clip))
+        self.optimizer.zero_grad()
+        self.step += 1
+        row = {"loss": total / n, "lr": lr, "grad_norm": norm, "tokens": n}
+        if refusal:
+            self.progress.say(f"step {self.step}: update skipped, {refusal}")
+            row |= {"event": "skip", "reason": refusal}
+            row |= {k: None for k in ("loss", "grad_norm") if not math.isfinite(row[k])}
+        return row
+
+    def share_done(self, ahead: int = 0) -> float:
+        """How much of the run lies behind after `ahead` more steps, 0 to 1, by steps or by time."""
+        shares = [0.0]
+        if self.config.max_steps:
+            shares.append((self.step + ahead) / self.config.max_steps)
+        if self.config.minutes:
+            per_step = self.seconds / self.step if self.step else 0.0
+            shares.append((self.seconds + ahead * per_step) / (60 * self.config.minutes))
+        return min(1.0, max(shares))
+
+    def finished(self) -> bool:
+        return self.share_done() >= 1
+
+    def evaluate(self, metrics: Metrics, final: bool) -> None:
+        found = self.stage.evaluate(final)
+        metrics.write(step=self.step, event="final" if final else "eval", **found)
+        self.progress.evaluation(self, found)
+        if final:
+            self.results = {**found, "steps": self.step, "seconds": round(self.seconds, 1)}
+            self.results["skipped"] = self.guard.refused
+
+    def save(self) -> None:
+        """Checkpoint first, all in one file; then what is derived from it."""
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "optimizer_steps": self.optimizer.steps,
+            "guard": asdict(self.guard),
+            "stage": self.stage.state(),
+            "config": asdict(self.config),
+            "results": self.results,
+        }
+        self.checkpoint.save(self.stage.model, self.optimizer, state)
+        save_weights(self.stage.model, self.folder)
+        (self.folder / "README.md").write_text(self.stage.card(self.results), encoding="utf-8")
+
+    def restore(self) -> None:
+        state = self.checkpoint.state()
+        self.checkpoint.restore(self.stage.model, self.optimizer)
+        self.stage.restore(state["stage"])
+        self.step, self.seconds, self.results = state["step"], state["seconds"], state["results"]
+        self.optimizer.steps, self.guard = state["optimizer_steps"], Guard(**state["guard"])
+
+
+def resumed_config(config: TrainConfig, given: set[str], folder: Path) -> TrainConfig:
+    """The interrupted run's config with what may change taken from this one.
+
+    given: the fields that the user named; naming one that must not change is an InputError.
+    """
+    if not Checkpoint(folder).exists():
+        return config
+    old = Checkpoint(folder).state()["config"]
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.name not in given:
+            setattr(config, f.name, old[f.name])
+        elif value != old[f.name] and not f.metadata["free"]:
+            raise InputError(
+                f"{flag(f.name)} {value} differs from the interrupted run's {old[f.name]}: "
+                f"resume without it, or begin anew in another --out directory"
+            )
+    return config
+
+
+@contextmanager
+def graceful_stop(trainer: Trainer):
+    """Ctrl-C and SIGTERM end the run after the step in progress; a second one ends it at once."""
+
+    def ask(number, frame):
+        if trainer.stop_asked:
+            raise KeyboardInterrupt
+        trainer.stop_asked = True
+        trainer.progress.say("stopping after this step (again: at once, losing it) ...")
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
