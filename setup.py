@@ -10,9 +10,11 @@ import platform
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
@@ -22,18 +24,19 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 # A kernel sums in a fixed order and may contract a*b+c into one rounding; nothing else is relaxed.
 FLAGS = [
-    "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall",
+    "-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall",
     "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
 ]  # fmt: skip
+WITHOUT_OPENMP = ["-Wno-unknown-pragmas"]
 SANITIZE = os.environ.get("TINYLM_SANITIZE", "")  # for example "address,undefined"
 if SANITIZE:
-    FLAGS += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g"]
+    FLAGS += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g", "-O1"]
 
 
 def openmp_flags(compiler: list[str]) -> list[str]:
-    """["-fopenmp"] where the compiler can compile and link it, else [] (kernels run on one thread)."""
+    """["-fopenmp"] where the compiler can compile and link it; else the kernels run on one thread."""
     if os.environ.get("TINYLM_OPENMP") == "0":
-        return []
+        return WITHOUT_OPENMP
     with tempfile.TemporaryDirectory() as folder:
         source = os.path.join(folder, "probe.cpp")
         with open(source, "w") as f:
@@ -42,26 +45,34 @@ def openmp_flags(compiler: list[str]) -> list[str]:
         found = subprocess.run(command, capture_output=True).returncode == 0
     if not found:
         print("tinylm: no OpenMP found, the kernels will run on one thread", file=sys.stderr)
-    return ["-fopenmp"] if found else []
+    return ["-fopenmp"] if found else WITHOUT_OPENMP
 
 
 class BuildExtensions(build_ext):
     """build_ext that compiles table.cpp once per instruction set."""
 
     def build_extension(self, ext: Extension) -> None:
-        if ext.name != "tinylm.kernels._cpu":
-            return super().build_extension(ext)
+        try:
+            if ext.name == "tinylm.kernels._cpu":
+                self.prepare_kernels(ext)
+            super().build_extension(ext)
+        except Exception as error:  # Cython's own errors would not count as "optional"
+            raise CompileError(f"{ext.name}: {error}") from error
+
+    def prepare_kernels(self, ext: Extension) -> None:
         import pybind11
 
         openmp = openmp_flags(self.compiler.compiler_so_cxx[:1])
         ext.include_dirs.append(pybind11.get_include())
         ext.extra_compile_args = [*FLAGS, *openmp]
         ext.extra_link_args = [*openmp, *([f"-fsanitize={SANITIZE}"] if SANITIZE else [])]
-        ext.extra_objects = [
-            self.compile_table(name, [*FLAGS, *openmp, *flags])
-            for name, flags in INSTRUCTION_SETS.items()
-        ]
-        return super().build_extension(ext)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            ext.extra_objects = list(
+                pool.map(
+                    lambda isa: self.compile_table(isa, [*FLAGS, *openmp, *INSTRUCTION_SETS[isa]]),
+                    INSTRUCTION_SETS,
+                )
+            )
 
     def compile_table(self, name: str, flags: list[str]) -> str:
         """Compile csrc/cpu/table.cpp for one instruction set; returns the object's path."""
@@ -90,4 +101,8 @@ CPU = Extension(
 )
 BPE = Extension("tinylm._bpe", sources=["tinylm/_bpe.pyx"], language="c++", extra_compile_args=["-O3", "-std=c++17"], optional=True)
 
-setup(ext_modules=[CPU, BPE], cmdclass={"build_ext": BuildExtensions})
+setup(
+    packages=find_packages(include=["tinylm", "tinylm.*"]),
+    ext_modules=[CPU, BPE],
+    cmdclass={"build_ext": BuildExtensions},
+)

@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 """Byte-pair encoding, compiled: the fast twin of _bpe_python.py, which explains what it does.
 
-The same names, the same ids. Here a pair of ids is one 64-bit key, `left << 32 | right`, and a heap
+The same names, the same ids. A hand-written scanner stands in for the regex. A pair of ids is one 64-bit key, `left << 32 | right`, and a heap
 holds one number per entry that sorts as it should.
 """
 
@@ -15,7 +15,16 @@ from libcpp.unordered_map cimport unordered_map
 from libcpp.utility cimport pair as tuple2
 from libcpp.vector cimport vector
 
+cdef extern from "Python.h":
+    int PyUnicode_KIND(str text)
+    void* PyUnicode_DATA(str text)
+    uint32_t PyUnicode_READ(int kind, void* data, Py_ssize_t index) noexcept
+    str PyUnicode_Substring(str text, Py_ssize_t start, Py_ssize_t end)
+
+import functools
+
 import numpy as np
+import regex
 
 from tinylm._bpe_python import CACHE_SIZE, LONGEST_CACHED
 
@@ -25,6 +34,103 @@ cdef uint32_t GONE = 0xFFFFFFFF  # no right neighbour: this symbol is no longer 
 
 cdef inline uint64_t key_of(uint32_t left, uint32_t right) noexcept nogil:
     return (<uint64_t>left << 32) | right
+
+
+cdef enum:  # kinds of characters; what follows the text is of kind END
+    END, OTHER, LETTER, NUMBER, SPACE, NEWLINE
+
+
+@functools.cache
+def character_kinds():
+    """The kind of every code point, as the regex module sees it: bytes (0x110000,), in 50 ms."""
+    kinds = bytearray([OTHER]) * 0x110000
+    everything = np.arange(0x110000, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
+    patterns = {LETTER: r"\p{L}+", NUMBER: r"\p{N}+", SPACE: r"\s+", NEWLINE: r"[\r\n]"}
+    for kind, pattern in patterns.items():
+        for match in regex.finditer(pattern, everything):
+            kinds[match.start() : match.end()] = bytes([kind]) * len(match[0])
+    return bytes(kinds)
+
+
+cdef class split_words:
+    """Iterates over the matches of PATTERN in a text, without a regex: 5 times as fast."""
+
+    cdef str text
+    cdef Py_ssize_t at, n
+    cdef int form
+    cdef void* characters
+    cdef const unsigned char* kinds
+
+    def __init__(self, str text):
+        self.text, self.at, self.n = text, 0, len(text)
+        self.form, self.characters = PyUnicode_KIND(text), PyUnicode_DATA(text)
+        self.kinds = <const unsigned char*>PyBytes_AS_STRING(character_kinds())
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        cdef Py_ssize_t start = self.at
+        if start >= self.n:
+            raise StopIteration
+        self.at = self.end_of_piece(start)
+        return PyUnicode_Substring(self.text, start, self.at)
+
+    cdef inline uint32_t character(self, Py_ssize_t i) noexcept:
+        return PyUnicode_READ(self.form, self.characters, i) if i < self.n else 0
+
+    cdef inline int kind(self, Py_ssize_t i) noexcept:
+        return self.kinds[self.character(i)] if i < self.n else END
+
+    cdef inline Py_ssize_t run(self, Py_ssize_t i, int kind) noexcept:
+        while self.kind(i) == kind:
+            i += 1
+        return i
+
+    cdef Py_ssize_t end_of_piece(self, Py_ssize_t i) noexcept:
+        """Where the piece that starts at i ends: the alternatives of PATTERN, in their order."""
+        cdef int kind = self.kind(i)
+        cdef Py_ssize_t length = self.contraction(i)
+        if length:
+            return i + length
+        if kind == LETTER:
+            return self.run(i + 1, LETTER)
+        if kind != NUMBER and kind != NEWLINE and self.kind(i + 1) == LETTER:
+            return self.run(i + 2, LETTER)
+        if kind == NUMBER:
+            if self.kind(i + 1) != NUMBER:
+                return i + 1
+            return i + 3 if self.kind(i + 2) == NUMBER else i + 2
+        if self.character(i) == 32 and self.kind(i + 1) == OTHER:
+            return self.run(self.run(i + 2, OTHER), NEWLINE)
+        if kind == OTHER:
+            return self.run(self.run(i + 1, OTHER), NEWLINE)
+        return self.end_of_spaces(i)
+
+    cdef Py_ssize_t end_of_spaces(self, Py_ssize_t i) noexcept:
+        """Behind the last newline; without one, before the last space, which goes to the word."""
+        cdef Py_ssize_t end = i, newline = 0
+        while self.kind(end) >= SPACE:
+            end += 1
+            if self.kind(end - 1) == NEWLINE:
+                newline = end
+        if newline:
+            return newline
+        return end - 1 if end < self.n and end - i > 1 else end
+
+    cdef Py_ssize_t contraction(self, Py_ssize_t i) noexcept:
+        """The length of the contraction that starts with an apostrophe at i; 0: there is none."""
+        if self.character(i) != 39:
+            return 0
+        cdef uint32_t first = self.character(i + 1) | 32  # a letter, in lower case
+        cdef uint32_t second = self.character(i + 2) | 32
+        if first == b"s" or first == b"d" or first == b"m" or first == b"t":
+            return 2
+        if self.character(i + 1) == 0x17F:  # the long s, an s to (?i:...)
+            return 2
+        if first == b"l" and second == b"l":
+            return 3
+        return 3 if (first == b"v" or first == b"r") and second == b"e" else 0
 
 
 cdef class Encoder:

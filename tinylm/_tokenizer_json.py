@@ -7,20 +7,32 @@ would quietly feed the model the wrong ids.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import regex
 
+from tinylm._bpe_python import PATTERN
 from tinylm.errors import InputError
 
+try:
+    from tinylm import _bpe as bpe
+except ImportError:  # not compiled
+    from tinylm import _bpe_python as bpe
+
+Splitter = Callable[[str], Iterable[str]]
+LLAMA3_PATTERN = (  # another way to write PATTERN: the same pieces
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LONE_SURROGATE = regex.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 
 def byte_characters() -> list[str]:
-    """How GPT-2's format writes each byte as a printable character: a space, for example, as "Ġ"."""
+    """How GPT-2's format writes each byte, with a printable character: a space, say, as "Ġ"."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(b if b in printable else next(others)) for b in range(256)]
@@ -84,7 +96,7 @@ def add_special(spec: dict, names: Iterable[str]) -> dict:
 class Layout:
     """How text becomes pieces, and how tokens are written in the file."""
 
-    patterns: list[regex.Pattern] = field(default_factory=list)  # each splits what the last left
+    splitters: list[Splitter] = field(default_factory=list)  # each splits what the last one left
     byte_level: bool = False  # tokens are written in BYTE_CHARACTERS
     byte_tokens: bool = False  # the token "<0x0A>" is the byte 10
     spaces: bool = False  # tokens are written with "▁" for a space
@@ -101,10 +113,10 @@ class Layout:
         for step in steps_of(spec.get("decoder"), "decoders"):
             layout.check_decoder(step)
         vocab = spec["model"]["vocab"]
-        if layout.spaces and not layout.patterns and not any("▁" in t.lstrip("▁") for t in vocab):
+        if layout.spaces and not layout.splitters and not any("▁" in t.lstrip("▁") for t in vocab):
             # No token has a "▁" after another character, so a cut there changes no id, and short
             # pieces come again and again: with the encoder's cache, 100 kB/s become megabytes.
-            layout.patterns.append(compile_split("▁*[^▁]*"))
+            layout.splitters.append(splitter("▁*[^▁]*"))
         return layout
 
     def add_normalizer(self, step: dict) -> None:
@@ -123,19 +135,18 @@ class Layout:
             case {"type": "ByteLevel", "add_prefix_space": False}:
                 self.byte_level = True
                 if step.get("use_regex", True):
-                    self.patterns.append(compile_split(GPT2_PATTERN))
+                    self.splitters.append(splitter(GPT2_PATTERN))
             case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}:
-                self.patterns.append(compile_split(pattern))
+                self.splitters.append(splitter(pattern))
             case {"type": "Split", "pattern": {"Regex": p}, "behavior": "Removed", "invert": True}:
-                self.patterns.append(compile_split(p))  # GPT-4's pattern, which leaves nothing out
+                self.splitters.append(splitter(p))  # GPT-4's pattern, which leaves nothing out
             case {"type": "Digits", "individual_digits": each}:
-                self.patterns.append(compile_split(r"\p{N}" if each else r"\p{N}+"))
-            case {"type": "Metaspace", "replacement": "▁"}:
+                self.splitters.append(splitter(r"\p{N}" if each else r"\p{N}+"))
+            case {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme}:
                 self.spaces = True
-                never = step.get("prepend_scheme") == "never" or not step.get("add_prefix_space", True)
-                self.prefix = "" if never else "missing"
+                self.prefix = "" if scheme == "never" else "missing"
                 if step.get("split", True):
-                    self.patterns.append(compile_split("▁?[^▁]*"))
+                    self.splitters.append(splitter("▁?[^▁]*"))
             case _:
                 raise unsupported("pre_tokenizer", step)
 
@@ -158,8 +169,8 @@ class Layout:
         if text and (self.prefix == "always" or (self.prefix == "missing" and text[0] != "▁")):
             text = "▁" + text
         pieces: Iterable[str] = [text]
-        for pattern in self.patterns:
-            pieces = split(pattern, pieces)
+        for split in self.splitters:
+            pieces = chain.from_iterable(map(split, pieces))
         return pieces
 
     def token_bytes(self, token: str) -> bytes:
@@ -233,23 +244,19 @@ def steps_of(node: dict | None, key: str) -> list[dict]:
     return [node]
 
 
-def compile_split(pattern: str) -> regex.Pattern:
-    """`pattern` as one group, so that splitting also gives what matched."""
+def splitter(pattern: str) -> Splitter:
+    """What cuts a text into the matches of `pattern` and what lies between them."""
+    if pattern in (PATTERN, LLAMA3_PATTERN):
+        return bpe.split_words
+    if regex.search(r"\{\d+,?\d*\}\+", pattern):  # oniguruma repeats it, `regex` is possessive
+        raise InputError(f"unsupported Split pattern {pattern!r}: it has the quantifier {{n,m}}+")
     try:
         compiled = regex.compile(f"({pattern})", regex.MULTILINE)  # ^ and $ as in oniguruma
     except regex.error as error:
         raise InputError(f"unsupported Split pattern {pattern!r}: {error}") from None
     if compiled.groups > 1:
         raise InputError(f"unsupported Split pattern {pattern!r}: it has groups of its own")
-    return compiled
-
-
-def split(pattern: regex.Pattern, pieces: Iterable[str]) -> Iterator[str]:
-    """The matches of `pattern` in every piece, and what lies between them, in order."""
-    for piece in pieces:
-        for part in pattern.splititer(piece):
-            if part:
-                yield part
+    return lambda text: filter(None, compiled.splititer(text))
 
 
 def unsupported(component: str, step: dict) -> InputError:

@@ -145,7 +145,7 @@ def as_documents(pieces: Iterable[tuple[str, bool]]) -> Iterator[Iterator[str]]:
 
 @dataclass
 class Corpus:
-    """What prepare made, and data.json holds: counts of a folder of token shards."""
+    """What prepare made, and data.json holds once it is whole: counts of a folder of shards."""
 
     dtype: str
     train_shards: int
@@ -222,7 +222,6 @@ def prepare(
     corpus = split_shards(folder, tokenizer, dtype, held_out, counts, source_of(files))
     for partial in folder.glob("*.partial"):
         partial.unlink()
-    corpus.save(folder)
     return corpus
 
 
@@ -265,16 +264,16 @@ class ShardWriter:
         self.shards, self.tokens, self.bytes, self.room = 0, 0, 0, 0
 
     def write(self, tokens: numpy.ndarray) -> None:
-        self.tokens += len(tokens)
-        self.bytes += int(self.byte_lengths[tokens].sum())
         while len(tokens):
             if not self.room:
                 self.close()
                 self.file = open(self.folder / f"{self.split}-{self.shards:05}.bin", "wb")
                 self.shards, self.room = self.shards + 1, SHARD
-            self.file.write(tokens[: self.room].tobytes())
-            done = min(self.room, len(tokens))
-            self.room, tokens = self.room - done, tokens[done:]
+            part = tokens[: min(self.room, BLOCK)]  # a memory map: only so much of it is in memory
+            self.file.write(part.tobytes())
+            self.tokens += len(part)
+            self.bytes += int(self.byte_lengths[part].sum())
+            self.room, tokens = self.room - len(part), tokens[len(part) :]
 
     def close(self) -> None:
         if self.shards:

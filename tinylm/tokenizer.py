@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tinylm import _bpe_python
+from tinylm._bpe_python import PATTERN
 from tinylm._tokenizer_json import (
     BYTE_CHARACTERS,
     BYTE_LEVEL,
@@ -29,21 +31,15 @@ from tinylm._tokenizer_json import (
     SPLIT,
     Layout,
     add_special,
-    compile_split,
+    bpe,
     make_spec,
     read_json,
+    splitter,
     steps_of,
 )
 from tinylm.errors import InputError
 
-try:
-    from tinylm._bpe import Encoder, learn_merges
-
-    COMPILED = True
-except ImportError:
-    from tinylm._bpe_python import Encoder, learn_merges
-
-    COMPILED = False
+COMPILED = bpe is not _bpe_python
 
 # Begin of a document; end of a document, a turn or a filled blank; who speaks; fill in the middle.
 SPECIAL_TOKENS = (
@@ -51,13 +47,6 @@ SPECIAL_TOKENS = (
     "<|prefix|>", "<|suffix|>", "<|middle|>",
 )  # fmt: skip
 
-# GPT-4's pieces: contractions; words, each with the character before it; up to three digits;
-# punctuation; line ends; spaces. GPT-4 also has possessive quantifiers, which save time and change
-# no piece. They are left out because oniguruma, the engine of Hugging Face, reads them differently.
-PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-)
 CONFIG = {  # tokenizer_config.json of every tokenizer made here
     "tokenizer_class": "PreTrainedTokenizerFast",
     "bos_token": "<|begin|>",
@@ -81,7 +70,7 @@ class Tokenizer:
     def __init__(self, spec: dict, config: dict | None = None):
         self.spec, self.config = spec, config or {}
         self._layout = Layout.read(spec)
-        self._encoder = Encoder(**self._layout.encoder_arguments(spec))
+        self._encoder = bpe.Encoder(**self._layout.encoder_arguments(spec))
         vocab = spec["model"]["vocab"]
         self.special = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
         self._special_ids = set(self.special.values())
@@ -192,13 +181,14 @@ def train_bpe(
     """Learn byte-level BPE: 256 bytes, then merges, then SPECIAL_TOKENS: `vocab_size` in all.
 
     The texts are read once, and never all in memory. The result depends on nothing but the texts,
-    not on their order: see learn_merges for ties. `progress` is called with (done, total) merges.
+    not even on their order; learn_merges says how ties are broken. `progress` is called with
+    (done, total) merges.
     """
     n_merges = vocab_size - 256 - len(SPECIAL_TOKENS)
     if n_merges < 0:
         raise InputError(f"--vocab-size {vocab_size}: 256 bytes and the special tokens need "
                          f"{256 + len(SPECIAL_TOKENS)} or more")  # fmt: skip
-    merges = learn_merges(count_pieces(texts), n_merges, progress)
+    merges = bpe.learn_merges(count_pieces(texts), n_merges, progress)
     if len(merges) < n_merges:
         most = vocab_size - (n_merges - len(merges))
         raise InputError(f"text allows only {most} tokens; use --vocab-size {most} or less")
@@ -214,7 +204,7 @@ def train_bpe(
 
 def count_pieces(texts: Iterable[str]) -> Counter[str]:
     """How often each piece occurs. When there are too many, the rarest are forgotten."""
-    layout = Layout(patterns=[compile_split(PATTERN)])
+    layout = Layout(splitters=[splitter(PATTERN)])
     pieces = chain.from_iterable(map(layout.pieces, texts))
     counts: Counter[str] = Counter()
     while block := list(islice(pieces, MOST_PIECES // 4)):
@@ -259,8 +249,8 @@ def from_llama2c(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
     ]
     spec = make_spec(names, merges) | LLAMA2
     spec["model"] |= {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
-    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
-    return Tokenizer(add_special(spec, names[:3]), CONFIG | config)
+    texts = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    return Tokenizer(add_special(spec, names[:3]), CONFIG | texts | {"add_bos_token": True})
 
 
 def read_llama2c(file: Path, vocab_size: int | None) -> list[tuple[float, bytes]]:

@@ -234,5 +234,69 @@ static void multiply(const Product& p, int threads) {
         }
 }
 
-static void matmul(const Product& p, int threads) { multiply<Float32>(p, threads); }
+// ---- few rows, as in generation: packing would cost more than it brings ------------------------
+// B is read once, as it lies. A tile is R rows of A by V columns (or vectors of columns) of B.
+
+constexpr long FEW_ROWS = 16;
+
+INLINE void put(const Product& p, long m, long n, vf x, long columns) {
+    float* c = p.C + m * p.ldc + n;
+    if (p.add) x += load_n(c, columns);
+    if (p.bias) x += load_n(p.bias + n, columns);
+    store_n(c, x, columns);
+}
+
+template <int R, int V>
+static void dot_tile(const Product& p, long m, long n) {  // B stored (N, K)
+    const float *a = p.A + m * p.lda, *b = p.B + n * p.ldb;
+    vf sums[R][V] = {};
+    for_vectors(0, p.K, [&](long k, long left) {
+        vf ak[R];
+        UNROLL for (int i = 0; i < R; ++i) ak[i] = load_n(a + i * p.lda + k, left);
+        UNROLL for (int j = 0; j < V; ++j) {
+            const vf bk = load_n(b + j * p.ldb + k, left);
+            UNROLL for (int i = 0; i < R; ++i) sums[i][j] += ak[i] * bk;
+        }
+    });
+    for (int i = 0; i < R; ++i)
+        for (int j = 0; j < V; ++j) put(p, m + i, n + j, splat(sum(sums[i][j])), 1);
+}
+
+template <int R, int V>
+static void column_tile(const Product& p, long m, long n) {  // B stored (K, N)
+    const float *a = p.A + m * p.lda, *b = p.B + n;
+    const long columns = p.N - n;
+    vf sums[R][V] = {};
+    for (long k = 0; k < p.K; ++k, b += p.ldb) {
+        vf bk[V];
+        UNROLL for (int j = 0; j < V; ++j) bk[j] = load_n(b + j * W, columns - j * W);
+        UNROLL for (int i = 0; i < R; ++i)
+            UNROLL for (int j = 0; j < V; ++j) sums[i][j] += a[i * p.lda + k] * bk[j];
+    }
+    for (int i = 0; i < R; ++i)
+        for (int j = 0; j < V; ++j)
+            if (columns > j * W) put(p, m + i, n + j * W, sums[i][j], columns - j * W);
+}
+
+static void multiply_few_rows(const Product& p, int threads) {
+    constexpr int V = 4;
+    const long width = p.transpose_b ? V : V * W;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long n = 0; n < p.N; n += width) {
+        const bool whole = !p.transpose_b || n + V <= p.N;
+        long m = 0;
+        for (; whole && m + 4 <= p.M; m += 4)
+            (p.transpose_b ? dot_tile<4, V> : column_tile<4, V>)(p, m, n);
+        for (; whole && m < p.M; ++m) (p.transpose_b ? dot_tile<1, V> : column_tile<1, V>)(p, m, n);
+        for (; m < p.M; ++m)
+            for (long last = n; last < p.N; ++last) dot_tile<1, 1>(p, m, last);
+    }
+}
+
+static void matmul(const Product& p, int threads) {
+    if (p.M <= FEW_ROWS && !p.transpose_a)
+        multiply_few_rows(p, threads);
+    else
+        multiply<Float32>(p, threads);
+}
 }  // namespace ISA

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy
 
 from tinylm import data, evaluate
+from tinylm.checkpoint import Checkpoint
 from tinylm.data import Batch, Corpus, Windows, next_token_batch
 from tinylm.errors import InputError
 from tinylm.generate import generate
@@ -48,6 +49,13 @@ class PretrainConfig(TrainConfig):
         super().check()
         if not 0 < self.held_out < 1:
             raise InputError(f"--held-out: expected between 0 and 1, got {self.held_out}")
+        self.shape(vocab_size=1)
+
+    def shape(self, vocab_size: int, **ids) -> ModelConfig:
+        """The model to be made. Raises InputError where these numbers cannot make one."""
+        names = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "block_size")
+        sizes = {name: getattr(self, name) for name in names}
+        return ModelConfig(vocab_size, **sizes, architecture=self.architecture, **ids)
 
 
 # Named starting points; any flag overrides them.
@@ -234,9 +242,10 @@ def run(
     files = data.list_files(paths)
     if resume:
         config = resumed_config(config, given, folder)
-    elif folder.exists() and any(folder.iterdir()):
-        what = "another run" if (folder / "training").exists() else "other files"
-        raise InputError(f"{folder} holds {what}: choose another --out, or add --resume")
+    elif Checkpoint(folder).exists():
+        raise InputError(f"{folder} holds another run: choose another --out, or add --resume")
+    elif folder.exists() and {path.name for path in folder.iterdir()} - {"training"}:
+        raise InputError(f"{folder} holds other files: choose another --out")
     config.check()
     corpus = Corpus.load(tokens) if resume else None
     if corpus is not None and corpus.source != data.source_of(files):
@@ -245,7 +254,8 @@ def run(
         tokenizer, corpus = prepare(files, folder, config, progress)
     else:
         tokenizer = Tokenizer.load(tokens)
-    model = Transformer(model_config(config, tokenizer), config.seed)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    model = Transformer(config.shape(tokenizer.vocab_size, **ids), config.seed)
     stage = Pretrain(model, tokenizer, corpus, tokens, config)
     progress.say(describe(model, tokenizer, corpus))
     results = Trainer(stage, config, folder, progress).run(resume)
@@ -261,6 +271,7 @@ def prepare(
     if not size:
         raise InputError(f"{files[0]}: the file is empty")
     tokenizer = make_tokenizer(files, size, config, progress)
+    tokenizer.save(tokens)
     with progress.counting("tokens", size) as seen:
         corpus = data.prepare(
             files, tokenizer, tokens, config.document_separator, config.held_out, seen
@@ -271,8 +282,7 @@ def prepare(
         progress.say(f"{corpus.duplicates} exact duplicates of documents dropped", "yellow")
     shards = (corpus.shards(tokens, split) for split in ("train", "heldout"))
     corpus.xz_bits_per_byte = evaluate.xz_of_corpus(tokenizer, *shards)
-    tokenizer.save(tokens)
-    corpus.save(tokens)
+    corpus.save(tokens)  # last: its being there says that all of it is
     return tokenizer, corpus
 
 
@@ -308,16 +318,6 @@ def first_characters(texts, limit: int):
 def fitted_vocabulary(size: int) -> int:
     """One token for every 2,000 bytes of text, as a power of two from 512 to 8,192."""
     return 2 ** min(13, max(9, round(numpy.log2(max(1, size / 2000)))))
-
-
-def model_config(config: PretrainConfig, tokenizer: Tokenizer) -> ModelConfig:
-    shape = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "block_size", "architecture")
-    return ModelConfig(
-        tokenizer.vocab_size,
-        **{name: getattr(config, name) for name in shape},
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id,
-    )
 
 
 def describe(model: Transformer, tokenizer: Tokenizer, corpus: Corpus) -> str:

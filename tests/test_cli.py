@@ -1,0 +1,236 @@
+"""Bad input gets one sentence and exit code 2; results can be read by a program."""
+
+import json
+import os
+import shutil
+
+import numpy
+import pytest
+from commands import SMALL, pretrain, tinylm
+from safetensors.numpy import load_file, save_file
+
+from tinylm.cli import run
+
+
+@pytest.fixture(scope="module")
+def base(text_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "base"
+    done = pretrain(text_file, out, "--max-steps", "20", "--objective", "mixed")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture
+def copy(base, tmp_path):
+    return shutil.copytree(base, tmp_path / "copy")
+
+
+def refused(capfd, *arguments, saying: str):
+    """The command ends with 2 and one line on standard error that says so."""
+    code = run([str(a) for a in arguments])
+    captured = capfd.readouterr()
+    last = captured.err.strip().splitlines()[-1]
+    assert code == 2, captured.err
+    assert "Traceback" not in captured.err
+    assert last.startswith("tinylm: ")
+    assert saying in last, last
+    assert captured.out == ""
+
+
+def test_files_that_cannot_be_read(capfd, tmp_path, text_file):
+    out = ("--out", tmp_path / "r", "--max-steps", 1)
+    refused(capfd, "pretrain", "nowhere.txt", *out, saying="nowhere.txt: no such file")
+    (tmp_path / "empty.txt").touch()
+    refused(capfd, "pretrain", tmp_path / "empty.txt", *out, saying="empty.txt")
+    (tmp_path / "folder").mkdir()
+    refused(capfd, "pretrain", tmp_path / "folder", *out, saying="no text files here")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text"\n')
+    refused(capfd, "pretrain", tmp_path / "bad.jsonl", *out, saying="bad.jsonl, line 2")
+    assert not (tmp_path / "r").exists() or not any((tmp_path / "r").glob("*.json"))
+    refused(capfd, "pretrain", *out, saying="no text was named")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_file_without_permission(capfd, tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 1000)
+    (tmp_path / "a.txt").chmod(0)
+    refused(
+        capfd, "pretrain", tmp_path / "a.txt", "--out", tmp_path / "r", "--max-steps", 1,
+        saying="a.txt",
+    )  # fmt: skip
+
+
+def test_text_that_is_too_short(capfd, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("a few words only, and then a few more of them")
+    arguments = ["pretrain", short, "--out", tmp_path / "r", "--max-steps", 1]
+    refused(capfd, *arguments, "--vocab-size", 4096, saying="--vocab-size")
+    refused(
+        capfd, *arguments[:3], tmp_path / "r2", *arguments[4:], "--tokenizer", "characters",
+        saying="fewer than one context of 256",
+    )  # fmt: skip
+
+
+def test_settings_that_make_no_sense(capfd, tmp_path, text_file):
+    start = ["pretrain", text_file, "--out", tmp_path / "r", "--max-steps", 1]
+    refused(capfd, *start, "--n-head", 5, saying="n_embd")
+    refused(capfd, *start, "--batch-size", 0, saying="--batch-size")
+    refused(capfd, *start, "--learning-rate", "fast", saying="'fast'")
+    refused(capfd, *start, "--objective", "previous", saying="previous")
+    refused(capfd, *start, "--batch-sise", 4, saying="--batch-size")
+    refused(capfd, *start, "--preset", "nanogtp-cpu", saying="nanogpt-cpu")
+    refused(capfd, "pretrian", text_file, saying="pretrain")
+    refused(capfd, *start, "--tokenizer", "nowhere", saying="nowhere")
+    refused(capfd, *start, "--n-kv-head", 4, saying="n_kv_head")
+
+
+def test_a_directory_that_holds_another_run(capfd, base, text_file):
+    refused(capfd, "pretrain", text_file, "--out", base, "--max-steps", 1, saying="--resume")
+
+
+def test_memory_that_will_not_suffice(capfd, tmp_path, text_file):
+    refused(
+        capfd, "pretrain", text_file, "--out", tmp_path / "r", "--max-steps", 1, *SMALL,
+        "--batch-size", 20_000_000, saying="--batch-size",
+    )  # fmt: skip
+
+
+def broken(name):
+    def missing(folder, file):
+        (folder / file).unlink()
+
+    def truncated(folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:1000])
+
+    def oversized(folder):
+        path = folder / "model.safetensors"
+        path.write_bytes((2**62).to_bytes(8, "little") + path.read_bytes()[8:])
+
+    def misshapen(folder):
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        tensors["model.norm.weight"] = numpy.ones(7, "float32")
+        save_file(tensors, path, {"format": "pt"})
+
+    def lacking(folder):
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        del tensors["model.norm.weight"]
+        save_file(tensors, path, {"format": "pt"})
+
+    def config(folder, **change):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+    return {
+        "no config": (lambda f: missing(f, "config.json"), "config.json: no such file"),
+        "no weights": (lambda f: missing(f, "model.safetensors"), "model.safetensors: no such"),
+        "no tokenizer": (lambda f: missing(f, "tokenizer.json"), "tokenizer.json: no such file"),
+        "truncated": (truncated, "not a whole safetensors file"),
+        "oversized header": (oversized, "not a whole safetensors file"),
+        "wrong shape": (misshapen, "model.norm.weight has shape (7,)"),
+        "missing tensor": (lacking, "model.norm.weight is missing"),
+        "architecture": (lambda f: config(f, model_type="bert"), "'bert' is not supported"),
+        "field": (lambda f: config(f, rope_scaling={"type": "linear"}), "rope_scaling"),
+        "not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read"),
+        "vocabulary": (lambda f: config(f, vocab_size=10), "do not belong together"),
+    }[name]
+
+
+@pytest.mark.parametrize("name", [
+    "no config", "no weights", "no tokenizer", "truncated", "oversized header", "wrong shape",
+    "missing tensor", "architecture", "field", "not JSON", "vocabulary",
+])  # fmt: skip
+def test_a_broken_model_directory(capfd, copy, name):
+    breaks, saying = broken(name)
+    breaks(copy)
+    refused(capfd, "generate", copy, "the cat", saying=saying)
+
+
+def test_no_directory_at_all(capfd, tmp_path):
+    refused(capfd, "generate", tmp_path / "x", "hello", saying="no such directory")
+
+
+def test_a_blank_is_needed(capfd, base):
+    refused(capfd, "fill", base, "no blank here", saying="one blank ___")
+
+
+def test_generate(capfd, base):
+    settings = ["--max-new-tokens", "20", "--seed", "4"]
+    assert run(["generate", str(base), "the cat", *settings]) == 0
+    shown = capfd.readouterr().out
+    assert run(["generate", str(base), "the cat", *settings, "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert shown == "the cat" + found["continuation"] + "\n"
+
+
+def test_fill(capfd, base):
+    assert run(["fill", str(base), "the cat saw a ___ bird.", "--json"]) == 0
+    answers = json.loads(capfd.readouterr().out)["answers"]
+    assert 1 <= len(answers) <= 5
+    assert all(a["text"].startswith("the cat saw a") for a in answers)
+    assert all(a["text"].endswith(" bird.") for a in answers)
+    scores = [a["logprob"] for a in answers]
+    assert scores == sorted(scores, reverse=True)
+    assert run(["fill", str(base), "the cat saw a ___ bird."]) == 0
+    assert "bird." in capfd.readouterr().out
+    assert run(["fill", str(base), "a ___ bird", "--temperature", "1", "--seed", "0"]) == 0
+
+
+def test_eval_of_the_held_out_part_and_of_a_file(capfd, base, text_file):
+    assert run(["eval", str(base), "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["bits_per_byte"] > 0
+    assert found["xz_bits_per_byte"] > 0
+    assert run(["eval", str(base), "--data", str(text_file), "--json"]) == 0
+    other = json.loads(capfd.readouterr().out)
+    assert other["bytes"] == text_file.stat().st_size
+    assert run(["eval", str(base)]) == 0
+    assert "bits per byte" in capfd.readouterr().out
+
+
+def test_info(capfd, base):
+    assert run(["info", str(base), "--json"]) == 0
+    facts = json.loads(capfd.readouterr().out)
+    assert facts["n_layer"] == 2
+    assert facts["step"] == 20
+    assert run(["info", str(base)]) == 0
+
+
+def test_selfcheck(capfd):
+    assert run(["selfcheck", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["ok"]
+    assert len(found["kernels"]) >= 10
+    assert run(["selfcheck"]) == 0
+    assert "attention" in capfd.readouterr().out
+
+
+def test_a_tokenizer_of_its_own(capfd, text_file, tmp_path):
+    out = tmp_path / "t"
+    assert run(["tokenizer", str(text_file), "--vocab-size", "300", "--out", str(out)]) == 0
+    done = ["pretrain", text_file, "--out", tmp_path / "r", "--tokenizer", out, "--max-steps", 2]
+    assert run([*map(str, done), *SMALL[:-2]]) == 0
+    ours, theirs = (json.loads((f / "tokenizer.json").read_text()) for f in (out, tmp_path / "r"))
+    assert ours == theirs
+
+
+def test_every_command_explains_itself():
+    done = tinylm("--help")
+    assert done.returncode == 0
+    for name in ("tokenizer", "pretrain", "generate", "fill", "eval", "info", "selfcheck"):
+        assert name in done.stdout
+        assert tinylm(name, "--help").returncode == 0
+
+
+def test_it_runs_from_another_folder_and_without_compiled_kernels(base, tmp_path):
+    done = tinylm("generate", base, "the cat", "--backend", "reference", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_cuda_says_what_is_missing(base):
+    done = tinylm("generate", base, "x", "--backend", "cuda")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1

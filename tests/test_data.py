@@ -1,0 +1,264 @@
+"""Text files to token shards to batches: nothing lost, nothing seen across documents."""
+
+import gzip
+import json
+
+import numpy
+import pytest
+
+from tinylm.data import (
+    BLOCK,
+    Windows,
+    as_documents,
+    in_order,
+    list_files,
+    next_token_batch,
+    permuted,
+    plain_pieces,
+    prepare,
+    read_texts,
+)
+from tinylm.errors import InputError
+from tinylm.evaluate import in_batches, shard_bytes, xz_bits_per_byte
+from tinylm.stages.pretrain import Blanks, PretrainConfig
+from tinylm.tokenizer import train_bpe
+
+
+@pytest.fixture(scope="module")
+def tokenizer(prose):
+    return train_bpe([prose], 340)
+
+
+def documents(*paths, **settings):
+    return ["".join(d) for d in as_documents(read_texts(list_files(paths), **settings))]
+
+
+def corpus_text(tokenizer, corpus, folder, split):
+    return b"".join(shard_bytes(tokenizer, corpus.shards(folder, split)))
+
+
+def test_every_kind_of_file_in_a_folder(tmp_path):
+    (tmp_path / "a.txt").write_text("plain\n")
+    with gzip.open(tmp_path / "b.txt.gz", "wt") as f:
+        f.write("packed")
+    (tmp_path / "c.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "id": 3}\n')
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "d.md").write_text("# deep")
+    (tmp_path / "ignored.png").write_bytes(b"\x89PNG")
+    (tmp_path / ".hidden.txt").write_text("hidden")
+    assert documents(tmp_path) == ["plain\n", "packed", "one", "two", "# deep"]
+
+
+def test_a_separator_splits_a_file(tmp_path):
+    (tmp_path / "a.txt").write_text("one<|doc|>two<|doc|>three")
+    assert documents(tmp_path / "a.txt", separator="<|doc|>") == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("line", ['{"text": "x"', "[1, 2]", '{"body": "x"}', '{"text": 5}'])
+def test_a_bad_json_line_is_named_by_number(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(InputError, match=r"a\.jsonl, line 2"):
+        documents(tmp_path / "a.jsonl")
+
+
+def test_a_broken_gzip_is_named(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"x" * 10_000)[:-20])
+    with pytest.raises(InputError, match=r"a\.txt\.gz"):
+        documents(tmp_path / "a.txt.gz")
+
+
+class Slow:
+    """A file that hands out few bytes at a time, to force many cuts."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def read(self, n):
+        head, self.content = self.content[:7], self.content[7:]
+        return head
+
+
+def test_tokens_do_not_depend_on_where_a_document_was_cut(prose, tokenizer):
+    text = prose[:3000] + "  many   spaces \n\n and\r\nline\tends é漢字 " + prose[:500]
+    for separator in ("", "cat"):
+        pieces = list(plain_pieces(Slow(text.encode()), separator, lambda n: None))
+        whole = text.split(separator) if separator else [text]
+        ids, found = [], []
+        for piece, ends in pieces:
+            ids += tokenizer.encode(piece)
+            if ends:
+                found, ids = [*found, ids], []
+        assert len(pieces) > 20
+        assert found == [tokenizer.encode(document) for document in whole]
+
+
+def test_shards_hold_the_text_to_the_byte(tmp_path, tokenizer, prose):
+    raw = prose.encode() + b"\xff\xfe not UTF-8 \xed\xa0\x80\n" + "Ünïcödé 漢字\n".encode()
+    (tmp_path / "a.txt").write_bytes(raw)
+    corpus = prepare(list_files([tmp_path / "a.txt"]), tokenizer, tmp_path / "out")
+    text = [corpus_text(tokenizer, corpus, tmp_path / "out", s) for s in ("train", "heldout")]
+    assert b"".join(text) == raw
+    assert (corpus.train_bytes, corpus.heldout_bytes) == tuple(map(len, text))
+    assert corpus.invalid_bytes == 5
+    assert abs(len(text[1]) / len(raw) - 0.1) < 0.01
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_duplicates_are_dropped_and_counted(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("the cat##a bird##the cat##the moon##a bird##the cat ")
+    corpus = prepare(
+        list_files([tmp_path / "a.txt"]), tokenizer, tmp_path / "out", "##", held_out=0.0
+    )
+    assert (corpus.documents, corpus.duplicates) == (4, 2)
+    text = corpus_text(tokenizer, corpus, tmp_path / "out", "train")
+    assert text == b"the cata birdthe moonthe cat "
+
+
+def test_of_many_documents_whole_ones_are_held_out(tmp_path, tokenizer):
+    rows = [{"text": f"the cat number {i}"} for i in range(200)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    corpus = prepare(list_files([tmp_path / "a.jsonl"]), tokenizer, tmp_path / "out")
+    shard = corpus.shards(tmp_path / "out", "heldout")[0]
+    begin, end = tokenizer.special["<|begin|>"], tokenizer.special["<|end|>"]
+    assert (shard == begin).sum() == (shard == end).sum() == 20
+    assert shard[0] == begin
+    assert shard[-1] == end
+
+
+def test_an_empty_text_is_refused(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(InputError, match="no text"):
+        prepare(list_files([tmp_path / "a.jsonl"]), tokenizer, tmp_path / "out")
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer, prose):
+    import tracemalloc
+
+    def peak(copies):
+        path = tmp_path / f"{copies}.txt"
+        path.write_text("".join(f"{i} {prose}" for i in range(copies)))
+        prepare(list_files([path]), tokenizer, tmp_path / "warm")  # caches are filled
+        tracemalloc.start()
+        prepare(list_files([path]), tokenizer, tmp_path / str(copies))
+        top = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return top
+
+    small = 3 * BLOCK // len(prose)
+    assert peak(4 * small) < 1.3 * peak(small)
+
+
+# ---- windows ------------------------------------------------------------------------------------
+
+
+def test_an_epoch_visits_every_window_once():
+    windows = Windows([numpy.arange(1001), numpy.arange(2000, 2500)], 10, seed=1)
+    rows = windows.draw(windows.per_epoch)
+    first = rows[:, 0]
+    assert windows.per_epoch == 99 + 48
+    assert len(set(first.tolist())) == len(first)
+    assert (numpy.diff(rows, axis=1) == 1).all()
+    assert not (numpy.diff(first) > 0).all()
+    again = windows.draw(windows.per_epoch)
+    assert (again[:, 0] != first).any()
+
+
+def test_any_position_can_be_resumed():
+    shards = [numpy.arange(5000)]
+    ahead = Windows(shards, 16, seed=3)
+    ahead.draw(700)
+    resumed = Windows(shards, 16, seed=3)
+    resumed.drawn = ahead.drawn
+    assert (ahead.draw(50) == resumed.draw(50)).all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 1000, 4097])
+def test_permuted_is_a_permutation(n):
+    images = [permuted(i, n, key=7) for i in range(n)]
+    assert sorted(images) == list(range(n))
+    assert n < 10 or images != [permuted(i, n, key=8) for i in range(n)]
+
+
+def test_a_text_shorter_than_a_context_is_refused():
+    with pytest.raises(InputError, match="10 tokens, fewer than one context of 16"):
+        Windows([numpy.arange(10)], 16, seed=0)
+
+
+def test_no_target_crosses_into_the_next_document():
+    batch = next_token_batch(numpy.array([[5, 6, 1, 0, 7, 8, 1, 0, 9]]), begin=0)
+    assert batch.targets.tolist() == [[6, 1, -1, 7, 8, 1, -1, 9]]
+    assert batch.start.tolist() == [[0, 0, 0, 3, 3, 3, 3, 7]]
+
+
+def test_evaluation_predicts_each_token_once():
+    shard = numpy.array([0, *range(2, 60), 1])
+    batches = list(in_batches(in_order([shard], 8), 3, begin=0))
+    targets = numpy.concatenate([b.targets[b.targets >= 0] for b in batches])
+    assert targets.tolist() == shard[1:].tolist()
+
+
+def test_xz_knows_the_training_text(prose):
+    half = len(prose) // 2
+    train, heldout = prose[:half].encode(), prose[half:].encode()
+    alone = xz_bits_per_byte([], [heldout])
+    assert 0 < xz_bits_per_byte([train], [heldout]) < alone
+    assert xz_bits_per_byte([train + heldout], [heldout]) < 0.1
+
+
+# ---- blanks -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def blanks(tokenizer):
+    return Blanks(tokenizer)
+
+
+def test_prefix_middle_and_suffix_are_the_text(blanks, tokenizer, prose):
+    """And a blank is whole words, with the space before them."""
+    rng = numpy.random.default_rng(0)
+    for i in range(200):
+        text = prose[i * 40 : i * 40 + 80].strip()
+        made, at = blanks.with_blank(tokenizer.encode(text), rng)
+        shown = tokenizer.decode(made)
+        prefix, rest = shown.removeprefix("<|prefix|>").split("<|suffix|>")
+        suffix, middle = rest.removesuffix("<|end|>").split("<|middle|>")
+        assert prefix + middle + suffix == text
+        assert middle == tokenizer.decode(made[at:-1])
+        assert middle.startswith(" ") or not prefix or prefix[-1] == "\n"
+        assert not suffix or not suffix[0].isalnum()
+        assert middle.strip()
+
+
+@pytest.mark.parametrize("objective", ["missing", "mixed"])
+def test_loss_falls_on_the_middle_or_on_everything(blanks, tokenizer, prose, objective):
+    ids = numpy.array(tokenizer.encode(prose))
+    rows = numpy.stack([ids[i * 100 : i * 100 + 65] for i in range(20)])
+    config = PretrainConfig(objective=objective, max_steps=1)
+    batch = blanks.batch(rows, tokenizer.special["<|begin|>"], config, 0)
+    made = 0
+    for tokens, targets, start in zip(batch.tokens, batch.targets, batch.start, strict=True):
+        if blanks.prefix not in tokens:
+            assert objective == "mixed"
+            continue
+        made += 1
+        assert (tokens[start] == blanks.prefix)[targets >= 0].all()
+        inside = False
+        for i, token in enumerate(tokens):
+            inside = (inside or token == blanks.middle) and token != blanks.end
+            if objective == "missing":
+                assert (targets[i] >= 0) == inside
+            if targets[i] >= 0 and i + 1 < len(tokens):
+                assert targets[i] == tokens[i + 1]
+    assert made == 20 if objective == "missing" else 3 < made < 17
+
+
+def test_blanks_depend_on_seed_and_row_only(blanks, tokenizer, prose):
+    """Or resuming would not give the same bits."""
+    ids = numpy.array(tokenizer.encode(prose))
+    rows = numpy.stack([ids[i * 100 : i * 100 + 65] for i in range(8)])
+    config = PretrainConfig(objective="missing", max_steps=1)
+    begin = tokenizer.special["<|begin|>"]
+    whole = blanks.batch(rows, begin, config, 0)
+    late = blanks.batch(rows[4:], begin, config, 4)
+    assert (whole.tokens[4:] == late.tokens).all()
+    assert (whole.targets[4:] == late.targets).all()

@@ -1,0 +1,149 @@
+"""Decoding with a cache gives what full forwards give; sampling draws what it should."""
+
+import numpy
+import pytest
+
+import tinylm
+from tinylm.errors import InputError
+from tinylm.generate import beam_search, blank_ids, fill, sample, stream, stream_text
+from tinylm.tokenizer import train_bpe
+
+PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 30, 12]]
+
+
+def greedy(model, ids, n):
+    """The slow way: a whole forward for every token."""
+    ids = list(ids)
+    for _ in range(n):
+        ids.append(int(model(ids).data[0, -1].argmax()))
+    return ids[-n:]
+
+
+def test_the_cache_gives_the_tokens_of_the_full_forward(model, each_backend):
+    rng = numpy.random.default_rng(0)
+    for prompt in PROMPTS:
+        new = [int(x) for (x,) in stream(model, [prompt], 20, rng, temperature=0)]
+        assert new == greedy(model, prompt, 20)
+
+
+def test_a_batch_of_unequal_prompts_gives_what_each_gives_alone(model, each_backend):
+    """Padding must not be seen by attention, nor shift positions."""
+    steps = stream(model, PROMPTS, 20, numpy.random.default_rng(0), temperature=0)
+    rows = numpy.array(list(steps)).T.tolist()
+    assert rows == [greedy(model, prompt, 20) for prompt in PROMPTS]
+
+
+def test_generation_goes_on_beyond_the_context(model):
+    """Past 48 tokens the older half is dropped; the tokens are those of the shortened text."""
+    ids = [int(x) for (x,) in stream(model, [[5]], 60, numpy.random.default_rng(0), temperature=0)]
+    assert len(ids) == 60
+    text = [5, *ids]
+    assert text[49] == greedy(model, text[25:49], 1)[0]
+
+
+def test_a_row_that_ended_stays_silent(model):
+    alone = greedy(model, [5], 12)
+    stop = alone[3]
+    steps = list(
+        stream(model, [[5], [7]], 12, numpy.random.default_rng(0), temperature=0, stop_ids=[stop])
+    )
+    first = [int(row[0]) for row in steps]
+    end = first.index(stop)
+    assert first[: end + 1] == alone[: end + 1]
+    assert set(first[end + 1 :]) <= {-1}
+
+
+def test_sampling_follows_the_distribution():
+    logits = numpy.log(numpy.array([[0.5, 0.3, 0.15, 0.05]], "float32"))
+    rng = numpy.random.default_rng(0)
+
+    def shares(**settings):
+        drawn = sample(numpy.repeat(logits, 20_000, 0), rng, **settings)
+        return numpy.bincount(drawn, minlength=4) / 20_000
+
+    assert numpy.abs(shares() - [0.5, 0.3, 0.15, 0.05]).max() < 0.015
+    assert numpy.abs(shares(top_k=2) - [0.625, 0.375, 0, 0]).max() < 0.015
+    assert numpy.abs(shares(top_p=0.6) - [0.625, 0.375, 0, 0]).max() < 0.015
+    hot = numpy.array([0.5, 0.3, 0.15, 0.05]) ** 0.5
+    assert numpy.abs(shares(temperature=2.0) - hot / hot.sum()).max() < 0.015
+    assert shares(temperature=0)[0] == 1
+    assert shares(top_p=1e-9)[0] == 1
+
+
+def test_a_seed_repeats_itself(model):
+    def draw(seed):
+        return [int(x) for (x,) in stream(model, [[5]], 20, numpy.random.default_rng(seed))]
+
+    assert draw(3) == draw(3) != draw(4)
+
+
+@pytest.fixture
+def lm(prose):
+    """An untrained model with a real tokenizer."""
+    tokenizer = train_bpe([prose], 300)
+    config = tinylm.ModelConfig(
+        300, 2, 2, 2, 32, 64, 64, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id
+    )
+    return tinylm.Transformer(config, 3), tokenizer
+
+
+def test_streamed_pieces_are_the_generated_text(lm):
+    settings = {"max_new_tokens": 30, "seed": 1}
+    pieces = list(stream_text(*lm, "the cat", **settings))
+    text = tinylm.generate(*lm, "the cat", **settings)
+    assert len(pieces) > 5
+    assert "".join(pieces) == text
+    assert not text.startswith("the cat")
+
+
+def test_greedy_generation_continues_the_encoded_prompt(lm):
+    model, tokenizer = lm
+    ids = tokenizer.encode("the cat")
+    want = greedy(model, ids, 10)
+    if tokenizer.eos_id in want:
+        want = want[: want.index(tokenizer.eos_id)]
+    got = tinylm.generate(model, tokenizer, "the cat", max_new_tokens=10, temperature=0.0)
+    assert got == tokenizer.decode(want)
+
+
+def test_an_empty_prompt_begins_with_the_begin_token(lm):
+    assert isinstance(tinylm.generate(*lm, "", max_new_tokens=3, seed=0), str)
+
+
+def test_the_space_before_a_blank_belongs_to_the_middle(lm):
+    _, tokenizer = lm
+    text = tokenizer.decode(blank_ids(tokenizer, "The cat ___ a bird."))
+    assert text == "<|prefix|>The cat<|suffix|> a bird.<|middle|>"
+
+
+@pytest.mark.parametrize("text", ["no blank", "two ___ of ___ them"])
+def test_a_text_without_exactly_one_blank_is_refused(lm, text):
+    with pytest.raises(InputError, match="one blank"):
+        fill(*lm, text)
+
+
+def test_a_text_longer_than_the_context_is_refused(lm):
+    with pytest.raises(InputError, match="longer than the context"):
+        fill(*lm, "a cat sat under the moon " * 20 + "___")
+
+
+def test_beam_search_finds_the_most_likely_answer():
+    """Against every answer of up to two tokens, enumerated."""
+    config = tinylm.ModelConfig(7, 1, 2, 2, 16, 32, 16, eos_token_id=1)
+    model = tinylm.Transformer(config, 0)
+    for p in model.parameters().values():
+        p.data = p.data * 8
+
+    def logp(ids):
+        logits = model([4, 5, *ids]).data[0, -1].astype(float)
+        return logits - numpy.log(numpy.exp(logits).sum())
+
+    answers = {(): logp([])[1]}
+    for a in {0, 2, 3, 4, 5, 6}:
+        answers[a,] = logp([])[a] + logp([a])[1]
+        for b in {0, 2, 3, 4, 5, 6}:
+            answers[a, b] = logp([])[a] + logp([a])[b] + logp([a, b])[1]
+    best = max(answers, key=answers.get)
+    found, score = beam_search(model, [4, 5], 3, 36, [1])[0]
+    assert tuple(found) == best
+    assert abs(score - answers[best]) < 1e-4

@@ -1,0 +1,94 @@
+"""Every op's vjp against central differences, float64: what the kernels' own checks leave out."""
+
+import numpy
+import pytest
+
+from tinylm import Tensor, backend, ops
+
+B, T, H, G, D, C, V = 2, 5, 4, 2, 6, 8, 11
+rng = numpy.random.default_rng(0)
+TARGETS = rng.integers(-1, V, (B, T))
+TOKENS = rng.integers(0, V, (B, T))
+START = numpy.array([[0, 0, 2, 2, 2], [0, 1, 1, 1, 4]], numpy.int32)
+ANGLES = numpy.arange(9)[:, None] * 0.3 ** numpy.arange(D // 2)
+POSITIONS = rng.integers(0, 9, (B, T))
+
+CASES = {
+    "add": (ops.add, (3, 4), (3, 4)),
+    "add a row": (ops.add, (3, 4), (4,)),
+    "add a column": (ops.add, (2, 3, 4), (3, 1)),
+    "add stretches the left": (ops.add, (1, 4), (3, 4)),
+    "mul": (ops.mul, (2, 3, 4), (3, 1)),
+    "mul a scalar tensor": (ops.mul, (3, 4), (1,)),
+    "sub and number": (lambda x, y: 2 - (x - y) / 4 + 1, (3, 4), (4,)),
+    "sum of an axis": (lambda x: x.sum(1), (2, 3, 4)),
+    "sum keeping it": (lambda x: x.sum((0, 2), keepdims=True), (2, 3, 4)),
+    "mean": (lambda x: x.mean(), (2, 3)),
+    "mean of an axis": (lambda x: x.mean(-1), (2, 3)),
+    "reshape": (lambda x: x.reshape(6, -1), (2, 3, 4)),
+    "split": (lambda x: ops.mul(*ops.split(x, 2)), (2, 3, 8)),
+    "split, one part unused": (lambda x: ops.split(x, 3)[1], (2, 3, 6)),
+    "heads": (lambda x: ops.merge_heads(ops.split_heads(x, 2)), (B, T, C)),
+    "matmul": (ops.matmul, (3, 4), (4, 5)),
+    "linear": (ops.linear, (B, T, C), (9, C), (9,)),
+    "linear without bias": (ops.linear, (B, T, C), (9, C)),
+    "linear, transposed": (lambda x, w, b: ops.linear(x, w, b, True), (B, T, C), (C, 9), (9,)),
+    "embedding": (lambda w: ops.embedding(TOKENS, w), (V, C)),
+    "rms_norm": (ops.rms_norm, (B, T, C), (C,)),
+    "layer_norm": (ops.layer_norm, (B, T, C), (C,), (C,)),
+    "rope": (
+        lambda x: ops.rope(x, numpy.cos(ANGLES), numpy.sin(ANGLES), POSITIONS),
+        (B, H, T, D),
+    ),
+    "softmax": (ops.softmax, (B, T, V)),
+    "attention": (ops.attention, (B, H, T, D), (B, H, T, D), (B, H, T, D)),
+    "attention, grouped": (ops.attention, (B, H, T, D), (B, G, T, D), (B, G, T, D)),
+    "attention, S > T": (ops.attention, (B, H, 3, D), (B, G, T, D), (B, G, T, D)),
+    "attention, S < T": (ops.attention, (B, H, T, D), (B, G, 3, D), (B, G, 3, D)),
+    "attention, documents": (
+        lambda q, k, v: ops.attention(q, k, v, START),
+        (B, H, T, D), (B, G, T, D), (B, G, T, D),
+    ),
+    "swiglu": (ops.swiglu, (B, T, C), (B, T, C)),
+    "gelu": (ops.gelu, (B, T, C)),
+    "gelu, exact": (lambda x: ops.gelu(x, False), (B, T, C)),
+    "cross_entropy": (lambda x: ops.cross_entropy(x, TARGETS), (B, T, V)),
+    "linear_cross_entropy": (
+        lambda x, w: ops.linear_cross_entropy(x, w, TARGETS), (B, T, C), (V, C),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("float64")
+def test_gradient(name):
+    """A wrong vjp makes every model train a little worse, in silence."""
+    f, *shapes = CASES[name]
+    local = numpy.random.default_rng(1)
+    xs = [local.standard_normal(shape) for shape in shapes]
+    us = [local.standard_normal(shape) for shape in shapes]
+    tensors = [Tensor(x, requires_grad=True) for x in xs]
+    y = f(*tensors)
+    c = local.standard_normal(y.shape)
+    y.backward(c)
+    assert all(t.grad.shape == x.shape for t, x in zip(tensors, xs, strict=True))
+    exact = sum((t.grad * u).sum() for t, u in zip(tensors, us, strict=True))
+    eps = 1e-6
+    plus, minus = (
+        f(*[Tensor(x + sign * eps / 2 * u) for x, u in zip(xs, us, strict=True)]).data
+        for sign in (1, -1)
+    )
+    numeric = (c * (plus - minus)).sum() / eps
+    assert abs(exact - numeric) <= 1e-6 * max(abs(exact), abs(numeric), 1e-3)
+
+
+def test_an_unknown_backend_is_named():
+    with pytest.raises(ValueError, match="'gpu'"):
+        backend.use("gpu")
+
+
+def test_the_compiled_backend_refuses_float64_by_name():
+    """A silent cast would make a float64 check pass in float32."""
+    backend.use("cpu")
+    with pytest.raises(TypeError, match="float32"):
+        ops.softmax(Tensor(numpy.zeros((2, 3))))

@@ -1,0 +1,272 @@
+"""A run survives what happens to long runs, and its result does not depend on it."""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import time
+
+import numpy
+import pytest
+from commands import SMALL, command, metrics, pretrain, tinylm, weights
+
+from tinylm import checkpoint, memory
+from tinylm.checkpoint import Checkpoint
+from tinylm.errors import InputError
+from tinylm.model import ModelConfig, Transformer
+from tinylm.optim import AdamW, clip_scale, schedule
+from tinylm.train import Guard, TrainConfig, resumed_config
+
+STEPS = ["--max-steps", "30", "--save-every", "4", "--eval-every", "10"]
+
+
+@pytest.fixture(scope="module")
+def finished(text_file, tmp_path_factory):
+    """A run that was never stopped."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    done = pretrain(text_file, out, *STEPS, "--json")
+    assert done.returncode == 0, done.stderr
+    return out, json.loads(done.stdout)
+
+
+def test_a_run_learns_and_leaves_a_whole_directory(finished):
+    out, result = finished
+    rows = metrics(out)
+    losses = [row["loss"] for row in rows if "lr" in row]
+    assert len(losses) == 30
+    assert losses[-1] < losses[0] - 0.5
+    assert result["steps"] == 30
+    assert 0 < result["bits_per_byte"] < 10
+    names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+             "generation_config.json", "README.md", "training"}  # fmt: skip
+    assert names <= {path.name for path in out.iterdir()}
+
+
+def test_transformers_opens_a_run_directory(finished):
+    transformers = pytest.importorskip("transformers")
+    out, _ = finished
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    ours = checkpoint.load(out)
+    ids = tokenizer("the cat saw the moon", return_tensors="pt")["input_ids"]
+    assert ids[0].tolist() == ours[1].encode("the cat saw the moon")
+    gap = model(ids).logits.detach().numpy() - ours[0](ids.numpy()).data
+    assert numpy.abs(gap).max() <= 1e-4
+
+
+def kill_somewhere(process, seed: int, after: float) -> None:
+    time.sleep(after + random.Random(seed).random() * 0.4)
+    process.kill()
+    process.wait()
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bits(finished, text_file, tmp_path):
+    """SIGKILL, most often in the middle of a save (there is one after every step)."""
+    out = tmp_path / "run"
+    arguments = [*SMALL, *STEPS, "--save-every", "1", "--resume"]
+    kills = 0
+    for seed in range(12):
+        process = subprocess.Popen(
+            command("pretrain", text_file, "--out", out, *arguments),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
+        while not Checkpoint(out).exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        kill_somewhere(process, seed, 0.0 if seed == 0 else 0.4)
+        kills += process.returncode == -signal.SIGKILL
+        if Checkpoint(out).exists() and (out / "model.safetensors").exists():
+            checkpoint.load(out)  # whatever moment it was, the directory opens
+    assert kills >= 1
+    done = tinylm("pretrain", text_file, "--out", out, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert weights(out) == weights(finished[0])
+    steps = [row["step"] for row in metrics(out) if "lr" in row]
+    assert steps == list(range(1, 31))
+    assert any(row.get("event") == "resume" for row in metrics(out))
+
+
+def test_threads_do_not_change_the_bits(finished, text_file, tmp_path):
+    assert pretrain(text_file, tmp_path / "r", *STEPS, "--threads", "1").returncode == 0
+    assert weights(tmp_path / "r") == weights(finished[0])
+
+
+def test_ctrl_c_saves_and_resume_goes_on(finished, text_file, tmp_path):
+    out = tmp_path / "run"
+    arguments = [*SMALL, *STEPS, "--save-every", "1000"]
+    process = subprocess.Popen(
+        command("pretrain", text_file, "--out", out, *arguments), stderr=subprocess.PIPE, text=True
+    )
+    log = out / "training" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.skip("the run was over before the signal came")
+    assert process.returncode == 130, told
+    assert "Traceback" not in told
+    assert Checkpoint(out).state()["step"] >= 1
+    assert tinylm("pretrain", text_file, "--out", out, *arguments, "--resume").returncode == 0
+    assert weights(out) == weights(finished[0])
+
+
+def test_resume_on_a_finished_run_is_done(finished, text_file):
+    done = tinylm("pretrain", text_file, "--out", finished[0], "--resume", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["steps"] == 30
+    assert "finished" in done.stderr
+
+
+def test_resume_without_a_checkpoint_starts_at_step_0(text_file, tmp_path):
+    done = pretrain(text_file, tmp_path / "r", "--max-steps", "2", "--resume")
+    assert done.returncode == 0
+    assert metrics(tmp_path / "r")[0] == {"step": 0, "event": "resume"}
+
+
+def test_what_may_not_change_on_resume_is_named(finished, text_file):
+    out = finished[0]
+    done = tinylm("pretrain", text_file, "--out", out, "--resume", "--learning-rate", "0.5")
+    assert done.returncode == 2
+    assert "--learning-rate 0.5" in done.stderr
+    config = TrainConfig(max_steps=99, save_every=7)
+    assert resumed_config(config, {"max_steps", "save_every"}, out).max_steps == 99
+
+
+def test_other_text_on_resume_is_refused(finished, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("something else " * 100)
+    done = tinylm("pretrain", other, "--out", finished[0], "--resume")
+    assert done.returncode == 2
+    assert "other text" in done.stderr
+
+
+def test_minutes_fit_the_schedule_to_the_time(text_file, tmp_path):
+    done = pretrain(text_file, tmp_path / "r", "--minutes", "0.05", "--json")
+    assert done.returncode == 0, done.stderr
+    rates = [row["lr"] for row in metrics(tmp_path / "r") if "lr" in row]
+    assert rates[-1] < 0.25 * max(rates)  # it came down to the floor, 0.1
+    assert 3 <= json.loads(done.stdout)["seconds"] < 6
+
+
+def test_accumulated_batches_give_the_step_of_one_large_batch(text_file, tmp_path):
+    """The mean is over the targets of the whole step, not of each part."""
+    runs = [("--batch-size", "4"), ("--batch-size", "2", "--accumulate", "2")]
+    losses = []
+    for i, settings in enumerate(runs):
+        arguments = [text_file, tmp_path / str(i), "--max-steps", "5", *settings]
+        assert pretrain(*arguments).returncode == 0
+        losses.append([row["loss"] for row in metrics(tmp_path / str(i)) if "lr" in row])
+    assert numpy.allclose(*losses, atol=1e-4)
+
+
+# ---- parts --------------------------------------------------------------------------------------
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    model = Transformer(ModelConfig(11, 1, 2, 2, 8, 16, 8))
+    optimizer, kept = AdamW(model.parameters()), Checkpoint(tmp_path)
+    kept.save(model, optimizer, {"step": 1})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(InputError, match="No space left"):
+        kept.save(model, optimizer, {"step": 2})
+    assert kept.state() == {"step": 1}
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_disk_that_is_full_is_told_in_a_sentence(text_file, tmp_path):
+    """A file size limit stands in for a full disk: the write itself fails."""
+    out = tmp_path / "r"
+    program = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000));"
+        "from tinylm.cli import run; sys.exit(run(sys.argv[1:]))"
+    )
+    arguments = ["pretrain", text_file, "--out", out, *SMALL, "--n-embd", "64", "--max-steps", "3"]
+    done = subprocess.run(
+        [*command()[:1], "-c", program, *map(str, arguments)],
+        capture_output=True, text=True, timeout=120, check=False, env=os.environ,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "cannot be written" in done.stderr
+
+
+def test_the_guard_refuses_what_would_do_harm():
+    guard = Guard()
+    assert guard.reason(math.nan, 1.0)
+    assert guard.reason(1.0, math.inf)
+    for _ in range(60):
+        assert guard.reason(2.0, 1.0) is None
+    assert "spiked" in guard.reason(2.0, 50.0)
+    assert guard.reason(2.0, 3.0) is None
+    assert guard.refused == 3
+    again = Guard(**dataclasses.asdict(guard))  # what a checkpoint keeps is all there is
+    assert again == guard
+
+
+def test_the_guard_ends_a_run_that_cannot_recover():
+    guard = Guard()
+    with pytest.raises(InputError, match="--learning-rate"):
+        for _ in range(50):
+            guard.reason(math.nan, math.nan)
+
+
+def test_a_run_with_a_bad_batch_skips_it_and_says_so(text_file, tmp_path):
+    """A learning rate that blows up: refused updates are counted, and no NaN is saved."""
+    done = pretrain(text_file, tmp_path / "r", "--max-steps", "40", "--learning-rate", "1e12",
+                    "--clip", "0")  # fmt: skip
+    assert done.returncode in {0, 2}
+    skips = [row for row in metrics(tmp_path / "r") if row.get("event") == "skip"]
+    assert skips
+    assert "skipped" in done.stderr
+    model, _ = checkpoint.load(tmp_path / "r")
+    assert all(numpy.isfinite(p.data).all() for p in model.parameters().values())
+
+
+def test_schedule_rises_and_falls():
+    values = [schedule(x / 100, 0.1, 0.2) for x in range(101)]
+    assert values[0] == 0
+    assert values[10] == 1
+    assert abs(values[100] - 0.2) < 1e-12
+    assert values[:11] == sorted(values[:11])
+    assert values[10:] == sorted(values[10:], reverse=True)
+
+
+def test_clipping_bounds_the_norm():
+    assert clip_scale(0.5, 1.0) == 1.0
+    assert abs(clip_scale(4.0, 1.0) * 4.0 - 1.0) < 1e-5
+    assert clip_scale(4.0, 0.0) == 1.0
+
+
+def test_decay_pulls_on_matrices_only():
+    model = Transformer(ModelConfig(11, 1, 2, 2, 8, 16, 8))
+    before = {name: p.data.copy() for name, p in model.parameters().items()}
+    optimizer = AdamW(model.parameters(), weight_decay=0.5)
+    for p in model.parameters().values():
+        p.grad = numpy.zeros_like(p.data)
+    optimizer.step(0.1)
+    for name, p in model.parameters().items():
+        factor = 0.95 if p.ndim > 1 else 1.0
+        assert numpy.allclose(p.data, before[name] * factor, atol=1e-7), name
+
+
+def test_memory_that_will_not_suffice_names_what_would_fit(monkeypatch):
+    model = Transformer(ModelConfig(300, 2, 2, 2, 32, 64, 128))
+    config = TrainConfig(batch_size=64, block_size=128)
+    n = model.n_parameters()
+    fits = memory.needed(model.config, n, 16, 128)
+    monkeypatch.setattr(memory, "available", lambda: fits + 1000)
+    with pytest.raises(InputError, match="--batch-size 16 --accumulate 4 would fit"):
+        memory.check(model, config)
+    monkeypatch.setattr(memory, "available", lambda: 10**6)
+    with pytest.raises(InputError, match="--n-embd"):
+        memory.check(model, config)
