@@ -247,7 +247,7 @@ def write_document(pieces, tokenizer, dtype, file, counts, strip: bool) -> bytes
         hasher.update(raw)
         if not text.isascii():
             counts["invalid_bytes"] += len(INVALID.findall(text))
-        file.write(numpy.asarray(tokenizer.encode(text), dtype).tobytes())
+        file.write(tokenizer.encode_array(text).astype(dtype).tobytes())
     if empty:
         file.seek(place)
         file.truncate()

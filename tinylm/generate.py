@@ -7,8 +7,8 @@ its older half is dropped and the rest is read anew.
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 
 import numpy
 
@@ -162,20 +162,11 @@ def stream_text(
 ) -> Iterator[str]:
     """Continue a prompt, piece by piece, as soon as whole characters are known."""
     ids = encode_prompt(model, tokenizer, prompt)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     rng = numpy.random.default_rng(seed)
     stop_ids = model.config.stop_ids
-    settings = (temperature, top_k, top_p, stop_ids)
-    first = ids == [model.config.bos_token_id]
-    for (token,) in stream(model, [ids], max_new_tokens, rng, *settings):
-        if token in stop_ids:
-            break
-        piece = tokenizer.decode_bytes([int(token)])
-        if first and tokenizer.add_bos:
-            piece = piece.removeprefix(b" ")  # SentencePiece puts a space before every text
-        first = False
-        yield decoder.decode(piece)
-    yield decoder.decode(b"", final=True)
+    steps = stream(model, [ids], max_new_tokens, rng, temperature, top_k, top_p, stop_ids)
+    new = takewhile(lambda token: token not in stop_ids, (int(token) for (token,) in steps))
+    return tokenizer.decode_stream(new, continues=ids != [model.config.bos_token_id])
 
 
 def generate(model: Transformer, tokenizer: Tokenizer, prompt: str, **settings) -> str:

@@ -119,11 +119,15 @@ class Tokenizer:
                 begins = i in self._special_ids
         return b"".join(tokens).decode("utf-8", "replace")
 
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text that continues another one, id by id; a character comes once it is whole."""
+    def decode_stream(self, ids: Iterable[int], continues: bool = True) -> Iterator[str]:
+        """`decode`, id by id; a character comes once it is whole."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for i in ids:
-            yield decoder.decode(self.tokens[i])
+            token = self.tokens[i]
+            if self._layout.prefix and not continues:
+                token = token.removeprefix(b" ")
+            continues = True
+            yield decoder.decode(token)
         yield decoder.decode(b"", final=True)
 
     def token_bytes(self, i: int) -> bytes:
@@ -176,20 +180,24 @@ class Tokenizer:
 
 
 def train_bpe(
-    texts: Iterable[str], vocab_size: int, progress: Callable[[int, int], None] | None = None
+    texts: Iterable[str],
+    vocab_size: int,
+    progress: Callable[[int, int], None] | None = None,
+    at_most: bool = False,
 ) -> Tokenizer:
     """Learn byte-level BPE: 256 bytes, then merges, then SPECIAL_TOKENS: `vocab_size` in all.
 
     The texts are read once, and never all in memory. The result depends on nothing but the texts,
     not even on their order; learn_merges says how ties are broken. `progress` is called with
-    (done, total) merges.
+    (done, total) merges. A text with too few pairs for `vocab_size` is an InputError, or, if
+    `at_most`, gets the vocabulary it allows.
     """
     n_merges = vocab_size - 256 - len(SPECIAL_TOKENS)
     if n_merges < 0:
         raise InputError(f"--vocab-size {vocab_size}: 256 bytes and the special tokens need "
                          f"{256 + len(SPECIAL_TOKENS)} or more")  # fmt: skip
     merges = bpe.learn_merges(count_pieces(texts), n_merges, progress)
-    if len(merges) < n_merges:
+    if len(merges) < n_merges and not at_most:
         most = vocab_size - (n_merges - len(merges))
         raise InputError(f"text allows only {most} tokens; use --vocab-size {most} or less")
     tokens = list(BYTE_CHARACTERS)  # ids 0 to 255 are the bytes

@@ -294,7 +294,8 @@ def make_tokenizer(files, size: int, config: PretrainConfig, progress: Progress)
         texts = first_characters(texts, TOKENIZER_SAMPLE)
         if config.tokenizer == "characters":
             return train_characters(texts)
-        return train_bpe(texts, config.vocab_size or fitted_vocabulary(size))
+        fitted = not config.vocab_size
+        return train_bpe(texts, config.vocab_size or fitted_vocabulary(size), at_most=fitted)
 
 
 def foreign_tokenizer(path: str) -> Tokenizer:

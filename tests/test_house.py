@@ -1,0 +1,131 @@
+"""The rules that keep the house in order: who may import whom, and what must be there."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tinylm
+from tinylm import _bpe, backend
+from tinylm.kernels import CONTRACT, _cpu, reference
+
+PACKAGE = Path(tinylm.__file__).parent
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+FRAMEWORKS = {"torch", "tensorflow", "jax", "transformers", "tokenizers", "mlx", "keras"}
+
+# the floors: a module may import from its own floor's list only
+ALLOWED = {
+    "errors": set(),
+    "tensor": set(),
+    "config": {"errors"},
+    "backend": {"kernels"},
+    "ops": {"backend", "tensor"},
+    "nn": {"backend", "ops", "tensor"},
+    "optim": {"backend", "tensor"},
+    "model": {"backend", "config", "nn", "ops", "tensor"},
+    "data": {"errors", "tokenizer"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of all that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def parts_of_tinylm(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imported(path) if name.startswith("tinylm.")} & {
+        p.stem if p.stem != "__init__" else p.parent.name for p in MODULES
+    }
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_what_a_module_must_not_import(path):
+    names = imported(path)
+    roots = {name.split(".")[0] for name in names}
+    assert not roots & FRAMEWORKS
+    assert not roots & {"tests", "pickle", "urllib", "requests", "socket"}
+    if path.name != "cuda.py":
+        assert "cupy" not in roots
+    if path.stem in ALLOWED and path.parent == PACKAGE:
+        assert parts_of_tinylm(path) <= ALLOWED[path.stem]
+    if path.parent.name == "kernels":
+        assert not {n for n in names if n.startswith("tinylm") and "kernels" not in n}
+    if path.parent.name == "stages":
+        assert not {n for n in names if n.startswith("tinylm.stages.")}
+
+
+def test_only_the_bindings_know_python():
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".cpp", ".h", ".cu"}]
+    assert len(sources) > 5
+    knowing = {p.name for p in sources if "pybind11/" in p.read_text()}
+    assert knowing == {"bindings.cpp"}
+
+
+def test_ops_hold_no_numpy():
+    assert not {"numpy", "cupy"} & {n.split(".")[0] for n in imported(PACKAGE / "ops.py")}
+
+
+def test_the_compiled_extensions_are_here_and_in_use():
+    """Without them every speed that we promise is gone: this fails, and never skips."""
+    assert backend.name == "cpu"
+    assert _cpu.isa() in {"baseline", "avx2", "avx512", "avx512bf16"}
+    assert _bpe.__file__.endswith((".so", ".pyd"))
+
+
+def test_every_kernel_of_the_contract_is_in_every_backend():
+    for kernels in (reference, _cpu):
+        assert not [name for name in CONTRACT if not hasattr(kernels, name)]
+
+
+def test_the_installed_package_is_what_is_tested():
+    assert ROOT not in PACKAGE.parents
+
+
+def test_importing_needs_no_network_and_writes_nothing(tmp_path):
+    program = (
+        "import socket\n"
+        "def refuse(*a, **k): raise AssertionError('network')\n"
+        "socket.socket.connect = refuse\n"
+        "import tinylm, tinylm.cli\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", program], cwd=tmp_path, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_the_compiled_kernels_it_still_works_and_says_so(tmp_path):
+    """A machine without a compiler gets the reference kernels and a notice."""
+    program = (
+        "import sys\n"
+        "sys.modules['tinylm.kernels._cpu'] = None\n"
+        "sys.modules['tinylm._bpe'] = None\n"
+        "import numpy, tinylm\n"
+        "from tinylm.tokenizer import train_bpe\n"
+        "ids = train_bpe(['the cat and the cat'], 270).encode('the cat')\n"
+        "model = tinylm.Transformer(tinylm.ModelConfig(270, 1, 2, 2, 16, 32, 8))\n"
+        "model.loss(ids[:-1], ids[1:]).mean().backward()\n"
+        "print(tinylm.backend.name)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "reference"
+    assert "not compiled" in done.stderr
+
+
+def test_the_readme_s_test_command_is_the_one_that_ci_runs():
+    assert "pytest" in (ROOT / ".ci" / "run").read_text()
+    assert "pip install" in (ROOT / "README.md").read_text()
