@@ -1,5 +1,73 @@
-"""Placeholder."""
+"""Are the kernels right on this machine?  `tinylm selfcheck` prints what this module finds.
+
+Two comparisons for every kernel, over the case list that the tests walk too: the reference's
+gradients against finite differences, and the backend against the float64 reference. It prints
+nothing and reads no clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import numpy as np
+
+from tinylm.kernels import cases, reference
+from tinylm.kernels.cases import CASES, GRADIENT_TOLERANCE, OPS, TOLERANCE
 
 
-def selfcheck():
-    return []
+@dataclass(frozen=True)
+class Row:
+    """The worst over all cases of one kernel."""
+
+    kernel: str
+    n_cases: int
+    gradient_error: float | None  # relative; None where a kernel has no gradient
+    parity_error: dict[str, float] = field(default_factory=dict)  # by dtype: ‖out − ref‖ / ‖ref‖
+    ok: bool = True
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    backend: str
+    isa: str
+    threads: int
+    rows: list[Row]
+
+    @property
+    def ok(self) -> bool:
+        return all(row.ok for row in self.rows)
+
+
+def selfcheck(kernels: ModuleType | None = None, dtypes: tuple[str, ...] = ("float32",)) -> SelfCheck:
+    """Check every kernel of a backend (the compiled one where it exists); takes a few seconds."""
+    kernels = kernels or compiled() or reference
+    with np.errstate(all="ignore"):  # the cases overflow on purpose
+        rows = [check(kernels, op, dtypes) for op in OPS]
+    return SelfCheck(
+        backend=kernels.__name__,
+        isa=kernels.isa() if hasattr(kernels, "isa") else "numpy",
+        threads=kernels.threads() if hasattr(kernels, "threads") else 1,
+        rows=rows,
+    )
+
+
+def check(kernels: ModuleType, op: str, dtypes: tuple[str, ...]) -> Row:
+    mine = [case for case in CASES if case.op == op]
+    smooth = [cases.gradient_error(case) for case in mine if case.smooth and OPS[op].inputs]
+    gradient = max(smooth) if smooth else None
+    parity = {
+        dtype: max(cases.parity_error(kernels, case, dtype) / case.slack for case in mine)
+        for dtype in dtypes
+    }
+    ok = all(error <= TOLERANCE[dtype] for dtype, error in parity.items())
+    ok = ok and (gradient is None or gradient <= GRADIENT_TOLERANCE)
+    return Row(op, len(mine), gradient, parity, ok)
+
+
+def compiled() -> ModuleType | None:
+    try:
+        from tinylm.kernels import _cpu
+    except ImportError:
+        return None
+    return _cpu

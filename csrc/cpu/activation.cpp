@@ -1,7 +1,7 @@
 // activation.cpp - SwiGLU and GELU, one pass over memory each; s and σ stand for the sigmoid.
 //
-// GELU's tanh form needs no tanh: (1 + tanh u) / 2 = σ(2u), which keeps its relative precision where
-// tanh is near -1.
+// GELU's tanh form needs no tanh: (1 + tanh u) / 2 = σ(2u), which keeps its relative precision
+// where tanh is near -1.
 #include "simd.h"
 
 namespace ISA {

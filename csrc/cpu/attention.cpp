@@ -1,25 +1,27 @@
 // attention.cpp - causal attention in blocks whose scores never reach memory.  arXiv 2205.14135
 //
-// A block is BQ queries; it meets the keys BK at a time. All query heads that share a key/value head
-// are stacked as rows of one matrix, (head, token), so that grouped heads read K and V once. Scores
-// are held transposed, one row per key and one lane per query:
+// A block is BQ queries; it meets the keys BK at a time. All query heads that share a key/value
+// head are stacked as rows of one matrix, (head, token), so that grouped heads read K and V once.
+// Scores are held transposed, one row per key and one lane per query:
 //
 //                 BQ queries
 //               ┌────────────┐     the maximum and the sum of a query are lane-wise operations down
-//       BK keys │ K_j Qᵀ/√D  │     the rows; K is read as it lies in memory (any stride), and only the
+//       BK keys │ K_j Qᵀ/√D  │     the rows; K is read as it lies in memory (any stride), and only
+//       the
 //               └────────────┘     queries are transposed, once per block.
 //
 //   forward:   S = K Qᵀ; P = exp(S - max); O = O fade + Pᵀ V                      (online softmax)
 //   backward:  P = exp(K Qᵀ - lse); dV += P dO; dS = P (V dOᵀ - delta); dK += dS Q; dQ += dSᵀ K
 //
-// Every query sees a window of keys [from, to): `to` is the causal limit, `from` its document's start.
-// Blocks outside all windows are skipped, blocks inside all of them need no mask.
-// One task is one block of queries (forward) or one key/value head (backward): no sum is shared.
+// Every query sees a window of keys [from, to): `to` is the causal limit, `from` its document's
+// start. Blocks outside all windows are skipped, blocks inside all of them need no mask. One task
+// is one block of queries (forward) or one key/value head (backward): no sum is shared.
 #include "simd.h"
 
 namespace ISA {
 constexpr long BQ = 64, BK = 64;
-constexpr long FEW = W / 2;  // with so few queries, a dot product per score beats a product of blocks
+constexpr long FEW =
+    W / 2;  // with so few queries, a dot product per score beats a product of blocks
 
 INLINE float* at(const Heads& x, long b, long h, long t) {
     return x.data + b * x.b + h * x.h + t * x.t;
@@ -32,8 +34,8 @@ template <int R, int V>
 static void block_tile(long depth, const float* a, long row, long col, const float* b, long ldb,
                        float* c, long ldc, bool add) {
     vf sums[R][V];
-    UNROLL for (int i = 0; i < R; ++i)
-        UNROLL for (int j = 0; j < V; ++j) sums[i][j] = add ? load(c + i * ldc + j * W) : vf{};
+    UNROLL for (int i = 0; i < R; ++i) UNROLL for (int j = 0; j < V; ++j) sums[i][j] =
+        add ? load(c + i * ldc + j * W) : vf{};
     for (; depth > 0; --depth, a += col, b += ldb) {
         vf bk[V];
         UNROLL for (int j = 0; j < V; ++j) bk[j] = load(b + j * W);
@@ -42,8 +44,8 @@ static void block_tile(long depth, const float* a, long row, long col, const flo
             UNROLL for (int j = 0; j < V; ++j) sums[i][j] += ai * bk[j];
         }
     }
-    UNROLL for (int i = 0; i < R; ++i)
-        UNROLL for (int j = 0; j < V; ++j) store(c + i * ldc + j * W, sums[i][j]);
+    UNROLL for (int i = 0; i < R; ++i) UNROLL for (int j = 0; j < V; ++j)
+        store(c + i * ldc + j * W, sums[i][j]);
 }
 
 #if LANES == 16
@@ -80,11 +82,11 @@ static void block_product(long m, long n, long depth, const float* a, long row, 
 
 struct Queries {
     const AttentionShape& shape;
-    long b, g, first, rows;      // rows first .. first + rows of the group's (H/G) T
-    long lanes;                  // rows, up to whole vectors
-    int32_t from[BQ], to[BQ];    // the window of each row; empty for the lanes beyond `rows`
-    long begin, end;             // the union of the windows
-    long all_from, all_to;       // their intersection
+    long b, g, first, rows;    // rows first .. first + rows of the group's (H/G) T
+    long lanes;                // rows, up to whole vectors
+    int32_t from[BQ], to[BQ];  // the window of each row; empty for the lanes beyond `rows`
+    long begin, end;           // the union of the windows
+    long all_from, all_to;     // their intersection
 
     Queries(const AttentionShape& shape, long b, long g, long first, const int32_t* start)
         : shape(shape), b(b), g(g), first(first) {
@@ -141,7 +143,8 @@ static void transpose_rows(const float* src, long lanes, long ld, float* dst) {
         }
 }
 
-// Keys or values j .. j + n of one head as a matrix of whole vectors: in place, or else a padded copy.
+// Keys or values j .. j + n of one head as a matrix of whole vectors: in place, or else a padded
+// copy.
 struct Matrix {
     const float* data;
     long ld;
@@ -150,7 +153,8 @@ static Matrix whole_vectors(const Heads& x, long b, long g, long j, long n, long
     if (D % W == 0) return {at(x, b, g, j), x.t};
     const long ld = round_up(D, W);
     for (long i = 0; i < n; ++i)
-        for (long d = 0; d < ld; d += W) store(copy + i * ld + d, load_n(at(x, b, g, j + i) + d, D - d));
+        for (long d = 0; d < ld; d += W)
+            store(copy + i * ld + d, load_n(at(x, b, g, j + i) + d, D - d));
     return {copy, ld};
 }
 
@@ -161,7 +165,8 @@ static void scores(long keys, long lanes, long rows, long D, const float* k, lon
     for (long key = 0; key < keys; ++key)  // few rows (generation): `lanes` is W
         for (long r = 0; r < rows; ++r) {
             vf sums = {};
-            for (long d = 0; d < D; d += W) sums += load_n(k + key * ldk + d, D - d) * load(q + r * ld + d);
+            for (long d = 0; d < D; d += W)
+                sums += load_n(k + key * ldk + d, D - d) * load(q + r * ld + d);
             s[key * BQ + r] = sum(sums);
         }
 }
@@ -174,7 +179,8 @@ static void online_softmax(float* s, long keys, long lanes, float* top, float* t
         const vf before = load(top + l);
         vf now = before, sums = {};
         for (long key = 0; key < keys; ++key) now = maximum(load(s + key * BQ + l), now);
-        const vf level = now == -INF ? vf{} : now;  // nothing seen yet: so that no -inf - -inf appears
+        const vf level =
+            now == -INF ? vf{} : now;  // nothing seen yet: so that no -inf - -inf appears
         for (long key = 0; key < keys; ++key) {
             const vf e = exp(load(s + key * BQ + l) - level);
             store(s + key * BQ + l, e);
@@ -205,7 +211,8 @@ static void forward_block(const Queries& q, const Heads& Q, const Heads& K, cons
         online_softmax(s, keys, q.lanes, top, total, fade);
         for (long r = 0; r < q.rows; ++r)
             if (fade[r] != 1)
-                for (long d = 0; d < ld; d += W) store(o + r * ld + d, load(o + r * ld + d) * fade[r]);
+                for (long d = 0; d < ld; d += W)
+                    store(o + r * ld + d, load(o + r * ld + d) * fade[r]);
         const Matrix v = whole_vectors(V, q.b, q.g, j, keys, D, copy);
         block_product(q.rows, ld, keys, s, 1, BQ, v.data, v.ld, o, ld, true);
     }
@@ -240,8 +247,8 @@ static long backward_scratch(long S, long D) {
 
 struct Gradients {  // what one key/value head works with
     const Heads &dout, &q, &k, &v, &out;
-    const float *lse;
-    const Heads &dq;
+    const float* lse;
+    const Heads& dq;
     float *dk, *dv;  // (S, ld), sums over all query heads of the group
 };
 
@@ -271,7 +278,8 @@ static void backward_block(const Queries& q, const Gradients& x, float* scratch)
     transpose_rows(drows, q.lanes, ld, dot);
     for (long r = 0; r < q.rows; ++r) {
         vf sums = {};
-        for (long d = 0; d < D; d += W) sums += load_n(q.row(x.out, r) + d, D - d) * load(drows + r * ld + d);
+        for (long d = 0; d < D; d += W)
+            sums += load_n(q.row(x.out, r) + d, D - d) * load(drows + r * ld + d);
         delta[r] = sum(sums);
         lse[r] = x.lse[(q.b * q.shape.H + q.head(r)) * q.shape.T + q.token(r)];
         if (lse[r] == -INF) lse[r] = 0;  // a query that sees nothing: exp(-inf - 0) is 0
@@ -287,7 +295,8 @@ static void backward_block(const Queries& q, const Gradients& x, float* scratch)
         block_product(keys, ld, q.rows, ds, BQ, 1, rows, ld, x.dk + j * ld, ld, true);
         block_product(q.rows, ld, keys, ds, 1, BQ, k.data, k.ld, dq, ld, true);
     }
-    for (long i = 0; i < q.rows * ld; i += W) store(dq + i, load(dq + i) * scale);  // dK has it from Q
+    for (long i = 0; i < q.rows * ld; i += W)
+        store(dq + i, load(dq + i) * scale);  // dK has it from Q
     scatter(q, dq, ld, x.dq);
 }
 

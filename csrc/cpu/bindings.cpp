@@ -1,9 +1,10 @@
-// bindings.cpp - the only file that knows Python: checks arguments, allocates results from the pool,
-// releases the interpreter's lock, and calls the table of the instruction set in use.
+// bindings.cpp - the only file that knows Python: checks arguments, allocates results from the
+// pool, releases the interpreter's lock, and calls the table of the instruction set in use.
 //
-// Names, arguments and results are those of tinylm/kernels/reference.py. Wrong shapes and values are
-// ValueErrors, wrong dtypes TypeErrors; nothing is cast silently. An input that is not C-contiguous is
-// copied, except where a kernel takes strides (attention and rope, last dimension contiguous).
+// Names, arguments and results are those of tinylm/kernels/reference.py. Wrong shapes and values
+// are ValueErrors, wrong dtypes TypeErrors; nothing is cast silently. An input that is not
+// C-contiguous is copied, except where a kernel takes strides (attention and rope, last dimension
+// contiguous).
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -46,7 +47,8 @@ static Floats empty(const Shape& shape) {
 static Strided empty_heads(long B, long H, long T, long D) {
     Floats memory = empty({B, T, H, D});
     const py::ssize_t f = sizeof(float);
-    return Strided({B, H, T, D}, {T * H * D * f, D * f, H * D * f, f}, memory.mutable_data(), memory);
+    return Strided({B, H, T, D}, {T * H * D * f, D * f, H * D * f, f}, memory.mutable_data(),
+                   memory);
 }
 
 // ---- shapes ------------------------------------------------------------------------------------
@@ -64,7 +66,8 @@ static long rows_of(const py::array& x) { return size_of(leading(x)); }
 
 static std::string text_of(const Shape& shape) {
     std::string text;
-    for (auto s : shape) text += (text.empty() ? "" : ", ") + (s == ANY ? "any" : std::to_string(s));
+    for (auto s : shape)
+        text += (text.empty() ? "" : ", ") + (s == ANY ? "any" : std::to_string(s));
     return "(" + text + (shape.size() == 1 ? ",)" : ")");
 }
 static bool matches(const py::array& x, const Shape& shape) {
@@ -109,7 +112,8 @@ public:
     }
 
     // float32 of this shape, contiguous
-    Floats floats(const char* arg, const py::array& x, const char* letters, const Shape& shape) const {
+    Floats floats(const char* arg, const py::array& x, const char* letters,
+                  const Shape& shape) const {
         check_dtype(arg, x);
         check(arg, x, letters, shape);
         return Floats(x);
@@ -121,7 +125,8 @@ public:
         return Floats(x);
     }
     // float32 (B, heads, tokens, D): only D contiguous
-    Strided strided(const char* arg, const py::array& x, const char* letters, const Shape& shape) const {
+    Strided strided(const char* arg, const py::array& x, const char* letters,
+                    const Shape& shape) const {
         check_dtype(arg, x);
         check(arg, x, letters, shape);
         bool whole = x.shape(3) <= 1 || x.strides(3) == sizeof(float);
@@ -140,9 +145,11 @@ public:
     Ints ints(const char* arg, const py::array& x, const char* letters, const Shape& shape,
               long least, long limit) const {
         check(arg, x, letters, shape);
-        if (py::isinstance<py::array_t<int32_t>>(x)) return checked(arg, Ints(x), least, limit, Ints(x));
+        if (py::isinstance<py::array_t<int32_t>>(x))
+            return checked(arg, Ints(x), least, limit, Ints(x));
         if (!py::isinstance<py::array_t<int64_t>>(x)) wrong_dtype(arg, "int32 or int64", x);
-        return checked(arg, py::array_t<int64_t, py::array::c_style>(x), least, limit, Ints(shape_of(x)));
+        return checked(arg, py::array_t<int64_t, py::array::c_style>(x), least, limit,
+                       Ints(shape_of(x)));
     }
 
 private:
@@ -206,14 +213,16 @@ static Floats linear_forward(const py::array& x_, const py::array& weight_,
     return y;
 }
 
-static py::tuple linear_backward(const py::array& dy_, const py::array& x_, const py::array& weight_,
-                                 bool transposed, bool has_bias) {
+static py::tuple linear_backward(const py::array& dy_, const py::array& x_,
+                                 const py::array& weight_, bool transposed, bool has_bias) {
     const Op op("linear_backward");
-    const Floats x = op.floats("x", x_), dy = op.floats("dy", dy_, "(..., F)", with_last(leading(x), ANY));
+    const Floats x = op.floats("x", x_),
+                 dy = op.floats("dy", dy_, "(..., F)", with_last(leading(x), ANY));
     const long N = rows_of(x), C = last_of(x), F = last_of(dy);
     const Floats weight = check_weight(op, weight_, transposed, C, F);
     Floats dx = empty(shape_of(x)), dweight = empty(shape_of(weight));
-    multiply({false, transposed, N, C, F, pointer(dy), F, pointer(weight), weight.shape(1), pointer(dx), C});
+    multiply({false, transposed, N, C, F, pointer(dy), F, pointer(weight), weight.shape(1),
+              pointer(dx), C});
     if (transposed)
         multiply({true, false, C, F, N, pointer(x), C, pointer(dy), F, pointer(dweight), F});
     else
@@ -232,7 +241,8 @@ static Floats embedding_forward(const py::array& tokens_, const py::array& weigh
     const Ints tokens = op.ints("tokens", tokens_, "(B, T)", shape_of(tokens_), 0, weight.shape(0));
     const long N = tokens.size(), C = weight.shape(1);
     Floats y = empty(with_last(shape_of(tokens), C));
-    run(kernels().embedding_forward, pointer(tokens), pointer(weight), pointer(y), N, C, threads_for(N * C));
+    run(kernels().embedding_forward, pointer(tokens), pointer(weight), pointer(y), N, C,
+        threads_for(N * C));
     return y;
 }
 
@@ -259,15 +269,15 @@ static py::tuple rms_norm_forward(const py::array& x_, const py::array& weight_,
     return py::make_tuple(y, rstd);
 }
 
-static py::tuple rms_norm_backward(const py::array& dy_, const py::array& x_, const py::array& weight_,
-                                   const py::array& rstd_) {
+static py::tuple rms_norm_backward(const py::array& dy_, const py::array& x_,
+                                   const py::array& weight_, const py::array& rstd_) {
     const Op op("rms_norm_backward");
     const Floats x = op.floats("x", x_), weight = op.floats("weight", weight_, "(C)", {last_of(x)});
     const Floats dy = op.floats("dy", dy_, "the shape of x", shape_of(x));
     const Floats rstd = op.floats("rstd", rstd_, "(...)", leading(x));
     Floats dx = empty(shape_of(x)), dweight = empty({last_of(x)});
-    run(kernels().rms_norm_backward, pointer(dy), pointer(x), pointer(weight), pointer(rstd), pointer(dx),
-        pointer(dweight), rows_of(x), last_of(x), threads_for(x.size()));
+    run(kernels().rms_norm_backward, pointer(dy), pointer(x), pointer(weight), pointer(rstd),
+        pointer(dx), pointer(dweight), rows_of(x), last_of(x), threads_for(x.size()));
     return py::make_tuple(dx, dweight);
 }
 
@@ -282,8 +292,9 @@ static py::tuple layer_norm_forward(const py::array& x_, const py::array& weight
     return py::make_tuple(y, mean, rstd);
 }
 
-static py::tuple layer_norm_backward(const py::array& dy_, const py::array& x_, const py::array& weight_,
-                                     const py::array& mean_, const py::array& rstd_) {
+static py::tuple layer_norm_backward(const py::array& dy_, const py::array& x_,
+                                     const py::array& weight_, const py::array& mean_,
+                                     const py::array& rstd_) {
     const Op op("layer_norm_backward");
     const Floats x = op.floats("x", x_), weight = op.floats("weight", weight_, "(C)", {last_of(x)});
     const Floats dy = op.floats("dy", dy_, "the shape of x", shape_of(x));
@@ -307,8 +318,8 @@ static Strided turn(const Op& op, const char* arg, const py::array& x_, const py
     const Floats sin = op.floats("sin", sin_, "(P, D/2)", {cos.shape(0), D / 2});
     const Ints positions = op.ints("positions", positions_, "(B, T)", {B, T}, 0, cos.shape(0));
     Strided y = empty_heads(B, H, T, D);
-    run(kernels().rope, heads(x), pointer(cos), pointer(sin), pointer(positions), direction, heads(y), B,
-        H, T, D, threads_for(x.size()));
+    run(kernels().rope, heads(x), pointer(cos), pointer(sin), pointer(positions), direction,
+        heads(y), B, H, T, D, threads_for(x.size()));
     return y;
 }
 static Strided rope_forward(const py::array& x, const py::array& cos, const py::array& sin,
@@ -323,7 +334,8 @@ static Strided rope_backward(const py::array& dy, const py::array& cos, const py
 static Floats softmax_forward(const py::array& x_) {
     const Floats x = Op("softmax_forward").floats("x", x_);
     Floats y = empty(shape_of(x));
-    run(kernels().softmax_forward, pointer(x), pointer(y), rows_of(x), last_of(x), threads_for(x.size()));
+    run(kernels().softmax_forward, pointer(x), pointer(y), rows_of(x), last_of(x),
+        threads_for(x.size()));
     return y;
 }
 
@@ -364,14 +376,14 @@ static py::tuple attention_forward(const py::array& q, const py::array& k, const
     const AttentionShape& s = in.shape;
     Strided out = empty_heads(s.B, s.H, s.T, s.D);
     Floats lse = empty({s.B, s.H, s.T});
-    run(kernels().attention_forward, s, heads(in.q), heads(in.k), heads(in.v), in.start_or_null, heads(out),
-        pointer(lse), in.workers());
+    run(kernels().attention_forward, s, heads(in.q), heads(in.k), heads(in.v), in.start_or_null,
+        heads(out), pointer(lse), in.workers());
     return py::make_tuple(out, lse);
 }
 
 static py::tuple attention_backward(const py::array& dout_, const py::array& q, const py::array& k,
-                                    const py::array& v, const py::array& out_, const py::array& lse_,
-                                    const std::optional<py::array>& start) {
+                                    const py::array& v, const py::array& out_,
+                                    const py::array& lse_, const std::optional<py::array>& start) {
     const Op op("attention_backward");
     const AttentionInputs in(op, q, k, v, start);
     const AttentionShape& s = in.shape;
@@ -380,8 +392,8 @@ static py::tuple attention_backward(const py::array& dout_, const py::array& q, 
     const Floats lse = op.floats("lse", lse_, "(B, H, T)", {s.B, s.H, s.T});
     Strided dq = empty_heads(s.B, s.H, s.T, s.D), dk = empty_heads(s.B, s.G, s.S, s.D),
             dv = empty_heads(s.B, s.G, s.S, s.D);
-    run(kernels().attention_backward, s, heads(dout), heads(in.q), heads(in.k), heads(in.v), heads(out),
-        pointer(lse), in.start_or_null, heads(dq), heads(dk), heads(dv), in.workers());
+    run(kernels().attention_backward, s, heads(dout), heads(in.q), heads(in.k), heads(in.v),
+        heads(out), pointer(lse), in.start_or_null, heads(dq), heads(dk), heads(dv), in.workers());
     return py::make_tuple(dq, dk, dv);
 }
 
@@ -389,26 +401,31 @@ static py::tuple attention_backward(const py::array& dout_, const py::array& q, 
 
 static Floats swiglu_forward(const py::array& gate_, const py::array& up_) {
     const Op op("swiglu_forward");
-    const Floats gate = op.floats("gate", gate_), up = op.floats("up", up_, "the shape of gate", shape_of(gate));
+    const Floats gate = op.floats("gate", gate_),
+                 up = op.floats("up", up_, "the shape of gate", shape_of(gate));
     Floats y = empty(shape_of(gate));
-    run(kernels().swiglu_forward, pointer(gate), pointer(up), pointer(y), gate.size(), threads_for(gate.size()));
+    run(kernels().swiglu_forward, pointer(gate), pointer(up), pointer(y), gate.size(),
+        threads_for(gate.size()));
     return y;
 }
 
-static py::tuple swiglu_backward(const py::array& dy_, const py::array& gate_, const py::array& up_) {
+static py::tuple swiglu_backward(const py::array& dy_, const py::array& gate_,
+                                 const py::array& up_) {
     const Op op("swiglu_backward");
-    const Floats gate = op.floats("gate", gate_), up = op.floats("up", up_, "the shape of gate", shape_of(gate));
+    const Floats gate = op.floats("gate", gate_),
+                 up = op.floats("up", up_, "the shape of gate", shape_of(gate));
     const Floats dy = op.floats("dy", dy_, "the shape of gate", shape_of(gate));
     Floats dgate = empty(shape_of(gate)), dup = empty(shape_of(gate));
-    run(kernels().swiglu_backward, pointer(dy), pointer(gate), pointer(up), pointer(dgate), pointer(dup),
-        gate.size(), threads_for(gate.size()));
+    run(kernels().swiglu_backward, pointer(dy), pointer(gate), pointer(up), pointer(dgate),
+        pointer(dup), gate.size(), threads_for(gate.size()));
     return py::make_tuple(dgate, dup);
 }
 
 static Floats gelu_forward(const py::array& x_, bool approximate) {
     const Floats x = Op("gelu_forward").floats("x", x_);
     Floats y = empty(shape_of(x));
-    run(kernels().gelu_forward, pointer(x), pointer(y), x.size(), approximate, threads_for(x.size()));
+    run(kernels().gelu_forward, pointer(x), pointer(y), x.size(), approximate,
+        threads_for(x.size()));
     return y;
 }
 
@@ -429,8 +446,8 @@ static py::tuple cross_entropy_forward(const py::array& logits_, const py::array
     const Shape rows = leading(logits);
     const Ints targets = op.ints("targets", targets_, "(...)", rows, -1, last_of(logits));
     Floats loss = empty(rows), lse = empty(rows);
-    run(kernels().cross_entropy_forward, pointer(logits), pointer(targets), pointer(loss), pointer(lse),
-        rows_of(logits), last_of(logits), threads_for(logits.size()));
+    run(kernels().cross_entropy_forward, pointer(logits), pointer(targets), pointer(loss),
+        pointer(lse), rows_of(logits), last_of(logits), threads_for(logits.size()));
     return py::make_tuple(loss, lse);
 }
 
@@ -440,22 +457,25 @@ static Floats cross_entropy_backward(const py::array& dloss_, const py::array& l
     const Floats logits = op.floats("logits", logits_);
     const Shape rows = leading(logits);
     const Ints targets = op.ints("targets", targets_, "(...)", rows, -1, last_of(logits));
-    const Floats dloss = op.floats("dloss", dloss_, "(...)", rows), lse = op.floats("lse", lse_, "(...)", rows);
+    const Floats dloss = op.floats("dloss", dloss_, "(...)", rows),
+                 lse = op.floats("lse", lse_, "(...)", rows);
     Floats dlogits = empty(shape_of(logits));
-    run(kernels().cross_entropy_backward, pointer(dloss), pointer(logits), pointer(targets), pointer(lse),
-        pointer(dlogits), rows_of(logits), last_of(logits), threads_for(logits.size()));
+    run(kernels().cross_entropy_backward, pointer(dloss), pointer(logits), pointer(targets),
+        pointer(lse), pointer(dlogits), rows_of(logits), last_of(logits),
+        threads_for(logits.size()));
     return dlogits;
 }
 
 static py::tuple linear_cross_entropy_forward(const py::array& x_, const py::array& weight_,
                                               const py::array& targets_) {
     const Op op("linear_cross_entropy_forward");
-    const Floats x = op.floats("x", x_), weight = op.floats("weight", weight_, "(V, C)", {ANY, last_of(x)});
+    const Floats x = op.floats("x", x_),
+                 weight = op.floats("weight", weight_, "(V, C)", {ANY, last_of(x)});
     const long N = rows_of(x), C = last_of(x), V = weight.shape(0);
     const Ints targets = op.ints("targets", targets_, "(...)", leading(x), -1, V);
     Floats loss = empty(leading(x)), lse = empty(leading(x));
-    run(kernels().linear_cross_entropy_forward, pointer(x), pointer(weight), pointer(targets), pointer(loss),
-        pointer(lse), N, C, V, threads_for(1.0 * N * C * V));
+    run(kernels().linear_cross_entropy_forward, pointer(x), pointer(weight), pointer(targets),
+        pointer(loss), pointer(lse), N, C, V, threads_for(1.0 * N * C * V));
     return py::make_tuple(loss, lse);
 }
 
@@ -463,32 +483,40 @@ static py::tuple linear_cross_entropy_backward(const py::array& dloss_, const py
                                                const py::array& weight_, const py::array& targets_,
                                                const py::array& lse_) {
     const Op op("linear_cross_entropy_backward");
-    const Floats x = op.floats("x", x_), weight = op.floats("weight", weight_, "(V, C)", {ANY, last_of(x)});
+    const Floats x = op.floats("x", x_),
+                 weight = op.floats("weight", weight_, "(V, C)", {ANY, last_of(x)});
     const long N = rows_of(x), C = last_of(x), V = weight.shape(0);
     const Ints targets = op.ints("targets", targets_, "(...)", leading(x), -1, V);
     const Floats dloss = op.floats("dloss", dloss_, "(...)", leading(x));
     const Floats lse = op.floats("lse", lse_, "(...)", leading(x));
     Floats dx = empty(shape_of(x)), dweight = empty({V, C});
     run(kernels().linear_cross_entropy_backward, pointer(dloss), pointer(x), pointer(weight),
-        pointer(targets), pointer(lse), pointer(dx), pointer(dweight), N, C, V, threads_for(1.0 * N * C * V));
+        pointer(targets), pointer(lse), pointer(dx), pointer(dweight), N, C, V,
+        threads_for(1.0 * N * C * V));
     return py::make_tuple(dx, dweight);
 }
 
 // ---- optimizer ---------------------------------------------------------------------------------
 
-static void adamw(const py::array& param_, const py::array& grad_, const py::array& m_, const py::array& v_,
-                  double lr, double beta1, double beta2, double eps, double weight_decay, long step,
-                  double grad_scale) {
+static void adamw(const py::array& param_, const py::array& grad_, const py::array& m_,
+                  const py::array& v_, double lr, double beta1, double beta2, double eps,
+                  double weight_decay, long step, double grad_scale) {
     const Op op("adamw");
     if (step < 1) op.wrong("step", "at least 1, got " + std::to_string(step));
     const Shape shape = shape_of(param_);
     const Floats param = op.in_place("param", param_, shape), m = op.in_place("m", m_, shape),
-                 v = op.in_place("v", v_, shape), grad = op.floats("grad", grad_, "the shape of param", shape);
-    const AdamW constants = {float(lr), float(1 - beta1), float(1 - beta2),
-                             float(1 / (1 - std::pow(beta1, step))), float(1 / (1 - std::pow(beta2, step))),
-                             float(eps), float(weight_decay), float(grad_scale)};
-    run(kernels().adamw, constants, pointer(param), pointer(grad), pointer(m), pointer(v), param.size(),
-        threads_for(param.size()));
+                 v = op.in_place("v", v_, shape),
+                 grad = op.floats("grad", grad_, "the shape of param", shape);
+    const AdamW constants = {float(lr),
+                             float(1 - beta1),
+                             float(1 - beta2),
+                             float(1 / (1 - std::pow(beta1, step))),
+                             float(1 / (1 - std::pow(beta2, step))),
+                             float(eps),
+                             float(weight_decay),
+                             float(grad_scale)};
+    run(kernels().adamw, constants, pointer(param), pointer(grad), pointer(m), pointer(v),
+        param.size(), threads_for(param.size()));
 }
 
 static double global_norm(const py::iterable& arrays) {
@@ -509,25 +537,38 @@ PYBIND11_MODULE(_cpu, m) {
     m.doc() = "The kernels of tinylm.kernels.reference in C++ with OpenMP, float32.";
     survive_fork();
 
-    m.def("isas", [] {
-        std::vector<std::string> names;
-        for (const Kernels* k : supported()) names.push_back(k->name);
-        return names;
-    }, "Instruction sets that this machine supports, best first.");
-    m.def("isa", [] { return kernels().name; }, "The instruction set in use.");
-    m.def("use_isa", [](const std::string& name) { chosen = find_isa(name, "use_isa"); }, "name"_a);
+    m.def(
+        "isas",
+        [] {
+            std::vector<std::string> names;
+            for (const Kernels* k : supported()) names.push_back(k->name);
+            return names;
+        },
+        "Instruction sets that this machine supports, best first.");
+    m.def(
+        "isa", [] { return kernels().name; }, "The instruction set in use.");
+    m.def(
+        "use_isa", [](const std::string& name) { chosen = find_isa(name, "use_isa"); }, "name"_a);
     m.def("threads", [] { return threads; });
-    m.def("set_threads", &set_threads, "n"_a, "No effect in a child of fork, which has one thread.");
-    m.def("peak", [](int threads) {
-        py::gil_scoped_release unlocked;
-        return kernels().peak(threads);
-    }, "threads"_a, "Multiply-adds on registers for about 0.1 s; returns the number of operations.");
+    m.def("set_threads", &set_threads, "n"_a,
+          "No effect in a child of fork, which has one thread.");
+    m.def(
+        "peak",
+        [](int threads) {
+            py::gil_scoped_release unlocked;
+            return kernels().peak(threads);
+        },
+        "threads"_a,
+        "Multiply-adds on registers for about 0.1 s; returns the number of operations.");
     m.def("empty", &empty, "shape"_a, "A float32 array from the pool, not initialised.");
-    m.def("pool_bytes", [] { return pool.bytes(); }, "What the pool holds, in use and idle.");
-    m.def("pool_trim", [] { pool.trim(); }, "Hand all idle memory back to the system.");
+    m.def(
+        "pool_bytes", [] { return pool.bytes(); }, "What the pool holds, in use and idle.");
+    m.def(
+        "pool_trim", [] { pool.trim(); }, "Hand all idle memory back to the system.");
 
     m.def("matmul", &matmul, "a"_a, "b"_a, "transpose_a"_a = false, "transpose_b"_a = false);
-    m.def("linear_forward", &linear_forward, "x"_a, "weight"_a, "bias"_a = py::none(), "transposed"_a = false);
+    m.def("linear_forward", &linear_forward, "x"_a, "weight"_a, "bias"_a = py::none(),
+          "transposed"_a = false);
     m.def("linear_backward", &linear_backward, "dy"_a, "x"_a, "weight"_a, "transposed"_a = false,
           "has_bias"_a = false);
     m.def("embedding_forward", &embedding_forward, "tokens"_a, "weight"_a);
@@ -535,23 +576,26 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("rms_norm_forward", &rms_norm_forward, "x"_a, "weight"_a, "eps"_a);
     m.def("rms_norm_backward", &rms_norm_backward, "dy"_a, "x"_a, "weight"_a, "rstd"_a);
     m.def("layer_norm_forward", &layer_norm_forward, "x"_a, "weight"_a, "bias"_a, "eps"_a);
-    m.def("layer_norm_backward", &layer_norm_backward, "dy"_a, "x"_a, "weight"_a, "mean"_a, "rstd"_a);
+    m.def("layer_norm_backward", &layer_norm_backward, "dy"_a, "x"_a, "weight"_a, "mean"_a,
+          "rstd"_a);
     m.def("rope_forward", &rope_forward, "x"_a, "cos"_a, "sin"_a, "positions"_a);
     m.def("rope_backward", &rope_backward, "dy"_a, "cos"_a, "sin"_a, "positions"_a);
     m.def("softmax_forward", &softmax_forward, "x"_a);
     m.def("softmax_backward", &softmax_backward, "dy"_a, "y"_a);
     m.def("attention_forward", &attention_forward, "q"_a, "k"_a, "v"_a, "start"_a = py::none());
-    m.def("attention_backward", &attention_backward, "dout"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a,
-          "start"_a = py::none());
+    m.def("attention_backward", &attention_backward, "dout"_a, "q"_a, "k"_a, "v"_a, "out"_a,
+          "lse"_a, "start"_a = py::none());
     m.def("swiglu_forward", &swiglu_forward, "gate"_a, "up"_a);
     m.def("swiglu_backward", &swiglu_backward, "dy"_a, "gate"_a, "up"_a);
     m.def("gelu_forward", &gelu_forward, "x"_a, "approximate"_a = true);
     m.def("gelu_backward", &gelu_backward, "dy"_a, "x"_a, "approximate"_a = true);
     m.def("cross_entropy_forward", &cross_entropy_forward, "logits"_a, "targets"_a);
-    m.def("cross_entropy_backward", &cross_entropy_backward, "dloss"_a, "logits"_a, "targets"_a, "lse"_a);
-    m.def("linear_cross_entropy_forward", &linear_cross_entropy_forward, "x"_a, "weight"_a, "targets"_a);
-    m.def("linear_cross_entropy_backward", &linear_cross_entropy_backward, "dloss"_a, "x"_a, "weight"_a,
-          "targets"_a, "lse"_a);
+    m.def("cross_entropy_backward", &cross_entropy_backward, "dloss"_a, "logits"_a, "targets"_a,
+          "lse"_a);
+    m.def("linear_cross_entropy_forward", &linear_cross_entropy_forward, "x"_a, "weight"_a,
+          "targets"_a);
+    m.def("linear_cross_entropy_backward", &linear_cross_entropy_backward, "dloss"_a, "x"_a,
+          "weight"_a, "targets"_a, "lse"_a);
     m.def("adamw", &adamw, "param"_a, "grad"_a, "m"_a, "v"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a,
           "weight_decay"_a, "step"_a, "grad_scale"_a = 1.0);
     m.def("global_norm", &global_norm, "arrays"_a);

@@ -5,8 +5,8 @@
 // linear_cross_entropy never holds all (N, V) logits. It walks over blocks that stay in L3:
 //
 //             V                  forward: keeps the running maximum and sum of exp of each row
-//      ┌──┬──┬──┬──┐             backward: makes a block of logits again, turns it into dlogits, and
-//      │  │  │  │  │  ROWS                 dx     += dlogits  weight[block]
+//      ┌──┬──┬──┬──┐             backward: makes a block of logits again, turns it into dlogits,
+//      and │  │  │  │  │  ROWS                 dx     += dlogits  weight[block]
 //    N ├──┼──┼──┼──┤                       dweight[block] += dlogitsᵀ x
 //      │  │  │  │  │             Rows whose target is -1 are left out before the first product, so
 //      └──┴──┴──┴──┘             that they cost nothing (their loss and lse are 0).
@@ -22,9 +22,8 @@ INLINE float sum_exp(const float* x, long C, float top) {
 }
 // d = scale · exp(logits - lse); subtract scale at the target afterwards
 INLINE void scaled_softmax(const float* logits, long C, float lse, float scale, float* d) {
-    for_vectors(0, C, [=](long i, long n) {
-        store_n(d + i, exp(load_n(logits + i, n) - lse) * scale, n);
-    });
+    for_vectors(
+        0, C, [=](long i, long n) { store_n(d + i, exp(load_n(logits + i, n) - lse) * scale, n); });
 }
 
 static void cross_entropy_forward(const float* logits, const int32_t* targets, float* loss,
@@ -55,7 +54,8 @@ static void cross_entropy_backward(const float* dloss, const float* logits, cons
 
 constexpr long LOSS_ROWS = 1024, LOSS_COLUMNS = 2048;  // a block of logits: 8 MB
 
-// The rows that have a target, in order, as a matrix of their own (x itself where none is left out).
+// The rows that have a target, in order, as a matrix of their own (x itself where none is left
+// out).
 struct Counted {
     Scratch memory;
     int32_t* const row;  // where each came from
@@ -89,12 +89,14 @@ static void linear_cross_entropy_forward(const float* x, const float* weight,
         for (long v0 = 0; v0 < V; v0 += ld) {
             const long columns = min(ld, V - v0);
             matmul({false, true, rows, columns, C, counted.x + r0 * C, C, weight + v0 * C, C,
-                    logits, ld}, threads);
+                    logits, ld},
+                   threads);
 #pragma omp parallel for schedule(static) num_threads(threads)
             for (long i = 0; i < rows; ++i) {
                 const float *row = logits + i * ld, before = top[i], here = row_max(row, columns);
                 top[i] = here > before ? here : before;
-                total[i] = total[i] * exp(before - finite(top[i])) + sum_exp(row, columns, finite(top[i]));
+                total[i] =
+                    total[i] * exp(before - finite(top[i])) + sum_exp(row, columns, finite(top[i]));
                 const long target = targets[counted.row[r0 + i]] - v0;
                 if (target >= 0 && target < columns) picked[i] = row[target];
             }
@@ -132,8 +134,10 @@ static void linear_cross_entropy_backward(const float* dloss, const float* x, co
                 scaled_softmax(d, columns, lse[r], dloss[r], d);
                 if (target >= 0 && target < columns) d[target] -= dloss[r];
             }
-            matmul({false, false, rows, C, columns, logits, ld, w, C, dx0, C, nullptr, v0 > 0}, threads);
-            matmul({true, false, columns, C, rows, logits, ld, x0, C, dweight + v0 * C, C, nullptr, r0 > 0},
+            matmul({false, false, rows, C, columns, logits, ld, w, C, dx0, C, nullptr, v0 > 0},
+                   threads);
+            matmul({true, false, columns, C, rows, logits, ld, x0, C, dweight + v0 * C, C, nullptr,
+                    r0 > 0},
                    threads);
         }
         if (all) continue;

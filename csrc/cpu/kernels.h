@@ -1,8 +1,9 @@
 // kernels.h - what one instruction set offers. bindings.cpp picks one of the tables.
 //
 // Shape letters as in tinylm/kernels/__init__.py. Arrays are float32 and C-contiguous unless said
-// otherwise; arguments are checked by bindings.cpp. The bits of a result depend on the shapes alone,
-// never on the number of threads: work is split by shape, and partial sums are added in order.
+// otherwise; arguments are checked by bindings.cpp. The bits of a result depend on the shapes
+// alone, never on the number of threads: work is split by shape, and partial sums are added in
+// order.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -24,7 +25,8 @@ struct Product {
     bool add = false;
 };
 
-// A (B, H, T, D) array in which only D need be contiguous: (b, h, t, d) is data[b*b + h*h + t*t + d].
+// A (B, H, T, D) array in which only D need be contiguous: (b, h, t, d) is data[b*b + h*h + t*t +
+// d].
 struct Heads {
     float* data;
     long b, h, t;  // strides, in floats

@@ -9,8 +9,8 @@
 //   │A │ │       │                                (the panel of B stays in L1)
 //   └──┘ └───────┘
 //
-// Goto and van de Geijn, "Anatomy of high-performance matrix multiplication" (2008). Packing reads a
-// transposed operand just as well as a plain one, so that all layouts run at the same speed.
+// Goto and van de Geijn, "Anatomy of high-performance matrix multiplication" (2008). Packing reads
+// a transposed operand just as well as a plain one, so that all layouts run at the same speed.
 //
 // Each element of C is one chain of multiply-adds in the order of k, cut only at multiples of kc,
 // and kc depends on K alone: neither the tiles nor the threads change a bit.
@@ -19,7 +19,8 @@
 #include "simd.h"
 
 namespace ISA {
-// Measured on Zen 5 (AVX-512) over the shapes of PERFORMANCE.md; bits depend on kc, not on mc and nc.
+// Measured on Zen 5 (AVX-512) over the shapes of PERFORMANCE.md; bits depend on kc, not on mc and
+// nc.
 struct Blocking {
     long kc, mc, nc;
 };
@@ -39,13 +40,14 @@ static_assert(MR <= W, "pack() writes a panel of A as one vector per word");
 struct Float32 {
     static constexpr long PER_WORD = 1;
     INLINE vf dot(vf sum, vf a, vf b) { return sum + a * b; }  // -ffp-contract: one fused operation
-    INLINE vf along_k(const float* p, long n) { return load_n(p, n); }          // n values of k
+    INLINE vf along_k(const float* p, long n) { return load_n(p, n); }  // n values of k
     INLINE vf across_k(const float* p, long, long n, long) { return load_n(p, n); }  // n rows
 };
 
 // ---- packing: `count` rows of op(A), or columns of op(B), and `depth` values of k --------------
 // Panels are P wide and word-major: word w of row r of a panel lies at w * P + r. Stores are W wide
-// even where P is not: the next word overwrites the surplus, and the gap after a panel takes the last.
+// even where P is not: the next word overwrites the surplus, and the gap after a panel takes the
+// last.
 
 INLINE long panel_size(int P, long words) { return round_up(P * words + W, 16); }
 
@@ -60,8 +62,8 @@ static void pack_along_k(const float* src, long ld, long count, long depth, floa
                 const long left = depth - w * K, rows = min(ROWS, count - row - g);
                 vf r[W];
                 if (rows == ROWS && left >= W * K) {
-                    UNROLL for (int i = 0; i < W; ++i)
-                        r[i] = i < ROWS ? Word::along_k(s + i * ld, W * K) : vf{};
+                    UNROLL for (int i = 0; i < W; ++i) r[i] =
+                        i < ROWS ? Word::along_k(s + i * ld, W * K) : vf{};
                 } else {
                     for (int i = 0; i < W; ++i)
                         r[i] = i < rows ? Word::along_k(s + i * ld, left) : vf{};
@@ -106,18 +108,18 @@ static void tile(long words, const float* a, const float* b, float* c, long ldc,
         }
     }
     vf base[V];
-    UNROLL for (int j = 0; j < V; ++j) base[j] = bias ? load_n(bias + j * W, columns - j * W) : vf{};
+    UNROLL for (int j = 0; j < V; ++j) base[j] =
+        bias ? load_n(bias + j * W, columns - j * W) : vf{};
     if (columns >= V * W && !add) {  // the common case without a branch: 3 % of a product
-        UNROLL for (int i = 0; i < R; ++i)
-            UNROLL for (int j = 0; j < V; ++j) store(c + i * ldc + j * W, sums[i][j] + base[j]);
+        UNROLL for (int i = 0; i < R; ++i) UNROLL for (int j = 0; j < V; ++j)
+            store(c + i * ldc + j * W, sums[i][j] + base[j]);
         return;
     }
-    UNROLL for (int i = 0; i < R; ++i)
-        UNROLL for (int j = 0; j < V; ++j) {
-            float* p = c + i * ldc + j * W;
-            const vf before = add ? load_n(p, columns - j * W) : base[j];
-            store_n(p, sums[i][j] + before, columns - j * W);
-        }
+    UNROLL for (int i = 0; i < R; ++i) UNROLL for (int j = 0; j < V; ++j) {
+        float* p = c + i * ldc + j * W;
+        const vf before = add ? load_n(p, columns - j * W) : base[j];
+        store_n(p, sums[i][j] + before, columns - j * W);
+    }
 }
 
 template <class Word, int R = MR, class... Args>
@@ -184,11 +186,10 @@ struct Block {
         for (long j = from; j < to; ++j)
             for (long i = 0; i < rows(m); i += MR) {
                 const long n = n0 + j * NR, columns = min(NR, nc - j * NR);
-                tile_of<Word>(min(MR, rows(m) - i), columns, words(),
-                              a + i / MR * panel_size(MR, words()),
-                              packed_b + j * panel_size(NR, words()),
-                              p.C + (m * plan.mc + i) * p.ldc + n, p.ldc, columns,
-                              p.bias && k0 == 0 ? p.bias + n : nullptr, p.add || k0 > 0);
+                tile_of<Word>(
+                    min(MR, rows(m) - i), columns, words(), a + i / MR * panel_size(MR, words()),
+                    packed_b + j * panel_size(NR, words()), p.C + (m * plan.mc + i) * p.ldc + n,
+                    p.ldc, columns, p.bias && k0 == 0 ? p.bias + n : nullptr, p.add || k0 > 0);
             }
     }
 
@@ -206,7 +207,8 @@ struct Block {
 #pragma omp for schedule(dynamic)
             for (long t = 0; t < plan.row_blocks * splits; ++t) {
                 const long m = t % plan.row_blocks, s = t / plan.row_blocks;
-                multiply(m, packed_a + m * a_size(), panels * s / splits, panels * (s + 1) / splits);
+                multiply(m, packed_a + m * a_size(), panels * s / splits,
+                         panels * (s + 1) / splits);
             }
         } else {  // 10 to 18 points of the peak faster at large M than sharing
             float* mine = packed_a + THREAD_INDEX * a_size();
@@ -270,8 +272,8 @@ static void column_tile(const Product& p, long m, long n) {  // B stored (K, N)
     for (long k = 0; k < p.K; ++k, b += p.ldb) {
         vf bk[V];
         UNROLL for (int j = 0; j < V; ++j) bk[j] = load_n(b + j * W, columns - j * W);
-        UNROLL for (int i = 0; i < R; ++i)
-            UNROLL for (int j = 0; j < V; ++j) sums[i][j] += a[i * p.lda + k] * bk[j];
+        UNROLL for (int i = 0; i < R; ++i) UNROLL for (int j = 0; j < V; ++j) sums[i][j] +=
+            a[i * p.lda + k] * bk[j];
     }
     for (int i = 0; i < R; ++i)
         for (int j = 0; j < V; ++j)

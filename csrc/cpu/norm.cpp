@@ -1,8 +1,8 @@
 // norm.cpp - RMSNorm and LayerNorm, and sums over rows.
 //
 // A row is read from memory once and stays in L1 for the passes after. Gradients of the weights are
-// sums over rows: each block of ROWS rows has its own partial sum, whichever thread computes it, and
-// the partial sums are added in the order of the blocks.
+// sums over rows: each block of ROWS rows has its own partial sum, whichever thread computes it,
+// and the partial sums are added in the order of the blocks.
 //
 //   xhat = (x - mean) rstd          dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat))
 //   y = xhat weight + bias          where dxhat = dy weight; RMSNorm is the same with mean = 0
@@ -47,8 +47,8 @@ static void sum_rows(const float* x, float* y, long N, long C, int threads) {
 }
 
 template <bool LAYER>
-INLINE void norm_forward(const float* x, const float* weight, const float* bias, float eps, float* y,
-                         float* mean, float* rstd, long N, long C, int threads) {
+INLINE void norm_forward(const float* x, const float* weight, const float* bias, float eps,
+                         float* y, float* mean, float* rstd, long N, long C, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long r = 0; r < N; ++r) {
         const float* row = x + r * C;

@@ -1,5 +1,6 @@
-// peak.cpp - the fastest that the chip can do: independent multiply-adds on registers, nothing else.
-// Every table of speeds prints it beside the kernels, since it drifts with temperature and neighbours.
+// peak.cpp - the fastest that the chip can do: independent multiply-adds on registers, nothing
+// else. Every table of speeds prints it beside the kernels, since it drifts with temperature and
+// neighbours.
 #include "simd.h"
 
 namespace ISA {

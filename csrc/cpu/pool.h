@@ -1,7 +1,7 @@
 // pool.h - memory for arrays, kept and reused: a training step asks the system for nothing.
 //
-// Writing 64 MB for the first time costs 4.1 ms in page faults, writing it again 2.3 ms (Zen 5). Large
-// blocks are aligned to 2 MB and advised to be huge pages.
+// Writing 64 MB for the first time costs 4.1 ms in page faults, writing it again 2.3 ms (Zen 5).
+// Large blocks are aligned to 2 MB and advised to be huge pages.
 //
 // Waste is bounded twice: a block is at most a quarter larger than asked (four sizes per power of
 // two), and the pool holds at most half more than the most that was ever in use at once.

@@ -1,4 +1,5 @@
-// runtime.h - what the kernels run on: instruction set, threads, memory; and staying alive after fork.
+// runtime.h - what the kernels run on: instruction set, threads, memory; and staying alive after
+// fork.
 #pragma once
 #include <pthread.h>
 #include <cstdlib>
@@ -18,7 +19,9 @@
 
 static Pool& pool = *new Pool;
 
-float* take_scratch(size_t floats) { return static_cast<float*>(pool.take(floats * sizeof(float))); }
+float* take_scratch(size_t floats) {
+    return static_cast<float*>(pool.take(floats * sizeof(float)));
+}
 void give_scratch(float* p, size_t floats) { pool.give(p, floats * sizeof(float)); }
 
 // ---- instruction set ---------------------------------------------------------------------------
@@ -58,13 +61,14 @@ static const Kernels* find_isa(const std::string& name, const std::string& who) 
         if (name == k->name) return k;
         names += (names.empty() ? "" : ", ") + std::string(k->name);
     }
-    throw std::invalid_argument("[" + who + "] this machine supports " + names + "; got \"" + name + "\"");
+    throw std::invalid_argument("[" + who + "] this machine supports " + names + "; got \"" + name +
+                                "\"");
 }
 
 static const Kernels* chosen = nullptr;
 
-// The table in use. The first call chooses it: TINYLM_ISA where set, else the best. (Not at import: an
-// exception there reaches Python as an ImportError, which means "not built".)
+// The table in use. The first call chooses it: TINYLM_ISA where set, else the best. (Not at import:
+// an exception there reaches Python as an ImportError, which means "not built".)
 static const Kernels& kernels() {
     if (!chosen) {
         const char* wish = std::getenv("TINYLM_ISA");
@@ -112,7 +116,9 @@ static int threads = default_threads();
 static bool forked = false;
 
 static void set_threads(int n) {
-    if (n < 1) throw std::invalid_argument("[set_threads] n: expected at least 1, got " + std::to_string(n));
+    if (n < 1)
+        throw std::invalid_argument("[set_threads] n: expected at least 1, got " +
+                                    std::to_string(n));
     if (PARALLEL && !forked) threads = n;
 }
 

@@ -1,7 +1,7 @@
 // simd.h - one vector type for every instruction set, by GCC's vector extensions.
 //
-// Included only by files that are compiled once per instruction set, each time with another ISA (the
-// name of the namespace). Everything here is in that namespace, and nothing comes from the C++
+// Included only by files that are compiled once per instruction set, each time with another ISA
+// (the name of the namespace). Everything here is in that namespace, and nothing comes from the C++
 // standard library: an inline function that two such objects share by name would be merged by the
 // linker, and an old CPU could be handed the AVX-512 copy.
 #pragma once
@@ -41,8 +41,8 @@ constexpr float INF = __builtin_inff();
 
 INLINE long min(long a, long b) { return a < b ? a : b; }
 INLINE long max(long a, long b) { return a > b ? a : b; }
-INLINE long up(long a, long b) { return (a + b - 1) / b; }       // a / b, rounded up
-INLINE long round_up(long a, long b) { return up(a, b) * b; }    // a, up to a multiple of b
+INLINE long up(long a, long b) { return (a + b - 1) / b; }     // a / b, rounded up
+INLINE long round_up(long a, long b) { return up(a, b) * b; }  // a, up to a multiple of b
 
 // ---- loads and stores --------------------------------------------------------------------------
 

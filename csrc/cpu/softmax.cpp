@@ -6,7 +6,8 @@
 namespace ISA {
 INLINE float row_max(const float* x, long C) {
     vf top = splat(-INF);
-    for_vectors(0, C, [&](long i, long n) { top = maximum(first_n(load_n(x + i, n), n, -INF), top); });
+    for_vectors(0, C,
+                [&](long i, long n) { top = maximum(first_n(load_n(x + i, n), n, -INF), top); });
     return largest(top);
 }
 INLINE float finite(float x) { return x == -INF ? 0 : x; }  // so that no -inf - -inf appears

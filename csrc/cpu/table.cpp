@@ -1,4 +1,5 @@
-// table.cpp - the file that is compiled once per instruction set (setup.py passes -DISA=... and flags).
+// table.cpp - the file that is compiled once per instruction set (setup.py passes -DISA=... and
+// flags).
 #include "peak.cpp"
 #include "matmul.cpp"
 #include "embedding.cpp"
