@@ -42,7 +42,7 @@ def openmp_flags(compiler: list[str]) -> list[str]:
         with open(source, "w") as f:
             f.write("#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n")
         command = [*compiler, "-fopenmp", source, "-o", os.path.join(folder, "probe")]
-        found = subprocess.run(command, capture_output=True).returncode == 0
+        found = subprocess.run(command, capture_output=True, check=False).returncode == 0
     if not found:
         print("tinylm: no OpenMP found, the kernels will run on one thread", file=sys.stderr)
     return ["-fopenmp"] if found else WITHOUT_OPENMP
@@ -99,7 +99,13 @@ CPU = Extension(
     language="c++",
     optional=True,
 )
-BPE = Extension("tinylm._bpe", sources=["tinylm/_bpe.pyx"], language="c++", extra_compile_args=["-O3", "-std=c++17"], optional=True)
+BPE = Extension(
+    "tinylm._bpe",
+    sources=["tinylm/_bpe.pyx"],
+    language="c++",
+    extra_compile_args=["-O3", "-std=c++17"],
+    optional=True,
+)
 
 setup(
     packages=find_packages(include=["tinylm", "tinylm.*"]),

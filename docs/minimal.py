@@ -1,4 +1,4 @@
-"""A language model in about a hundred lines, on nothing but tensor.py, ops.py and the reference kernels.
+"""A language model in about a hundred lines, on tensor.py, ops.py and the reference kernels alone.
 
     python docs/minimal.py [TEXT_FILE]
 

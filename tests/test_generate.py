@@ -139,9 +139,9 @@ def test_beam_search_finds_the_most_likely_answer():
         return logits - numpy.log(numpy.exp(logits).sum())
 
     answers = {(): logp([])[1]}
-    for a in {0, 2, 3, 4, 5, 6}:
+    for a in (0, 2, 3, 4, 5, 6):
         answers[a,] = logp([])[a] + logp([a])[1]
-        for b in {0, 2, 3, 4, 5, 6}:
+        for b in (0, 2, 3, 4, 5, 6):
             answers[a, b] = logp([])[a] + logp([a])[b] + logp([a, b])[1]
     best = max(answers, key=answers.get)
     found, score = beam_search(model, [4, 5], 3, 36, [1])[0]

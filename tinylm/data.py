@@ -172,9 +172,7 @@ class Corpus:
     def shards(self, folder: Path, split: str) -> list[numpy.ndarray]:
         """The memory-mapped shards of "train" or "heldout"."""
         count = self.train_shards if split == "train" else self.heldout_shards
-        return [
-            numpy.memmap(folder / f"{split}-{i:05}.bin", self.dtype, "r") for i in range(count)
-        ]
+        return [numpy.memmap(folder / f"{split}-{i:05}.bin", self.dtype, "r") for i in range(count)]
 
 
 def source_of(files: list[Path]) -> list:

@@ -39,7 +39,9 @@ class SelfCheck:
         return all(row.ok for row in self.rows)
 
 
-def selfcheck(kernels: ModuleType | None = None, dtypes: tuple[str, ...] = ("float32",)) -> SelfCheck:
+def selfcheck(
+    kernels: ModuleType | None = None, dtypes: tuple[str, ...] = ("float32",)
+) -> SelfCheck:
     """Check every kernel of a backend (the compiled one where it exists); takes a few seconds."""
     kernels = kernels or compiled() or reference
     with np.errstate(all="ignore"):  # the cases overflow on purpose

@@ -38,10 +38,10 @@ class TrainConfig:
 
     max_steps: int = setting(0, "Optimizer steps in all (0: as many as --minutes allows).", True)
     minutes: float = setting(0.0, "Minutes to train; the schedule is fitted to them.", True)
-    batch_size: int = setting(16, "Rows in one forward and backward.")
+    batch_size: int = setting(8, "Rows in one forward and backward.")
     accumulate: int = setting(1, "Forwards and backwards in one optimizer step.")
     block_size: int = setting(256, "Tokens in a row: the context.")
-    learning_rate: float = setting(1e-3, "Peak learning rate.")
+    learning_rate: float = setting(2e-3, "Peak learning rate.")
     warmup: float = setting(0.05, "Share of the run in which the learning rate rises.")
     floor: float = setting(0.1, "Learning rate at the end, as a share of its peak.")
     beta1: float = setting(0.9, "AdamW: memory of the gradient.")

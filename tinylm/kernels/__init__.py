@@ -1,4 +1,4 @@
-"""The kernel contract: which functions a backend offers, and the letters their shapes are spelled with.
+"""The kernel contract: which functions a backend offers, and the letters their shapes use.
 
     B  batch                 H  query heads           C  model width
     T  query tokens          G  key/value heads       F  feed-forward width

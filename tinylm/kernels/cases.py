@@ -205,7 +205,9 @@ def backward(kernels, case: Case, arguments: dict, results: dict, dy) -> dict:
     known = arguments | results | {"d" + OPS[case.op].returns[0]: dy}
     known |= {"has_bias": "bias" in arguments, "vocab_size": len(arguments.get("weight", ()))}
     wanted = inspect.signature(getattr(reference, case.op + "_backward")).parameters
-    gradients = getattr(kernels, case.op + "_backward")(**{k: known[k] for k in wanted if k in known})
+    gradients = getattr(kernels, case.op + "_backward")(
+        **{k: known[k] for k in wanted if k in known}
+    )
     gradients = gradients if isinstance(gradients, tuple) else (gradients,)
     pairs = zip(OPS[case.op].inputs, gradients)
     return {"d" + name: gradient for name, gradient in pairs if name in arguments}

@@ -62,7 +62,7 @@ def rms_norm_backward(dy, x, weight, rstd):
 
 
 def layer_norm_forward(x, weight, bias, eps):
-    """y = (x − mean) / sqrt(var + eps) · weight + bias -> y (N, C), mean (N), rstd (N).  arXiv 1607.06450"""
+    """y = (x − mean) / sqrt(var + eps) · weight + bias -> y (N, C), mean, rstd (N).  arXiv 1607.06450"""
     mean = np.mean(x, -1)
     centred = x - mean[..., None]
     rstd = 1 / np.sqrt(np.mean(centred * centred, -1) + eps)
@@ -230,8 +230,8 @@ def cross_entropy_backward(dloss, logits, targets, lse):
 def linear_cross_entropy_forward(x, weight, targets):
     """Language-model head and loss in one.  x (N, C), weight (V, C) -> loss (N), lse (N).
 
-    Rows whose target is −1 take no part: their loss and lse are 0. The fast versions work in blocks,
-    so that the (N, V) logits never exist at once.
+    Rows whose target is −1 take no part: their loss and lse are 0. The fast versions work in
+    blocks, so that the (N, V) logits never exist at once.
     """
     counted = targets >= 0
     logits = linear_forward(x[counted], weight)

@@ -1,9 +1,9 @@
 """Pre-training: raw text becomes a base model by predicting the next word, or a missing one.
 
-    next     every token from those before it
-    missing  a blank of one or a few words from what stands around it (fill in the middle,
-             arXiv 2207.14255); loss on the blank only
-    mixed    half the rows of each kind, loss on everything
+next     every token from those before it
+missing  a blank of one or a few words from what stands around it (fill in the middle,
+         arXiv 2207.14255); loss on the blank only
+mixed    half the rows of each kind, loss on everything
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class PretrainConfig(TrainConfig):
     held_out: float = setting(0.1, "Share of the text held out for evaluation.")
     eval_tokens: int = setting(20_000, "Held-out tokens in an evaluation on the way.", True)
     architecture: str = setting("llama", "Shape of the model.", False, ("llama", "gpt2"))
-    n_layer: int = setting(6, "Blocks.")
-    n_head: int = setting(6, "Query heads.")
+    n_layer: int = setting(4, "Blocks.")
+    n_head: int = setting(4, "Query heads.")
     n_kv_head: int = setting(0, "Key/value heads (0: as many as query heads).")
-    n_embd: int = setting(288, "Width of the model.")
+    n_embd: int = setting(192, "Width of the model.")
     n_inner: int = setting(0, "Feed-forward width (0: 4 n_embd; llama 8/3 n_embd).")
 
     def check(self) -> None:
@@ -60,13 +60,10 @@ class PretrainConfig(TrainConfig):
 
 # Named starting points; any flag overrides them.
 PRESETS = {
-    # about 5 million parameters: a first model in ten minutes on two cores
+    # about 2.5 million parameters: a first model in ten minutes on two cores
     "small": {"minutes": 10.0},
-    # a fifth of that, for a first look
-    "tiny": {
-        "minutes": 2.0, "n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128,
-        "learning_rate": 2e-3,
-    },
+    # half of that, for a first look
+    "tiny": {"minutes": 2.0, "n_embd": 128, "block_size": 128, "batch_size": 16},
     # nanoGPT's published recipe for a CPU: Shakespeare by characters
     "nanogpt-cpu": {
         "architecture": "gpt2", "tokenizer": "characters", "n_layer": 4, "n_head": 4,
