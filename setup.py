@@ -34,7 +34,7 @@ if SANITIZE:
 
 
 def openmp_flags(compiler: list[str]) -> list[str]:
-    """["-fopenmp"] where the compiler can compile and link it; else the kernels run on one thread."""
+    """["-fopenmp"] where the compiler compiles and links it, else []: kernels use one thread."""
     if os.environ.get("TINYLM_OPENMP") == "0":
         return WITHOUT_OPENMP
     with tempfile.TemporaryDirectory() as folder:
