@@ -62,7 +62,7 @@ def rms_norm_backward(dy, x, weight, rstd):
 
 
 def layer_norm_forward(x, weight, bias, eps):
-    """y = (x − mean) / sqrt(var + eps) · weight + bias -> y, mean (N), rstd (N).  arXiv 1607.06450"""
+    """y = (x − mean) / sqrt(var + eps) · weight + bias -> y, mean, rstd (N).  arXiv 1607.06450"""
     mean = np.mean(x, -1)
     centred = x - mean[..., None]
     rstd = 1 / np.sqrt(np.mean(centred * centred, -1) + eps)
