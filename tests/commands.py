@@ -1,8 +1,10 @@
 """Runs the tinylm command as a user does: in a process of its own."""
 
 import json
+import os
+import shutil
 import subprocess
-import sys
+import sysconfig
 from pathlib import Path
 
 SMALL = ["--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--block-size", "32",
@@ -10,12 +12,12 @@ SMALL = ["--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--block-size", "3
 
 
 def command(*arguments) -> list[str]:
-    return [sys.executable, "-m", "tinylm", *map(str, arguments)]
+    installed = shutil.which("tinylm", path=sysconfig.get_path("scripts"))
+    assert installed, "the tinylm command is not installed beside this Python"
+    return [installed, *map(str, arguments)]
 
 
 def tinylm(*arguments, cwd=None, **environment) -> subprocess.CompletedProcess:
-    import os
-
     return subprocess.run(
         command(*arguments), capture_output=True, text=True, timeout=300, cwd=cwd,
         env={**os.environ, **environment}, check=False,

@@ -73,7 +73,7 @@ def test_text_that_is_too_short(capfd, tmp_path):
 
 def test_settings_that_make_no_sense(capfd, tmp_path, text_file):
     start = ["pretrain", text_file, "--out", tmp_path / "r", "--max-steps", 1]
-    refused(capfd, *start, "--n-head", 5, saying="n_embd")
+    refused(capfd, *start, "--n-head", 5, saying="n_head 5 must divide n_embd 192")
     refused(capfd, *start, "--batch-size", 0, saying="--batch-size")
     refused(capfd, *start, "--learning-rate", "fast", saying="'fast'")
     refused(capfd, *start, "--objective", "previous", saying="previous")

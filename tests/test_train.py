@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 
 import numpy
@@ -194,7 +195,7 @@ def test_a_disk_that_is_full_is_told_in_a_sentence(text_file, tmp_path):
     )
     arguments = ["pretrain", text_file, "--out", out, *SMALL, "--n-embd", "64", "--max-steps", "3"]
     done = subprocess.run(
-        [*command()[:1], "-c", program, *map(str, arguments)],
+        [sys.executable, "-c", program, *map(str, arguments)], cwd=tmp_path,
         capture_output=True, text=True, timeout=120, check=False, env=os.environ,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr

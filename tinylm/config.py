@@ -49,7 +49,9 @@ class ModelConfig:
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
-        self.head_size = self.head_size or self.n_embd // self.n_head
+        if not self.head_size and self.n_head > 0 and self.n_embd % self.n_head:
+            raise InputError(f"n_head {self.n_head} must divide n_embd {self.n_embd}")
+        self.head_size = self.head_size or self.n_embd // max(1, self.n_head)
         if not self.n_inner:
             wide = 4 * self.n_embd
             self.n_inner = -(-wide * 2 // 3 // 32) * 32 if self.is_llama else wide
@@ -76,7 +78,7 @@ class ModelConfig:
         if self.n_head % self.n_kv_head:
             raise InputError(f"n_kv_head {self.n_kv_head} must divide n_head {self.n_head}")
         if self.head_size * self.n_head != self.n_embd and not self.is_llama:
-            raise InputError(f"n_head {self.n_head} must divide n_embd {self.n_embd}")
+            raise InputError("head_size: a gpt2 model splits n_embd evenly among its heads")
         if self.head_size < 1 or (self.is_llama and self.head_size % 2):
             raise InputError(
                 f"n_embd / n_head = {self.n_embd} / {self.n_head}: "
