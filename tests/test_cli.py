@@ -81,7 +81,7 @@ def test_settings_that_make_no_sense(capfd, tmp_path, text_file):
     refused(capfd, *start, "--preset", "nanogtp-cpu", saying="nanogpt-cpu")
     refused(capfd, "pretrian", text_file, saying="pretrain")
     refused(capfd, *start, "--tokenizer", "nowhere", saying="nowhere")
-    refused(capfd, *start, "--n-kv-head", 4, saying="n_kv_head")
+    refused(capfd, *start, "--n-kv-head", 3, saying="n_kv_head")
 
 
 def test_a_directory_that_holds_another_run(capfd, base, text_file):
