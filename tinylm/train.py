@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tinylm import backend, memory
-from tinylm.checkpoint import Checkpoint, save_description, save_weights
+from tinylm.checkpoint import Checkpoint, save_description, save_weights, write_text
 from tinylm.data import Batch
 from tinylm.errors import InputError
 from tinylm.model import Transformer
@@ -278,7 +278,7 @@ class Trainer:
         }
         self.checkpoint.save(self.stage.model, self.optimizer, state)
         save_weights(self.stage.model, self.folder)
-        (self.folder / "README.md").write_text(self.stage.card(self.results), encoding="utf-8")
+        write_text(self.folder / "README.md", self.stage.card(self.results))
 
     def restore(self) -> None:
         state = self.checkpoint.state()
