@@ -37,7 +37,7 @@ class TrainConfig:
     """What every stage can be told; the flags are made from these fields."""
 
     max_steps: int = setting(0, "Optimizer steps in all (0: as many as --minutes allows).", True)
-    minutes: float = setting(0.0, "Minutes to train, by the clock: not repeatable to the bit.", True)
+    minutes: float = setting(0.0, "Minutes to train, by the clock: not bit-repeatable.", True)
     batch_size: int = setting(8, "Rows in one forward and backward.")
     accumulate: int = setting(1, "Forwards and backwards in one optimizer step.")
     block_size: int = setting(256, "Tokens in a row: the context.")
