@@ -10,8 +10,6 @@ import pytest
 import tinylm
 from tinylm import backend
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
 
 @pytest.fixture(autouse=True)
 def restore_backend():

@@ -18,11 +18,11 @@ EVERY = 10  # seconds between plain lines
 
 
 class Progress:
-    """quiet: say nothing at all."""
+    """Tells of one command's work; `live` where there is a terminal to redraw."""
 
-    def __init__(self, quiet: bool = False):
-        self.console = Console(file=sys.stderr, quiet=quiet, highlight=False)
-        self.live = self.console.is_terminal and not quiet
+    def __init__(self):
+        self.console = Console(file=sys.stderr, highlight=False)
+        self.live = self.console.is_terminal
         self.bar, self.task, self.smooth, self.spoke = None, None, None, 0.0
 
     def say(self, text: str, style: str = "") -> None:
