@@ -12,7 +12,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -108,7 +108,6 @@ BPE = Extension(
 )
 
 setup(
-    packages=find_packages(include=["tinylm", "tinylm.*"]),
     ext_modules=[CPU, BPE],
     cmdclass={"build_ext": BuildExtensions},
 )

@@ -152,7 +152,7 @@ def test_an_id_outside_the_vocabulary_is_named(bpe, wrong):
 
 
 def test_a_loaded_tokenizer_is_the_saved_one(bpe, strings, tmp_path):
-    bpe.save(tmp_path, chat_template="{{ messages }}")
+    bpe.with_special([], {"chat_template": "{{ messages }}"}).save(tmp_path)
     for path in (tmp_path, tmp_path / "tokenizer.json"):
         again = Tokenizer.load(path)
         assert [again.encode(s) for s in strings[:200]] == [bpe.encode(s) for s in strings[:200]]

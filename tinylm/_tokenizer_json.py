@@ -84,8 +84,9 @@ def make_spec(tokens: list[str], merges: list[tuple[str, str]]) -> dict:
 def add_special(spec: dict, names: Iterable[str]) -> dict:
     """Make `names` special tokens: with the id they have, or after all others."""
     vocab = spec["model"]["vocab"]
+    spec["added_tokens"] = spec.get("added_tokens") or []
     for name in names:
-        new = len(vocab) + sum(token["content"] not in vocab for token in spec["added_tokens"])
+        new = 1 + max([*vocab.values(), *(token["id"] for token in spec["added_tokens"])])
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         token = {"id": vocab.get(name, new), "content": name, **flags, "special": True}
         spec["added_tokens"].append(token)

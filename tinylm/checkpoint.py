@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tinylm import backend
+from tinylm.chat import template_of, with_chat_tokens
 from tinylm.config import from_json, to_json
 from tinylm.errors import InputError
 from tinylm.model import Transformer
@@ -49,6 +50,27 @@ def load(path: str | Path) -> tuple[Transformer, Tokenizer | None]:
     model = Transformer(config)
     set_weights(model, read_weights(folder), folder)
     return model, tokenizer
+
+
+def load_for_chat(path: str | Path) -> tuple[Transformer, Tokenizer, list[str] | None]:
+    """`load`, and where there is no chat template yet, one is given to the tokenizer.
+
+    Also returns what special tokens that took (new rows of the embedding), or None if it had one.
+    """
+    model, tokenizer = load(path)
+    if tokenizer is None:
+        raise InputError(f"{path}/tokenizer.json: no such file; a model cannot chat without one")
+    if template_of(tokenizer):
+        added = None
+    else:
+        tokenizer, added = with_chat_tokens(tokenizer)
+        model.grow_vocabulary(tokenizer.vocab_size)
+    stop = model.config.stop_ids
+    if tokenizer.eos_id is not None and tokenizer.eos_id not in stop:
+        model.config.eos_token_id = [tokenizer.eos_id, *stop]
+    if not model.config.stop_ids:
+        raise InputError(f"{path}: it names no end-of-turn token (eos_token in its configuration)")
+    return model, tokenizer, added
 
 
 def save(model: Transformer, tokenizer: Tokenizer | None, path: str | Path) -> None:

@@ -23,15 +23,17 @@ from rich.text import Text
 
 import tinylm
 from tinylm import backend as backends
-from tinylm import data
+from tinylm import data, quickstart
 from tinylm.checkpoint import Checkpoint
 from tinylm.errors import InputError
 from tinylm.evaluate import evaluate_directory
-from tinylm.generate import BLANK, stream_text
+from tinylm.generate import BLANK, Conversation, stream_text
 from tinylm.llama2c import load_llama2c
 from tinylm.progress import Progress
 from tinylm.selfcheck import selfcheck as check_kernels
+from tinylm.stages import feedback as improving
 from tinylm.stages import pretrain as pretraining
+from tinylm.stages import sft as fine_tuning
 from tinylm.tokenizer import train_bpe, train_characters
 from tinylm.train import read_metrics
 
@@ -146,6 +148,23 @@ def print_json(content: dict) -> None:
     print(json.dumps(content, ensure_ascii=False, allow_nan=False, default=float))
 
 
+# ---- all of it ---------------------------------------------------------------------------------
+
+
+@cli.command("quickstart")
+@click.option("--out", type=Path, default=Path("runs/quickstart"), help="Directory for all of it.")
+@click.option("--seed", type=int, default=0, help="Seeds everything random.")
+@common
+def quick(out, seed, as_json):
+    """All three stages on the almanac, in minutes.
+
+    Run it again to go on after an interruption.
+    """
+    results = quickstart.run(out, Progress(), seed)
+    if as_json:
+        print_json(results)
+
+
 # ---- making models -----------------------------------------------------------------------------
 
 
@@ -164,10 +183,7 @@ def pretrain(context, paths, out, preset, resume, as_json, **values):
 
     Files and folders of plain text, .gz, or JSON lines with a `text` field.
     """
-    given = {
-        name for name in values
-        if context.get_parameter_source(name) is not ParameterSource.DEFAULT
-    }  # fmt: skip
+    given = named_by_user(context, values)
     chosen = preset_values(preset, pretraining.PRESETS)
     if given & {"max_steps", "minutes"}:
         chosen = {k: v for k, v in chosen.items() if k not in ("max_steps", "minutes")}
@@ -181,10 +197,66 @@ def pretrain(context, paths, out, preset, resume, as_json, **values):
         click.echo(f'{out}: try  tinylm generate {out} "Once upon a time"', err=True)
 
 
+def named_by_user(context: click.Context, values: dict) -> set[str]:
+    source = context.get_parameter_source
+    return {name for name in values if source(name) is not ParameterSource.DEFAULT}
+
+
 def preset_values(name: str | None, presets: dict) -> dict:
     if name is not None and name not in presets:
         raise InputError(f"--preset {name}: no such preset." + nearest(name, presets))
     return presets[name or "small"]
+
+
+@cli.command()
+@click.argument("base", type=Path)
+@click.option("--data", required=True, type=Path, help="Conversations: JSON lines, or an array.")
+@click.option("--out", type=Path, help="Directory of the run.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out.")
+@click.option("--show-mask", type=click.IntRange(0), default=0, help="Show N examples, and stop.")
+@settings_of(fine_tuning.SFTConfig)
+@common
+@click.pass_context
+def sft(context, base, data, out, resume, show_mask, as_json, **values):
+    """Conversations -> a model that answers.
+
+    Rows are `messages`, or `instruction`, `input`, `output`, or `prompt`, `completion`.
+    """
+    if show_mask:
+        for example in fine_tuning.masks(base, data, show_mask, Progress()):
+            Console(highlight=False, soft_wrap=True).print(example)
+        return
+    if out is None:
+        raise InputError("name the directory of the run: --out DIR")
+    config = fine_tuning.SFTConfig(**values)
+    given = named_by_user(context, values)
+    results = fine_tuning.run(base, data, out, config, given, resume, Progress())
+    if as_json:
+        print_json(results)
+    else:
+        click.echo(f"{out}: try  tinylm chat {out}", err=True)
+
+
+@cli.command()
+@click.argument("model", type=Path)
+@click.option("--prompts", required=True, type=Path, help="JSON lines: prompt, or messages.")
+@click.option("--out", required=True, type=Path, help="Directory of the run.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out.")
+@settings_of(improving.FeedbackConfig)
+@common
+@click.pass_context
+def feedback(context, model, prompts, out, resume, as_json, **values):
+    """A model, prompts and a judge -> a better model.
+
+    The built-in verifier compares answers with the list `accepted` of each row.
+    """
+    config = improving.FeedbackConfig(**values)
+    given = named_by_user(context, values)
+    results = improving.run(model, prompts, out, config, given, resume, Progress())
+    if as_json:
+        print_json(results)
+    else:
+        click.echo(f"{out}: try  tinylm chat {out}", err=True)
 
 
 @cli.command()
@@ -249,6 +321,67 @@ def generate(model, prompt, as_json, **settings):
     for piece in pieces:
         click.echo(piece, nl=False)
     click.echo()
+
+
+@cli.command()
+@click.argument("model", type=Path)
+@click.option("--system", default="", help="What the assistant is told before you speak.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=200, help="Longest answer.")
+@click.option("--temperature", type=click.FloatRange(0), default=0.5, help="0 is greedy.")
+@sampling
+@common
+def chat(model, system, as_json, **settings):
+    """Talk with a model. Ctrl-C stops an answer, Ctrl-D ends the talk.
+
+    Without a terminal every line of standard input is one turn. `/new` begins anew.
+    """
+    loaded, made = open_model(model)
+    talk = Conversation(loaded, made, system, settings)
+    live = sys.stdin.isatty() and not as_json
+    console = Console(highlight=False, soft_wrap=True)
+    if not talk.answers:
+        click.echo(
+            f"{model} is a base model: it was never taught to answer, so it continues what you "
+            "write.",
+            err=True,
+        )
+    for said in questions(console, live):
+        if said == "/new":
+            talk.messages.clear()
+            continue
+        try:
+            pieces = talk.ask(said)
+        except InputError as error:
+            if not live:
+                raise
+            console.print(Text(str(error), "yellow"))
+            continue
+        for piece in pieces:
+            if not as_json:
+                console.print(Text(piece, "bold"), end="")
+        if not as_json:
+            console.print("\n" if live else "")
+        if talk.forgotten:
+            click.echo(f"(the first {talk.forgotten} messages no longer fit the context)", err=True)
+    if as_json:
+        print_json({"messages": talk.messages})
+
+
+def questions(console: Console, live: bool):
+    """What the person types, line by line, until the end of input, Ctrl-C or `/quit`."""
+    if not live:
+        yield from (line for line in map(str.strip, sys.stdin) if line)
+        return
+    while True:
+        try:
+            said = console.input("[green]you[/green]  ").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        if said in ("/quit", "/exit"):
+            return
+        if said:
+            yield said
 
 
 @cli.command()

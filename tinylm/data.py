@@ -3,7 +3,7 @@
     read_texts        files and folders -> pieces of documents, in one streaming pass
     prepare           pieces -> token shards (memory-mapped uint16 or uint32), duplicates dropped,
                       a part held out; memory does not grow with the corpus
-    Batches           shards -> shuffled rows, from any position
+    Windows, Packed   shards, or examples -> shuffled rows, from any position
 
 On disk every document is `<|begin|> tokens <|end|>`. As no text can make a special token, a begin
 token in a row is always the start of a document: attention does not look across it.
@@ -19,7 +19,7 @@ import re
 import sqlite3
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy
@@ -318,6 +318,18 @@ class Batch:
     tokens: numpy.ndarray  # (B, T)
     targets: numpy.ndarray  # (B, T)
     start: numpy.ndarray | None  # (B, T), or None: every row is one document
+    notes: dict = field(default_factory=dict)  # numbers for the log
+
+    def trained_tokens(self) -> int:
+        return int((self.targets >= 0).sum())
+
+    def denominator(self) -> int:
+        """What the summed loss is divided by, itself summed over the whole optimizer step."""
+        return self.trained_tokens()
+
+    def learns(self) -> bool:
+        """Whether there is anything in it that could move a weight."""
+        return self.trained_tokens() > 0
 
 
 def next_token_batch(rows: numpy.ndarray, begin: int) -> Batch:
@@ -387,6 +399,71 @@ def permuted(i: int, n: int, key: int) -> int:
         i = left << half | right
         if i < n:
             return i
+
+
+Example = tuple[list[int], list[bool]]  # ids, and which of them are learned
+
+
+def packed_batch(rows: list[list[Example]], padding: int) -> Batch:
+    """Rows of examples, one after another, as documents that do not see each other.
+
+    As wide as the longest row; the rest of a row is padding, from which nothing is learned.
+    """
+    width = max(sum(len(ids) - 1 for ids, _ in row) for row in rows)
+    tokens = numpy.full((len(rows), width), padding)
+    targets, start = numpy.full_like(tokens, -1), numpy.zeros(tokens.shape, numpy.int32)
+    for r, row in enumerate(rows):
+        at = 0
+        for ids, learned in row:
+            end = at + len(ids) - 1
+            tokens[r, at:end] = ids[:-1]
+            targets[r, at:end] = numpy.where(learned[1:], ids[1:], -1)
+            start[r, at:end] = at
+            at = end
+        start[r, at:] = at
+    return Batch(tokens, targets, start)
+
+
+class Packed:
+    """Examples, as many to a row of T tokens as fit: each epoch all of them, packed anew.
+
+    Every example fits: it has at most T + 1 tokens. `epoch` and `row` are the whole position.
+    """
+
+    def __init__(self, examples: list[Example], block_size: int, seed: int, padding: int):
+        self.examples, self.block_size, self.seed = examples, block_size, seed
+        self.padding = padding
+        self.seek(0, 0)
+
+    def seek(self, epoch: int, row: int) -> None:
+        self.epoch, self.row, self.rows = epoch, row, self.pack(epoch)
+
+    def draw(self, n: int) -> Batch:
+        """The next n rows."""
+        drawn = []
+        while len(drawn) < n:
+            if self.row == len(self.rows):
+                self.seek(self.epoch + 1, 0)
+            drawn.append([self.examples[i] for i in self.rows[self.row]])
+            self.row += 1
+        return packed_batch(drawn, self.padding)
+
+    def pack(self, epoch: int) -> list[list[int]]:
+        """Each example, in a random order, into the first row with room for it; rows shuffled."""
+        rng = numpy.random.default_rng((self.seed, epoch))
+        room = numpy.full(len(self.examples), self.block_size)
+        rows: list[list[int]] = []
+        first = 0  # rows before it are full to within 2 tokens
+        for i in rng.permutation(len(self.examples)).tolist():
+            size = len(self.examples[i][0]) - 1
+            at = first + int((room[first : len(rows) + 1] >= size).argmax())
+            if at == len(rows):
+                rows.append([])
+            rows[at].append(i)
+            room[at] -= size
+            while first < len(rows) and room[first] <= 2:
+                first += 1
+        return [rows[i] for i in rng.permutation(len(rows))]
 
 
 def in_order(shards: list[numpy.ndarray], block_size: int) -> Iterator[numpy.ndarray]:

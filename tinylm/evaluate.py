@@ -1,4 +1,4 @@
-"""How good a base model is: bits per byte of held-out text, beside what xz needs for it.
+"""How good a model is: bits per byte of held-out text, beside what xz needs for it; right answers.
 
 Bits per byte compares models whatever their tokens. xz is given the training text first, so that
 both have seen the same; the model also had its weights to write it into, whose size is stated.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import lzma
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
 
+from tinylm.chat import template_of, turn
 from tinylm.data import (
     Batch,
     Corpus,
@@ -25,6 +27,8 @@ from tinylm.data import (
     read_texts,
 )  # fmt: skip
 from tinylm.errors import InputError
+from tinylm.generate import answers, complete, encode_prompt
+from tinylm.judges.verifier import verdict
 from tinylm.model import Transformer
 from tinylm.tensor import no_grad
 from tinylm.tokenizer import Tokenizer
@@ -124,6 +128,28 @@ def xz_of_corpus(tokenizer: Tokenizer, train: list, heldout: list) -> float:
     return xz_bits_per_byte(
         shard_bytes(tokenizer, train, XZ_WINDOW), shard_bytes(tokenizer, heldout, XZ_WINDOW)
     )
+
+
+def ask(
+    model: Transformer, tokenizer: Tokenizer, questions: list[str], max_new_tokens: int = 32
+) -> list[str]:
+    """The greedy answer to each question; a base model just continues its text."""
+    if template_of(tokenizer):
+        asked = [[turn("user", question)] for question in questions]
+        return answers(model, tokenizer, asked, max_new_tokens)
+    rng, said = numpy.random.default_rng(0), []
+    prompts = [encode_prompt(model, tokenizer, question) for question in questions]
+    for i in range(0, len(prompts), 64):
+        rows = complete(model, prompts[i : i + 64], max_new_tokens, rng, temperature=0)
+        said += [tokenizer.decode(row, skip_special=True, continues=True) for row in rows]
+    return said
+
+
+def verdict_shares(pairs: list[tuple[str, Iterable[str]]]) -> dict[str, float]:
+    """Shares of right, wrong and "I don't know" in (answer, accepted answers), and their number."""
+    found = Counter(verdict(answer, list(accepted)) for answer, accepted in pairs)
+    shares = {name: round(found[name] / len(pairs), 4) for name in ("right", "wrong", "idk")}
+    return {**shares, "n": len(pairs)}
 
 
 def evaluate_directory(

@@ -13,6 +13,7 @@ from itertools import takewhile
 import numpy
 
 from tinylm import backend, ops
+from tinylm.chat import ChatFormat, template_of, turn
 from tinylm.errors import InputError
 from tinylm.model import Transformer
 from tinylm.tensor import Tensor, no_grad
@@ -104,12 +105,12 @@ def stream(
     rows = [list(prompt[-limit:]) for prompt in prompts]
     alive = numpy.ones(len(rows), bool)
     cache = None
-    for turn in range(max_new_tokens):
+    for made in range(max_new_tokens):
         if cache is None or cache.length == limit:
             if cache is not None:
                 rows = [row[-(limit - limit // 2) :] for row in rows]
             longest = max(map(len, rows))
-            size = min(limit, longest + max_new_tokens - turn)
+            size = min(limit, longest + max_new_tokens - made)
             cache = KVCache(model, len(rows), size)
             tokens, padding = pad_left(rows, longest)
         logits = last_logits(model, tokens, padding, cache)
@@ -151,22 +152,46 @@ def encode_prompt(model: Transformer, tokenizer: Tokenizer, prompt: str) -> list
 
 
 def stream_text(
+    model: Transformer, tokenizer: Tokenizer, prompt: str, max_new_tokens: int = 200, **settings
+) -> Iterator[str]:
+    """Continue a prompt, piece by piece, as soon as whole characters are known.
+
+    Settings: temperature, top_k, top_p as in `sample`, and seed.
+    """
+    ids = encode_prompt(model, tokenizer, prompt)
+    return stream_ids(model, tokenizer, ids, max_new_tokens, **settings)
+
+
+def stream_answer(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompt: str,
+    messages: list[dict],
     max_new_tokens: int = 200,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int | None = None,
+    **settings,
 ) -> Iterator[str]:
-    """Continue a prompt, piece by piece, as soon as whole characters are known."""
-    ids = encode_prompt(model, tokenizer, prompt)
+    """What the assistant says next in a conversation, piece by piece; settings as above.
+
+    Raises InputError if no 8 tokens of answer fit the context after the conversation.
+    """
+    ids = ChatFormat(tokenizer).ids(messages, answer_next=True)
+    room = model.config.block_size - len(ids)
+    if room < 8:
+        raise InputError(
+            f"the conversation has {len(ids)} tokens, too many for a context of "
+            f"{model.config.block_size} and an answer: shorten it"
+        )
+    return stream_ids(model, tokenizer, ids, min(max_new_tokens, room), **settings)
+
+
+def stream_ids(
+    model, tokenizer, ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=None
+) -> Iterator[str]:
     rng = numpy.random.default_rng(seed)
     stop_ids = model.config.stop_ids
     steps = stream(model, [ids], max_new_tokens, rng, temperature, top_k, top_p, stop_ids)
     new = takewhile(lambda token: token not in stop_ids, (int(token) for (token,) in steps))
-    return tokenizer.decode_stream(new, continues=ids != [model.config.bos_token_id])
+    begins = ids[-1] in tokenizer.special.values()  # a text begins after a special token
+    return tokenizer.decode_stream(new, continues=not begins)
 
 
 def generate(model: Transformer, tokenizer: Tokenizer, prompt: str, **settings) -> str:
@@ -176,6 +201,96 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompt: str, **settings) 
     seed (None: a new one each time). Ends early at the model's end token.
     """
     return "".join(stream_text(model, tokenizer, prompt, **settings))
+
+
+class Conversation:
+    """A talk with a model: what was said so far, of which the last that fits the context is read.
+
+    A base model, which has no chat template, just continues what it is told.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, system: str, settings: dict):
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.system = [turn("system", system)] if system else []
+        self.answers = template_of(tokenizer) is not None
+        self.messages: list[dict] = []
+        self.forgotten = 0  # messages at the front that the last answer did not see
+
+    def ask(self, said: str) -> Iterator[str]:
+        """The answer, piece by piece. KeyboardInterrupt ends it; what was said until then stays.
+
+        Raises InputError if what is said does not fit the context by itself.
+        """
+        self.messages.append(turn("user", said))
+        try:
+            pieces = self.pieces()
+        except InputError:
+            self.messages.pop()
+            raise
+        return self.recorded(pieces)
+
+    def pieces(self) -> Iterator[str]:
+        if not self.answers:
+            said = self.messages[-1]["content"]
+            return stream_text(self.model, self.tokenizer, said, **self.settings)
+        self.forgotten = 0
+        while True:
+            seen = [*self.system, *self.messages[self.forgotten :]]
+            try:
+                return stream_answer(self.model, self.tokenizer, seen, **self.settings)
+            except InputError:
+                if self.forgotten + 1 == len(self.messages):
+                    raise
+                self.forgotten += 2  # a question and its answer
+
+    def recorded(self, pieces: Iterator[str]) -> Iterator[str]:
+        text = ""
+        try:
+            for piece in pieces:
+                text += piece
+                yield piece
+        except KeyboardInterrupt:
+            yield " …"
+        self.messages.append(turn("assistant", text))
+
+
+def complete(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    rng: numpy.random.Generator,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> list[list[int]]:
+    """The continuation of every prompt as ids, up to its stop token, which is included."""
+    rows: list[list[int]] = [[] for _ in prompts]
+    stop = model.config.stop_ids
+    for new in stream(model, prompts, max_new_tokens, rng, temperature, top_k, top_p, stop):
+        for row, token in zip(rows, new):
+            if token >= 0:
+                row.append(int(token))
+    return rows
+
+
+def answers(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    conversations: Sequence[list[dict]],
+    max_new_tokens: int = 200,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    batch_size: int = 64,
+) -> list[str]:
+    """What the assistant says next in each conversation, answered batch by batch."""
+    form, rng = ChatFormat(tokenizer), numpy.random.default_rng(seed)
+    prompts = [form.ids(messages, answer_next=True) for messages in conversations]
+    rows = []
+    for i in range(0, len(prompts), batch_size):
+        part = prompts[i : i + batch_size]
+        rows += complete(model, part, max_new_tokens, rng, temperature)
+    stop = model.config.stop_ids
+    return [tokenizer.decode([t for t in row if t not in stop]).strip() for row in rows]
 
 
 def blank_ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -218,13 +333,10 @@ def fill(
         found = beam_search(model, ids, max_new_tokens, max(n, 4), model.config.stop_ids)[:n]
     else:
         rng = numpy.random.default_rng(seed)
-        rows = [[] for _ in range(n)]
+        rows = complete(model, [ids] * n, max_new_tokens, rng, temperature, top_k, top_p)
         stop = model.config.stop_ids
-        for new in stream(model, [ids] * n, max_new_tokens, rng, temperature, top_k, top_p, stop):
-            for row, token in zip(rows, new):
-                if token >= 0 and token not in stop:
-                    row.append(int(token))
-        found = [(row, None) for row in dict.fromkeys(map(tuple, rows))]
+        rows = [tuple(token for token in row if token not in stop) for row in rows]
+        found = [(row, None) for row in dict.fromkeys(rows)]
     return [(tokenizer.decode(list(row)), score) for row, score in found]
 
 

@@ -179,6 +179,14 @@ class Transformer(nn.Module):
             for path, tensor in self.named_tensors()
         }
 
+    def grow_vocabulary(self, size: int) -> None:
+        """Make room for tokens up to `size`; each new one begins as the mean of all others."""
+        for table in {self.embedding, self.embedding if self.config.tie_embeddings else self.head}:
+            rows = backend.to_numpy(table.weight.data)
+            mean = numpy.repeat(rows.mean(0, keepdims=True), max(0, size - len(rows)), 0)
+            table.weight = nn.parameter(numpy.concatenate([rows, mean]))
+        self.config.vocab_size = max(size, self.config.vocab_size)
+
     def hidden(self, tokens: Array, start: Array | None = None, cache=None) -> Tensor:
         """tokens (B, T) of int -> (B, T, C): what the head reads.
 

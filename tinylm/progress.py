@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from rich import progress as bars
 from rich.console import Console
+from rich.rule import Rule
 from rich.text import Text
 
 EVERY = 10  # seconds between plain lines
@@ -27,6 +28,10 @@ class Progress:
 
     def say(self, text: str, style: str = "") -> None:
         self.console.print(Text(text, style))
+
+    def heading(self, text: str) -> None:
+        self.console.print()
+        self.console.print(Rule(Text(text, "bold"), align="left"))
 
     @contextmanager
     def counting(self, what: str, total: int):
@@ -47,15 +52,16 @@ class Progress:
             yield
 
     def step(self, trainer, row: dict) -> None:
-        if row["loss"] is not None:
-            old = self.smooth if self.smooth is not None else row["loss"]
-            self.smooth = 0.95 * old + 0.05 * row["loss"]
+        what = "reward" if "reward" in row else "loss"
+        if row[what] is not None:
+            old = self.smooth if self.smooth is not None else row[what]
+            self.smooth = 0.95 * old + 0.05 * row[what]
         share = trainer.share_done()
         left = trainer.seconds * (1 - share) / share if share else 0.0
         of = f" of {trainer.config.max_steps}" if trainer.config.max_steps else ""
-        numbers = f"step {trainer.step}{of}  loss {self.smooth or float('nan'):.3f}  " + (
-            f"{row['tokens_per_second']:,} tokens/s  {clock(left)} left"
-        )
+        mean = "-" if self.smooth is None else f"{self.smooth:.3f}"
+        speed = f"{row['tokens_per_second']:,} tokens/s"
+        numbers = f"step {trainer.step}{of}  {what} {mean}  {speed}  {clock(left)} left"
         if self.live:
             self.bar.update(self.task, completed=share, numbers=numbers)
         elif time.monotonic() - self.spoke > EVERY:
@@ -63,11 +69,18 @@ class Progress:
             self.say(f"{trainer.stage.name}: {numbers}")
 
     def evaluation(self, trainer, found: dict) -> None:
-        known = {"loss": "held-out loss {:.4f}", "bits_per_byte": "{:.3f} bits per byte"}
+        known = {
+            "loss": "held-out loss {:.4f}",
+            "bits_per_byte": "{:.3f} bits per byte",
+            "held_out_reward": "held-out reward {:.3f}",
+            "reward_before": "(before feedback {:.3f})",
+        }
         numbers = [known[k].format(found[k]) for k in known if k in found]
         if found.get("xz_bits_per_byte"):
             numbers.append(f"(xz {found['xz_bits_per_byte']:.3f})")
-        self.say(f"step {trainer.step}: {', '.join(numbers[:2])} {' '.join(numbers[2:])}", "bold")
+        if numbers:
+            told = ", ".join(numbers).replace(", (", " (")
+            self.say(f"step {trainer.step}: {told}", "bold")
         if found.get("sample"):
             self.say("  " + " ".join(found["sample"].split()), "dim")
 

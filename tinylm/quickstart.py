@@ -1,0 +1,111 @@
+"""`tinylm quickstart`: from raw text to an assistant, and to a better one, in minutes.
+
+The three stages run on the almanac exactly as the commands would run them; then the same questions
+are asked of the three models. Everything lies in one directory:
+
+    almanac/        text, conversations, prompts and questions, as JSON lines
+    base/ sft/ feedback/    the run directories
+    results.json, curves.svg
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from tinylm import backend, checkpoint, evaluate, report
+from tinylm.almanac import Almanac
+from tinylm.checkpoint import Checkpoint, write_json
+from tinylm.progress import Progress
+from tinylm.stages import feedback, pretrain, sft
+
+KINDS = ("country", "element", "state", "animal", "river", "world")
+FACTS = 4  # of each kind
+PASSES = 20  # descriptions of every entity in the text
+PRETRAIN = {
+    "vocab_size": 2048, "n_layer": 3, "n_head": 4, "n_embd": 96, "block_size": 256,
+    "batch_size": 16, "learning_rate": 4e-3, "max_steps": 2400, "held_out": 0.02,
+    "eval_every": 600, "save_every": 300,
+}  # fmt: skip
+SFT = {"epochs": 3.0, "learning_rate": 1e-3, "eval_every": 1000, "save_every": 1000}
+FEEDBACK = {"learning_rate": 3e-4, "max_steps": 200, "eval_every": 100, "save_every": 100}
+STAGES = ("base", "sft", "feedback")
+
+
+def run(out: Path, progress: Progress, seed: int = 0) -> dict:
+    """Make the three models in directory out, or go on making them; returns the comparison."""
+    began = time.monotonic() - seconds_so_far(out)
+    progress.say(f"tinylm quickstart in {out}, on {backend.describe()}", "bold")
+    almanac, world = out / "almanac", Almanac(seed, KINDS, FACTS)
+    if not (almanac / "questions.jsonl").exists():  # it is written last
+        world.write(almanac, PASSES)
+    progress.heading(
+        "1 of 4  Pre-training: predict the next word of prose about "
+        f"{sum(e.part != 'withheld' for e in world.entities)} things"
+    )
+    text = [str(almanac / "text.jsonl")]
+    stage(pretrain.run, text, out / "base", pretrain.PretrainConfig(**PRETRAIN), progress)
+    progress.heading("2 of 4  Fine-tuning: questions and answers about half of them")
+    conversations = almanac / "conversations.jsonl"
+    stage(sft.run, out / "base", conversations, out / "sft", sft.SFTConfig(**SFT), progress)
+    progress.heading("3 of 4  Feedback: +1 right, −1 wrong, 0 for “I don't know”")
+    prompts, config = almanac / "prompts.jsonl", feedback.FeedbackConfig(**FEEDBACK)
+    stage(feedback.run, out / "sft", prompts, out / "feedback", config, progress)
+    progress.heading("4 of 4  The test: questions about things that no training asked about")
+    results, tables = compare(out, world)
+    results = {"seconds": round(time.monotonic() - began, 1), **results}
+    write_json(out / "results.json", results)
+    report.curves(
+        [
+            ("Pre-training: loss", out / "base", "loss"),
+            ("Fine-tuning: loss", out / "sft", "loss"),
+            ("Feedback: reward", out / "feedback", "reward"),
+        ],
+        out / "curves.svg",
+    )
+    for table in tables:
+        progress.console.print(table)
+    progress.say(
+        f"{results['seconds']:.0f} seconds. The curves are in {out}/curves.svg. Now talk with "
+        f"each of them:\n  tinylm chat {out}/base\n  tinylm chat {out}/sft\n"
+        f"  tinylm chat {out}/feedback"
+    )
+    return results
+
+
+def stage(run, *arguments) -> None:
+    """Run one stage, or what is left of it."""
+    *arguments, folder, config, progress = arguments
+    run(*arguments, folder, config, set(), Checkpoint(folder).exists(), progress)
+
+
+def seconds_so_far(out: Path) -> float:
+    """What earlier, interrupted runs have spent on training."""
+    begun = [Checkpoint(out / name) for name in STAGES]
+    return sum(checkpoint.state()["seconds"] for checkpoint in begun if checkpoint.exists())
+
+
+def compare(out: Path, world: Almanac) -> tuple[dict, list]:
+    """Ask the test's questions of the three models: (JSON content, tables to print)."""
+    tests = world.questions()
+    asked = [(name, q) for name, questions in tests.items() for q in questions]
+    stages, said = {}, {}
+    for name in STAGES:
+        model, tokenizer = checkpoint.load(out / name)
+        said[name] = evaluate.ask(model, tokenizer, [q.text for _, q in asked])
+        stages[name] = {"directory": str(out / name)}
+        for part in tests:
+            pairs = [(a, q.accepted) for (of, q), a in zip(asked, said[name]) if of == part]
+            stages[name][part] = evaluate.verdict_shares(pairs)
+    shown = [i for name in tests for i in evenly(asked, name, 3)]
+    samples = report.side_by_side(
+        [(asked[i][0], asked[i][1].text) for i in shown],
+        {name: [answers[i] for i in shown] for name, answers in said.items()},
+    )
+    return {"stages": stages}, [samples, report.verdicts(stages)]
+
+
+def evenly(asked: list, name: str, n: int) -> list[int]:
+    """n places of the questions of one set, evenly spread: samples that nobody chose."""
+    places = [i for i, (of, _) in enumerate(asked) if of == name]
+    return [places[(2 * k + 1) * len(places) // (2 * n)] for k in range(n)]

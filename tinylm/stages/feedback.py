@@ -1,0 +1,364 @@
+"""Feedback: the model writes several answers, a judge scores them, and the better become likelier.
+
+RLOO, REINFORCE with the other answers as the baseline (arXiv 2402.14740):
+
+    y_1 … y_G ~ π_old(· | x)                                      temperature 1, nothing cut off
+    r̃_i = r_i − β Σ_t [log π_old(y_it) − log π_ref(y_it)]         the judge's score, less the drift
+    A_i = r̃_i − mean of the other r̃_j = G / (G − 1) · (r̃_i − mean r̃)
+    L   = −1 / (n L_max) Σ_i Σ_t min(ρ A_i, clip(ρ, 0.8, 1.28) A_i),    ρ = π_θ / π_old of y_it
+
+The sum over t includes the end-of-turn token; n counts the answers of the whole optimizer step, and
+L_max is --max-new-tokens: a constant, because a length of its own would favour long wrong answers
+(arXiv 2503.20783). π_ref is the model as it came from fine-tuning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+
+from tinylm import backend, checkpoint, ops
+from tinylm.chat import ChatFormat, Row, read_prompts
+from tinylm.data import Batch, packed_batch, permuted, source_of
+from tinylm.errors import InputError
+from tinylm.generate import answers, complete
+from tinylm.judges import Group, Judge, verifier
+from tinylm.model import Transformer
+from tinylm.tensor import Array, Tensor, no_grad
+from tinylm.tokenizer import Tokenizer
+from tinylm.train import TrainConfig, Trainer, open_run, setting
+
+EXACT_KL = 8192  # vocabularies up to this size have their KL summed, larger ones estimated
+CLIP = (0.8, 1.28)
+
+
+@dataclass
+class FeedbackConfig(TrainConfig):
+    """Feedback: who judges, how many answers, how far the model may drift."""
+
+    judge: str = setting("verifier", "Who judges.", False, ("verifier",))
+    verifier: str = setting("", "file.py:function(prompt, answer, row) -> number.  [accepted ones]")
+    confidence: float = setting(0.5, "Answer where this sure: wrong costs t / (1 − t).")
+    answers: int = setting(8, "Answers to each prompt (G).")
+    updates: int = setting(1, "Optimizer steps on the same answers.")
+    max_new_tokens: int = setting(32, "Longest answer, in tokens.")
+    truncated: float = setting(-1.0, "Score of an answer cut off at that length.")
+    kl: float = setting(0.03, "Price of a nat of drift from the fine-tuned model (β).")
+    batch_size: int = setting(64, "Answers in one forward and backward: a multiple of --answers.")
+    block_size: int = setting(0, "Tokens in a row (0: the model's context).")
+    learning_rate: float = setting(1e-4, "Peak learning rate: 0.2 to 0.5 of the fine-tuning's.")
+    weight_decay: float = setting(0.0, "AdamW: decoupled decay of matrices.")
+    max_steps: int = setting(200, "Optimizer steps in all.", True)
+    eval_every: int = setting(50, "Steps between evaluations.", True)
+    save_every: int = setting(50, "Steps between checkpoints.", True)
+    held_out: int = setting(32, "Prompts held out for evaluation, of at least ten times as many.")
+
+    def check(self) -> None:
+        super().check()
+        for name in ("answers", "updates", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')}: expected at least 1")
+        if self.answers < 2:
+            raise InputError("--answers 1: an answer is judged beside others, so at least 2")
+        if self.batch_size % self.answers:
+            raise InputError(
+                f"--batch-size {self.batch_size}: not a multiple of --answers {self.answers}"
+            )
+        if not 0 <= self.confidence < 1:
+            raise InputError(f"--confidence: expected 0 or more, below 1, got {self.confidence}")
+
+
+@dataclass
+class Answers(Batch):
+    """A batch of prompts and sampled answers; targets are the answers' tokens."""
+
+    old_logp: Array = None  # (B, T): log π_old of each target, 0 elsewhere
+    advantages: Array = None  # (B,)
+    length: int = 1  # L_max
+
+    def denominator(self) -> int:
+        return len(self.tokens) * self.length
+
+    def learns(self) -> bool:
+        return bool(self.advantages.any())
+
+
+def advantages(rewards: list[float | None]) -> numpy.ndarray:
+    """A_i of one group, (G,): each reward less the mean of the others.
+
+    Exactly 0 where all are equal, and for None, an answer without a judgement.
+    """
+    judged = [r for r in rewards if r is not None]
+    if len(judged) < 2 or min(judged) == max(judged):
+        return numpy.zeros(len(rewards))
+    mean, n = sum(judged) / len(judged), len(judged)
+    return numpy.array([0.0 if r is None else n / (n - 1) * (r - mean) for r in rewards])
+
+
+def surrogate(nll: Tensor, old_logp: Array, advantages: Array) -> Tensor:
+    """−min(ρ A, clip(ρ) A) per token, of nll = −log π_θ (B, T).
+
+    As ρ = exp(−nll − log π_old), its gradient by nll is ρ A, and 0 where the clipped term is taken.
+    """
+    rho = backend.xp.exp(-nll.data - old_logp)
+    A = advantages[:, None].astype(nll.dtype)
+    free, clipped = rho * A, backend.xp.clip(rho, *CLIP) * A
+    taken = free <= clipped
+    loss = -backend.xp.where(taken, free, clipped)
+    return Tensor.from_op(loss, (nll,), lambda dloss: (dloss * backend.xp.where(taken, free, 0),))
+
+
+class Feedback:
+    """The stage: prompts, sampled answers, a judge, and the loss above."""
+
+    name = "feedback"
+
+    def __init__(
+        self, model: Transformer, reference: Transformer, tokenizer: Tokenizer,
+        prompts: list[Row], judge: Judge, config: FeedbackConfig, source: list,
+    ):  # fmt: skip
+        self.model, self.reference, self.tokenizer = model, reference, tokenizer
+        self.judge, self.config, self.source = judge, config, source
+        every = len(prompts) // config.held_out if config.held_out else 0
+        kept = range(every - 1, len(prompts), every) if every >= 10 else range(0)
+        self.heldout = [prompts[i] for i in kept][: config.held_out]
+        self.prompts = [row for i, row in enumerate(prompts) if i not in kept]
+        self.form, self.stop_ids = ChatFormat(tokenizer), model.config.stop_ids
+        self.drawn = 0  # prompts drawn so far; it seeds the sampling too
+        self.pending: Answers | None = None  # to be learned from again, `left` times
+        self.left = 0
+        self.before: list[str] | None = None  # what the fine-tuned model answers
+
+    def draw(self) -> Answers:
+        """Prompts, answers and advantages; the same ones `updates` times."""
+        if not self.left:
+            self.pending, self.left = self.sample(), self.config.updates
+        self.left -= 1
+        return self.pending
+
+    def sample(self) -> Answers:
+        G = self.config.answers
+        rows = [self.prompt(self.drawn + i) for i in range(self.config.batch_size // G)]
+        prompts = [self.form.ids(row.messages, True) for row in rows for _ in range(G)]
+        rng = numpy.random.default_rng((self.config.seed, self.drawn))
+        said = complete(self.model, prompts, self.config.max_new_tokens, rng)
+        scores = self.scores(rows, said)
+        batch = answer_batch(prompts, said, self.stop_ids[0])
+        self.drawn += len(rows)
+        return self.weighed(batch, scores)
+
+    def prompt(self, i: int) -> Row:
+        """Prompt i of an endless stream: each epoch all of them, in an order of its own."""
+        epoch, i = divmod(i, len(self.prompts))
+        return self.prompts[permuted(i, len(self.prompts), self.config.seed * 1_000_003 + epoch)]
+
+    def scores(self, rows: list[Row], said: list[list[int]]) -> list[list[float | None]]:
+        """The judge's score of every answer, by prompt; one cut off has its fixed score."""
+        G = self.config.answers
+        by_prompt = [said[i : i + G] for i in range(0, len(said), G)]
+        groups = [
+            Group(row, [self.text(ids) for ids in ids_of]) for row, ids_of in zip(rows, by_prompt)
+        ]
+        return [
+            [
+                score if ids[-1] in self.stop_ids else self.config.truncated
+                for score, ids in zip(of_group, ids_of)
+            ]
+            for of_group, ids_of in zip(self.judge(groups), by_prompt)
+        ]
+
+    def text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode([i for i in ids if i not in self.stop_ids]).strip()
+
+    def weighed(self, batch: Batch, scores: list[list[float | None]]) -> Answers:
+        """The batch with log π_old, and advantages from scores and drift."""
+        old, drift, kl = self.log_probabilities(batch)
+        G, beta = self.config.answers, self.config.kl
+        rewards = [
+            [None if r is None else r - beta * float(drift[g * G + i]) for i, r in enumerate(group)]
+            for g, group in enumerate(scores)
+        ]
+        A = numpy.concatenate([advantages(group) for group in rewards])
+        judged = [r for group in scores for r in group if r is not None]
+        ended = numpy.isin(batch.targets, self.stop_ids).any(1)
+        notes = {
+            "reward": float(numpy.mean(judged)) if judged else 0.0,
+            "kl": kl,
+            "answer_tokens": batch.trained_tokens() / len(A),
+            "truncated": float(1 - ended.mean()),
+            "equal_groups": float(numpy.mean([len(set(group)) == 1 for group in scores])),
+        }
+        return Answers(
+            batch.tokens, batch.targets, batch.start, notes,
+            backend.asarray(old), backend.asarray(A), self.config.max_new_tokens,
+        )  # fmt: skip
+
+    def log_probabilities(self, batch: Batch) -> tuple[Array, numpy.ndarray, float]:
+        """log π_old of each target (B, T), Σ_t log π_old − log π_ref (B,), KL per token."""
+        with no_grad():
+            ours = self.model.hidden(batch.tokens, batch.start)
+            theirs = self.reference.hidden(batch.tokens, batch.start)
+            targets = backend.asarray(batch.targets)
+            old, ref = (
+                -ops.linear_cross_entropy(hidden, model.head_weight, targets).data
+                for hidden, model in ((ours, self.model), (theirs, self.reference))
+            )
+        ratio = backend.to_numpy(ref - old).astype("float64")
+        known = batch.targets >= 0
+        if self.model.config.vocab_size > EXACT_KL:  # k3 of arXiv 2402.03300: e^x − 1 − x ≥ 0
+            kl = numpy.expm1(ratio[known]) - ratio[known]
+        else:
+            logp, logq = (
+                log_softmax(hidden.data[known] @ model.head_weight.data.T)
+                for hidden, model in ((ours, self.model), (theirs, self.reference))
+            )
+            kl = (numpy.exp(logp) * (logp - logq)).sum(-1)
+        return old, -ratio.sum(1), float(kl.mean())
+
+    def loss(self, batch: Answers) -> Tensor:
+        nll = self.model.loss(batch.tokens, batch.targets, batch.start)
+        return surrogate(nll, batch.old_logp, batch.advantages)
+
+    def evaluate(self, final: bool) -> dict:
+        """Greedy answers to held-out prompts: the mean score, and one before and after."""
+        if not self.heldout:
+            return {}
+        asked = [row.messages for row in self.heldout]
+        settings = {"max_new_tokens": self.config.max_new_tokens}
+        if self.before is None:
+            self.before = answers(self.reference, self.tokenizer, asked, **settings)
+        after = answers(self.model, self.tokenizer, asked, **settings)
+        found = {}
+        for name, said in (("reward_before", self.before), ("held_out_reward", after)):
+            groups = [Group(row, [answer]) for row, answer in zip(self.heldout, said)]
+            scores = [score for (score,) in self.judge(groups) if score is not None]
+            found[name] = float(numpy.mean(scores)) if scores else 0.0
+        changed = [i for i, pair in enumerate(zip(self.before, after)) if pair[0] != pair[1]]
+        i = changed[0] if changed else 0
+        question = asked[i][-1]["content"]
+        return {**found, "sample": f"{question} -> {self.before[i]} -> {after[i]}"}
+
+    def state(self) -> dict:
+        state = {"drawn": self.drawn, "source": self.source, "left": self.left}
+        if self.left:  # floats survive JSON to the bit
+            p = self.pending
+            state["pending"] = [p.tokens, p.targets, p.start, p.old_logp, p.advantages]
+            state["pending"] = [backend.to_numpy(x).tolist() for x in state["pending"]]
+            state["notes"] = p.notes
+        return state
+
+    def restore(self, state: dict) -> None:
+        if state["source"] != self.source:
+            raise InputError(
+                "this run was begun with another model or other prompts: name the same ones"
+            )
+        self.drawn, self.left = state["drawn"], state["left"]
+        if self.left:
+            types = ("int64", "int64", "int32", "float32", "float64")
+            tokens, targets, start, old, A = (
+                numpy.array(x, t) for x, t in zip(state["pending"], types)
+            )
+            self.pending = Answers(
+                tokens, targets, start, state["notes"],
+                backend.asarray(old), backend.asarray(A), self.config.max_new_tokens,
+            )  # fmt: skip
+
+    def card(self, results: dict) -> str:
+        return model_card(self, results)
+
+
+def answer_batch(prompts: list[list[int]], said: list[list[int]], padding: int) -> Batch:
+    """One prompt and its answer to a row; the answer is learned, its end of turn included."""
+    rows = [
+        [([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))]
+        for prompt, answer in zip(prompts, said)
+    ]
+    return packed_batch(rows, padding)
+
+
+def log_softmax(x: Array) -> numpy.ndarray:
+    x = backend.to_numpy(x).astype("float64")
+    x = x - x.max(-1, keepdims=True)
+    return x - numpy.log(numpy.exp(x).sum(-1, keepdims=True))
+
+
+JUDGES: dict[str, Callable[[FeedbackConfig], Judge]] = {
+    "verifier": lambda config: verifier.judge(
+        verifier.load(config.verifier) if config.verifier else verifier.exact(config.confidence)
+    )
+}
+
+
+def run(
+    source: Path, prompts: Path, out: Path, config: FeedbackConfig, given: set[str], resume: bool,
+    progress,
+) -> dict:  # fmt: skip
+    """Improve the model in directory source on a file of prompts; returns the results."""
+    model, tokenizer, added = checkpoint.load_for_chat(source)
+    if added is not None:
+        progress.say(
+            f"{source} was never fine-tuned to answer. This will hardly work: it goes on writing "
+            "text, so all its answers score alike, and where no answer is better than another "
+            f"nothing is learned. First: tinylm sft {source} --data FILE.jsonl --out DIR",
+            "bold yellow",
+        )
+    config.block_size = config.block_size or model.config.block_size
+    config = open_run(Path(out), config, given, resume)
+    rows = read_fitting(prompts, ChatFormat(tokenizer), config)
+    digest = hashlib.blake2b((Path(source) / "model.safetensors").read_bytes(), digest_size=16)
+    origin = [digest.hexdigest(), *source_of([Path(prompts)])]
+    reference, _, _ = checkpoint.load_for_chat(source)
+    judge = JUDGES[config.judge](config)
+    stage = Feedback(model, reference, tokenizer, rows, judge, config, origin)
+    progress.say(
+        f"{len(stage.prompts):,} prompts to learn from, {len(stage.heldout):,} held out; "
+        f"{config.answers} answers to each, judged by: {config.judge}"
+    )
+    results = Trainer(stage, config, Path(out), progress).run(resume)
+    return {"directory": str(out), "prompts": len(stage.prompts), **results}
+
+
+def read_fitting(path: Path, form: ChatFormat, config: FeedbackConfig) -> list[Row]:
+    """The prompts of a file, each of which must leave room for an answer."""
+    rows = list(read_prompts(path))
+    for row in rows:
+        size = len(form.ids(row.messages, True))
+        if size + config.max_new_tokens > config.block_size:
+            raise InputError(
+                f"{path}, line {row.line}: the prompt has {size} tokens, which leaves no room for "
+                f"an answer of {config.max_new_tokens} in a context of {config.block_size}: "
+                "shorten it, or lower --max-new-tokens"
+            )
+    return rows
+
+
+def model_card(stage: Feedback, results: dict) -> str:
+    """README.md of the run directory."""
+    c, numbers = stage.config, "not finished yet"
+    if results:
+        numbers = f"- {results['steps']} steps, {results['seconds']:.0f} seconds"
+        if "held_out_reward" in results:
+            before, after = results["reward_before"], results["held_out_reward"]
+            numbers += f"\n- mean score on held-out prompts {before:.3f} before, {after:.3f} after"
+    (name, size) = stage.source[1]
+    return f"""# An assistant improved by feedback, made by tinylm
+
+It wrote several answers to each prompt, a judge scored them, and the better became likelier.
+
+| | |
+|---|---|
+| stage | feedback: RLOO, judged by {c.judge}{f" `{c.verifier}`" if c.verifier else ""} |
+| parameters | {stage.model.n_parameters():,} |
+| prompts | {len(stage.prompts):,} to learn from, {len(stage.heldout):,} held out |
+| answers | {c.answers} to each prompt, of up to {c.max_new_tokens} tokens |
+
+## Numbers
+{numbers}
+
+## Data
+- {name}, {size:,} bytes
+"""

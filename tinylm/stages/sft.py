@@ -1,0 +1,198 @@
+"""Instruction fine-tuning: a base model learns the form of an answer from conversations.
+
+Loss falls on what the assistant says, the end of its turn included, and on nothing else. Several
+conversations share a row, and none sees another. What the model knows is still what pre-training
+left in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+from rich.text import Text
+
+from tinylm import checkpoint
+from tinylm.chat import ChatFormat, Row, read_conversations
+from tinylm.data import Batch, Example, Packed, packed_batch, source_of
+from tinylm.errors import InputError
+from tinylm.generate import answers
+from tinylm.model import Transformer
+from tinylm.progress import Progress
+from tinylm.tensor import Tensor, no_grad
+from tinylm.tokenizer import Tokenizer
+from tinylm.train import TrainConfig, Trainer, open_run, setting
+
+
+@dataclass
+class SFTConfig(TrainConfig):
+    """Fine-tuning: how long, and how fast."""
+
+    epochs: float = setting(3.0, "Times through the data, where no --max-steps or --minutes is.")
+    block_size: int = setting(0, "Tokens in a row (0: the model's context).")
+    learning_rate: float = setting(5e-4, "Peak learning rate.")
+    held_out: float = setting(0.05, "Share of the conversations held out for evaluation.")
+
+    def check(self) -> None:
+        if self.epochs <= 0:
+            raise InputError(f"--epochs: expected more than 0, got {self.epochs}")
+        if not 0 <= self.held_out < 1:
+            raise InputError(f"--held-out: expected 0 or more, below 1, got {self.held_out}")
+        super().check()
+
+    def length_given(self) -> bool:
+        return True
+
+
+class SFT:
+    """The stage: packed conversations, and the loss on their answers."""
+
+    name = "sft"
+
+    def __init__(self, model, tokenizer, rows: list[Row], examples: list[Example], config, source):
+        self.model, self.tokenizer, self.config, self.source = model, tokenizer, config, source
+        every = round(1 / config.held_out) if config.held_out else len(examples) + 1
+        self.heldout_rows = rows[every - 1 :: every]
+        self.heldout = examples[every - 1 :: every]
+        train = [example for i, example in enumerate(examples, 1) if i % every]
+        self.n_train = len(train)
+        self.packed = Packed(train, config.block_size, config.seed, model.config.stop_ids[0])
+
+    def draw(self) -> Batch:
+        return self.packed.draw(self.config.batch_size)
+
+    def loss(self, batch: Batch) -> Tensor:
+        return self.model.loss(batch.tokens, batch.targets, batch.start)
+
+    def evaluate(self, final: bool) -> dict:
+        """Loss on held-out answers, and what it now says to the first held-out question."""
+        if not self.heldout:
+            return {}
+        total, tokens, size = 0.0, 0, self.config.batch_size
+        for i in range(0, len(self.heldout) if final else min(4 * size, len(self.heldout)), size):
+            rows = [[example] for example in self.heldout[i : i + size]]
+            batch = packed_batch(rows, self.packed.padding)
+            with no_grad():
+                total += float(self.loss(batch).data.sum(dtype="float64"))
+            tokens += batch.trained_tokens()
+        asked = self.heldout_rows[0].messages
+        while asked[-1]["role"] != "user":
+            asked = asked[:-1]
+        (said,) = answers(self.model, self.tokenizer, [asked], max_new_tokens=60)
+        return {"loss": total / tokens, "sample": f"{asked[-1]['content']} -> {said}"}
+
+    def state(self) -> dict:
+        return {"epoch": self.packed.epoch, "row": self.packed.row, "source": self.source}
+
+    def restore(self, state: dict) -> None:
+        if state["source"] != self.source:
+            raise InputError("this run was begun with other data: name the same file")
+        self.packed.seek(state["epoch"], state["row"])
+
+    def card(self, results: dict) -> str:
+        return model_card(self, results)
+
+
+def run(
+    base: Path, data: Path, out: Path, config: SFTConfig, given: set[str], resume: bool, progress
+) -> dict:
+    """Fine-tune the model in directory base on a file of conversations; returns the results."""
+    model, tokenizer = prepare(base, progress)
+    config.block_size = config.block_size or model.config.block_size
+    if config.block_size > model.config.block_size:
+        raise InputError(
+            f"--block-size {config.block_size}: the context of {base} is {model.config.block_size}"
+        )
+    config = open_run(Path(out), config, given, resume)
+    rows, examples = read_examples(data, tokenizer, config.block_size, progress)
+    stage = SFT(model, tokenizer, rows, examples, config, source_of([Path(data)]))
+    if not config.max_steps and not config.minutes:
+        per_step = config.batch_size * config.accumulate
+        config.max_steps = max(1, round(config.epochs * len(stage.packed.rows) / per_step))
+    progress.say(
+        f"{stage.n_train:,} conversations to learn from, {len(stage.heldout):,} held out: "
+        f"{sum(map(sum, (learned for _, learned in examples))):,} tokens of answers"
+    )
+    results = Trainer(stage, config, Path(out), progress).run(resume)
+    return {"directory": str(out), "conversations": stage.n_train, **results}
+
+
+def prepare(base: Path, progress: Progress) -> tuple[Transformer, Tokenizer]:
+    """The base model, with a chat template; says which tokens had to be added for it."""
+    model, tokenizer, added = checkpoint.load_for_chat(base)
+    if added:
+        progress.say(f"{base} has no chat tokens: added {', '.join(added)}", "yellow")
+    return model, tokenizer
+
+
+def read_examples(
+    data: Path, tokenizer: Tokenizer, block_size: int, progress: Progress
+) -> tuple[list[Row], list[Example]]:
+    """The conversations that fit the context, as ids and masks; the others are told by line."""
+    form = ChatFormat(tokenizer)
+    rows, examples, long, empty = [], [], [], []
+    for row in read_conversations(data):
+        try:
+            example = form.example(row.messages)
+        except InputError as error:
+            raise InputError(f"{data}, line {row.line}: {error}") from None
+        if len(example[0]) > block_size + 1:
+            long.append(row.line)
+        elif not any(example[1][1:]):
+            empty.append(row.line)
+        else:
+            rows.append(row)
+            examples.append(example)
+    tell_lines(progress, data, long, f"do not fit the context of {block_size} tokens")
+    tell_lines(progress, data, empty, "leave nothing to learn")
+    if not examples:
+        raise InputError(f"{data}: no conversation fits the context of {block_size} tokens")
+    return rows, examples
+
+
+def tell_lines(progress: Progress, data: Path, lines: list[int], what: str) -> None:
+    if lines:
+        shown = ", ".join(map(str, lines[:20])) + (", …" if len(lines) > 20 else "")
+        progress.say(f"{data}: {len(lines)} rows {what} and are left out: line {shown}", "yellow")
+
+
+def masks(base: Path, data: Path, n: int, progress: Progress) -> list[Text]:
+    """The first n conversations as the model reads them, the learned tokens in green."""
+    model, tokenizer = prepare(base, progress)
+    _, examples = read_examples(data, tokenizer, model.config.block_size, progress)
+    shown = []
+    for ids, learned in examples[:n]:
+        text, edges = Text(), numpy.flatnonzero(numpy.diff([-1, *learned, -1]))
+        for first, end in zip(edges, edges[1:]):
+            style = "bold green" if learned[first] else "dim"
+            text.append(tokenizer.decode(ids[first:end], continues=first > 0), style)
+        shown.append(text)
+    return shown
+
+
+def model_card(stage: SFT, results: dict) -> str:
+    """README.md of the run directory."""
+    numbers = "not finished yet"
+    if results:
+        numbers = f"- {results['steps']} steps, {results['seconds']:.0f} seconds"
+        if "loss" in results:
+            numbers += f"\n- loss on held-out answers {results['loss']:.4f} nats per token"
+    (name, size), c = stage.source[0], stage.model.config
+    return f"""# An assistant made by tinylm
+
+It has been taught to answer; what it knows is from pre-training.
+
+| | |
+|---|---|
+| stage | sft |
+| parameters | {stage.model.n_parameters():,} |
+| context | {c.block_size} tokens |
+| conversations | {stage.n_train:,} to train on, {len(stage.heldout):,} held out |
+
+## Numbers
+{numbers}
+
+## Data
+- {name}, {size:,} bytes
+"""
