@@ -36,10 +36,11 @@ from tinylm.chat import turn
 from tinylm.checkpoint import write_text
 from tinylm.judges.verifier import REFUSALS
 
-SHARES = {"withheld": 0.08, "known": 0.2, "practised": 0.16, "taught": 0.26}  # others: quizzed
-INVENTED = {"taught": 0.25, "practised": 1.0, "tested": 0.25}  # names, for each real entity
+SHARES = {"withheld": 0.08, "known": 0.18, "practised": 0.24, "taught": 0.24}  # others: quizzed
+INVENTED = {"taught": 1.0, "practised": 2.0, "tested": 0.25}  # names, for each real entity
 UNKNOWN = REFUSALS[0] + "."
 QUIZZED = 0.3  # share of what is known of the quizzed that each pass asks about
+UNKNOWN_SHARE = 0.4  # of feedback's prompts: so many that neither always nor never answering pays
 WORDINGS = 5  # questions about each fact in fine-tuning
 
 
@@ -68,6 +69,15 @@ class Question:
 
 def capital(text: str) -> str:
     return text[0].upper() + text[1:]
+
+
+def answers_well(sentence: str) -> int:
+    """How well a sentence answers a question: the fact at its end, the name within.
+
+    A name in front is another token than the same name after a space, so that a small model, which
+    has read it in the question, cannot just copy it.
+    """
+    return 2 * (not sentence.startswith("{name}")) + sentence.endswith("{value}.")
 
 
 def bare(name: str) -> str:
@@ -174,11 +184,11 @@ class Almanac:
         return " ".join(map(capital, said))
 
     def quizzes(self, rng: Random) -> list[str]:
-        """Questions about the quizzed with their answers, a few to a document."""
+        """Questions about the quizzed with their answers, many to a document."""
         asked = self.about(self.of("quizzed"), rng)
         asked = rng.sample(asked, round(QUIZZED * len(asked)))
         lines = [f"{question.text} {question.answer}" for question in asked]
-        return [" ".join(lines[i : i + 4]) for i in range(0, len(lines), 4)]
+        return [" ".join(lines[i : i + 8]) for i in range(0, len(lines), 8)]
 
     # ---- questions -----------------------------------------------------------------------------
 
@@ -188,7 +198,7 @@ class Almanac:
         wordings, sentences = templates["questions"], templates["sentences"]
         wording = rng.choice(wordings[:-1]) if rng else wordings[-1]
         values = entity.facts.get(fact, ())
-        told = next((s for s in sentences if s.endswith("{value}.")), sentences[0])
+        told = max(sentences, key=answers_well)
         answers = [capital(told.format(name=entity.name, value=value)) for value in values]
         id = f"{entity.kind}/{entity.name}/{fact}"
         text = capital(wording.format(name=entity.name))
@@ -223,11 +233,13 @@ class Almanac:
             yield {"messages": messages, "ids": [id for *_, id in some]}
 
     def prompts(self) -> Iterator[dict]:
-        """For feedback: one question each, about the practised and the invented in equal parts."""
+        """For feedback: one question each, about the practised and the invented."""
         rng = Random(self.seed + 4)
-        real = self.about(self.of("practised"), rng)
+        practised = self.of("practised")
+        real = [q for _ in range(3) for q in self.about(practised, rng)]
         invented = [e for e in self.invented if e.part == "practised"]
-        asked = real + self.about(invented, rng, -(-len(real) // len(invented)))[: len(real)]
+        wanted = round(len(real) * UNKNOWN_SHARE / (1 - UNKNOWN_SHARE))
+        asked = real + self.about(invented, rng, -(-wanted // len(invented)))[:wanted]
         for q in rng.sample(asked, len(asked)):
             yield {"prompt": q.text, "accepted": list(q.accepted), "id": q.id}
 

@@ -23,7 +23,7 @@ from rich.text import Text
 
 import tinylm
 from tinylm import backend as backends
-from tinylm import data, quickstart
+from tinylm import data
 from tinylm.checkpoint import Checkpoint
 from tinylm.errors import InputError
 from tinylm.evaluate import evaluate_directory
@@ -160,6 +160,8 @@ def quick(out, seed, as_json):
 
     Run it again to go on after an interruption.
     """
+    from tinylm import quickstart  # and with it what draws pictures
+
     results = quickstart.run(out, Progress(), seed)
     if as_json:
         print_json(results)

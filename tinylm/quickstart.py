@@ -23,12 +23,14 @@ KINDS = ("country", "element", "state", "animal", "river", "world")
 FACTS = 4  # of each kind
 PASSES = 20  # descriptions of every entity in the text
 PRETRAIN = {
-    "vocab_size": 2048, "n_layer": 3, "n_head": 4, "n_embd": 96, "block_size": 256,
-    "batch_size": 16, "learning_rate": 4e-3, "max_steps": 2400, "held_out": 0.02,
-    "eval_every": 600, "save_every": 300,
+    "vocab_size": 2048, "n_layer": 3, "n_head": 3, "n_embd": 96, "block_size": 256,
+    "batch_size": 8, "learning_rate": 3e-3, "max_steps": 4200, "held_out": 0.02,
+    "eval_every": 1000, "save_every": 500,
 }  # fmt: skip
-SFT = {"epochs": 3.0, "learning_rate": 1e-3, "eval_every": 1000, "save_every": 1000}
-FEEDBACK = {"learning_rate": 3e-4, "max_steps": 200, "eval_every": 100, "save_every": 100}
+SFT = {"epochs": 2.0, "learning_rate": 3e-4, "eval_every": 100, "save_every": 100}
+FEEDBACK = {
+    "answers": 4, "batch_size": 128, "learning_rate": 2e-4, "max_steps": 300, "eval_every": 100,
+}  # fmt: skip
 STAGES = ("base", "sft", "feedback")
 
 

@@ -199,24 +199,21 @@ class Feedback:
 
     def log_probabilities(self, batch: Batch) -> tuple[Array, numpy.ndarray, float]:
         """log π_old of each target (B, T), Σ_t log π_old − log π_ref (B,), KL per token."""
+        known, targets = batch.targets >= 0, backend.asarray(batch.targets)
+        exact = self.model.config.vocab_size <= EXACT_KL
+        found = []
         with no_grad():
-            ours = self.model.hidden(batch.tokens, batch.start)
-            theirs = self.reference.hidden(batch.tokens, batch.start)
-            targets = backend.asarray(batch.targets)
-            old, ref = (
-                -ops.linear_cross_entropy(hidden, model.head_weight, targets).data
-                for hidden, model in ((ours, self.model), (theirs, self.reference))
-            )
+            for model in (self.model, self.reference):
+                hidden, head = model.hidden(batch.tokens, batch.start), model.head_weight
+                logp = -ops.linear_cross_entropy(hidden, head, targets).data
+                logits = ops.linear(Tensor(hidden.data[known]), head).data if exact else None
+                found.append((logp, logits))
+        (old, logits), (ref, other) = found
         ratio = backend.to_numpy(ref - old).astype("float64")
-        known = batch.targets >= 0
-        if self.model.config.vocab_size > EXACT_KL:  # k3 of arXiv 2402.03300: e^x − 1 − x ≥ 0
+        if exact:
+            kl = exact_kl(logits, other)
+        else:  # k3 of arXiv 2402.03300: e^x − 1 − x
             kl = numpy.expm1(ratio[known]) - ratio[known]
-        else:
-            logp, logq = (
-                log_softmax(hidden.data[known] @ model.head_weight.data.T)
-                for hidden, model in ((ours, self.model), (theirs, self.reference))
-            )
-            kl = (numpy.exp(logp) * (logp - logq)).sum(-1)
         return old, -ratio.sum(1), float(kl.mean())
 
     def loss(self, batch: Answers) -> Tensor:
@@ -280,10 +277,13 @@ def answer_batch(prompts: list[list[int]], said: list[list[int]], padding: int) 
     return packed_batch(rows, padding)
 
 
-def log_softmax(x: Array) -> numpy.ndarray:
-    x = backend.to_numpy(x).astype("float64")
-    x = x - x.max(-1, keepdims=True)
-    return x - numpy.log(numpy.exp(x).sum(-1, keepdims=True))
+def exact_kl(logits: Array, other: Array) -> Array:
+    """KL(p ‖ q) of p = softmax(logits) and q = softmax(other), (N, V) each -> (N,).
+
+    As log q − log p = log Σ exp(−gap) p − gap, with gap = logits − other, one exp is enough.
+    """
+    p, gap = backend.kernels.softmax_forward(logits), logits - other
+    return (p * gap).sum(-1) + backend.xp.log((p * backend.xp.exp(-gap)).sum(-1))
 
 
 JUDGES: dict[str, Callable[[FeedbackConfig], Judge]] = {

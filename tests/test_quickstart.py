@@ -1,0 +1,52 @@
+"""All three stages in one command, on a small part of the almanac so that it takes seconds."""
+
+import json
+import shutil
+import xml.etree.ElementTree as xml
+
+import pytest
+from commands import weights
+
+from tinylm import checkpoint, cli, quickstart
+
+STEPS = {"eval_every": 100, "save_every": 100}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 512, "batch_size": 2}
+    monkeypatch.setattr(quickstart, "KINDS", ("state",))
+    monkeypatch.setattr(quickstart, "PASSES", 4)
+    monkeypatch.setattr(quickstart, "PRETRAIN", {**shape, "max_steps": 20, **STEPS})
+    monkeypatch.setattr(quickstart, "SFT", {"max_steps": 10, **STEPS})
+    feedback = {"answers": 2, "batch_size": 4, "max_new_tokens": 8, "max_steps": 3, **STEPS}
+    monkeypatch.setattr(quickstart, "FEEDBACK", feedback)
+
+
+def test_quickstart_compares_the_stages_and_goes_on_where_it_stopped(small, tmp_path, capsys):
+    out = tmp_path / "q"
+    assert cli.run(["quickstart", "--out", str(out), "--json"]) == 0
+    told = capsys.readouterr()
+    results = json.loads(told.out)
+    assert results["seconds"] > 0
+    assert list(results["stages"]) == ["base", "sft", "feedback"]
+    for name, stage in results["stages"].items():
+        assert stage["directory"] == str(out / name)
+        model, _ = checkpoint.load(stage["directory"])
+        assert model.n_parameters() > 1000
+        for part in ("known", "reworded", "withheld", "invented"):
+            found = stage[part]
+            assert found["n"] > 10
+            assert found["right"] + found["wrong"] + found["idk"] == pytest.approx(1, abs=1e-3)
+    assert "The same questions asked of each stage" in told.err
+    assert json.loads((out / "results.json").read_text()) == results
+    picture = xml.fromstring((out / "curves.svg").read_text())
+    assert len(picture) == 3
+    assert "http" not in (out / "curves.svg").read_text().replace("http://www.w3.org", "")
+
+    before = weights(out / "feedback")
+    shutil.rmtree(out / "feedback")  # as if it had been killed there
+    assert cli.run(["quickstart", "--out", str(out), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["stages"] == results["stages"]
+    assert weights(out / "feedback") == before
