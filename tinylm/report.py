@@ -16,7 +16,9 @@ WIDTH, HEIGHT = 460, 320  # of one panel, in pixels
 STYLE = Style(
     background="white", plot_background="white", colors=("#b5c9dd", "#1d4e89"), opacity=1,
     foreground="#555", foreground_strong="#222", foreground_subtle="#ddd", title_font_size=16,
-    font_family="sans-serif", label_font_size=11, major_label_font_size=11,
+    guide_stroke_color="#e8e8e8", major_guide_stroke_color="#e8e8e8", guide_stroke_dasharray="0",
+    major_guide_stroke_dasharray="0", font_family="sans-serif", label_font_size=11,
+    major_label_font_size=11,
 )  # fmt: skip
 
 
@@ -39,7 +41,8 @@ def curves(panels: list[tuple[str, Path, str]], path: Path) -> None:
         svg = svg[svg.index("<svg") :].replace("<svg", f'<svg x="{i * WIDTH}"', 1)
         charts.append(svg.replace("viewBox", f'width="{WIDTH}" height="{HEIGHT}" viewBox', 1))
     size = f'viewBox="0 0 {len(panels) * WIDTH} {HEIGHT}" width="{len(panels) * WIDTH}"'
-    charts = [re.sub(r"<!--.*?-->", "", chart, flags=re.DOTALL) for chart in charts]
+    superfluous = re.compile(r"<!--.*?-->|<script.*?</script>", re.DOTALL)
+    charts = [superfluous.sub("", chart) for chart in charts]
     write_text(path, f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(charts)}</svg>\n')
 
 
@@ -48,8 +51,8 @@ def thinned(points: list, most: int = 300) -> list:
 
 
 def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Running mean over about a twentieth of the run."""
-    weight, mean, smoothed = min(1.0, 40 / max(1, len(points))), None, []
+    """Running mean over about a hundredth of the run."""
+    weight, mean, smoothed = min(1.0, 100 / max(1, len(points))), None, []
     for step, value in points:
         mean = value if mean is None else mean + weight * (value - mean)
         smoothed.append((step, mean))
