@@ -27,6 +27,7 @@ ALLOWED = {
     "optim": {"backend", "tensor"},
     "model": {"backend", "config", "nn", "ops", "tensor"},
     "data": {"errors", "tokenizer"},
+    "chat": {"errors", "tokenizer"},
 }
 
 
@@ -59,6 +60,8 @@ def test_what_a_module_must_not_import(path):
         assert parts_of_tinylm(path) <= ALLOWED[path.stem]
     if path.parent.name == "kernels":
         assert not {n for n in names if n.startswith("tinylm") and "kernels" not in n}
+    if path.parent.name == "judges":
+        assert parts_of_tinylm(path) <= {"chat", "errors", "judges"}
     if path.parent.name == "stages":
         assert not {n for n in names if n.startswith("tinylm.stages.")}
 

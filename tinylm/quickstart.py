@@ -29,7 +29,7 @@ PRETRAIN = {
 }  # fmt: skip
 SFT = {"epochs": 2.0, "learning_rate": 3e-4, "eval_every": 100, "save_every": 100}
 FEEDBACK = {
-    "answers": 4, "batch_size": 128, "learning_rate": 2e-4, "max_steps": 300, "eval_every": 100,
+    "answers": 4, "batch_size": 128, "learning_rate": 1e-4, "max_steps": 400, "eval_every": 100,
 }  # fmt: skip
 STAGES = ("base", "sft", "feedback")
 
@@ -99,7 +99,7 @@ def compare(out: Path, world: Almanac) -> tuple[dict, list]:
         for part in tests:
             pairs = [(a, q.accepted) for (of, q), a in zip(asked, said[name]) if of == part]
             stages[name][part] = evaluate.verdict_shares(pairs)
-    shown = [i for name in tests for i in evenly(asked, name, 3)]
+    shown = [i for name in ("known", "withheld", "invented") for i in evenly(asked, name, 2)]
     samples = report.side_by_side(
         [(asked[i][0], asked[i][1].text) for i in shown],
         {name: [answers[i] for i in shown] for name, answers in said.items()},

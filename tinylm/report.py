@@ -20,6 +20,12 @@ STYLE = Style(
     major_guide_stroke_dasharray="0", font_family="sans-serif", label_font_size=11,
     major_label_font_size=11,
 )  # fmt: skip
+PARTS = {
+    "known": "known things, never asked about",
+    "reworded": "the same, in a wording never used",
+    "withheld": "real things, never read about",
+    "invented": "things that do not exist",
+}
 
 
 def curves(panels: list[tuple[str, Path, str]], path: Path) -> None:
@@ -60,18 +66,17 @@ def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def verdicts(stages: dict[str, dict]) -> Table:
-    """The share of right, wrong and "I don't know" by stage and kind of question, in percent."""
+    """The share of right, wrong and "I don't know" by kind of question and stage, in percent."""
     table = Table(title="The same questions asked of each stage")
-    table.add_column("")
-    sets = list(next(iter(stages.values())))
-    sets.remove("directory")
-    for name in sets:
-        n = next(iter(stages.values()))[name]["n"]
-        table.add_column(f"{name} (n = {n})\nright / wrong / don't know", justify="center")
-    for stage, found in stages.items():
-        shares = [[found[name][v] for v in ("right", "wrong", "idk")] for name in sets]
-        table.add_row(stage, *(" / ".join(f"{100 * x:5.1f}" for x in row) for row in shares))
-    table.caption = "in percent; right: equal to an accepted answer after normalisation"
+    for heading in ("questions about", "n", "stage", "right", "wrong", "don't know"):
+        words = heading in ("questions about", "stage")
+        table.add_column(heading, justify="left" if words else "right")
+    for part in (name for name in next(iter(stages.values())) if name != "directory"):
+        for i, (stage, found) in enumerate(stages.items()):
+            shares = [f"{100 * found[part][v]:.1f} %" for v in ("right", "wrong", "idk")]
+            about = (PARTS[part], str(found[part]["n"])) if i == 0 else ("", "")
+            table.add_row(*about, stage, *shares, end_section=i == len(stages) - 1)
+    table.caption = "right: equal to an accepted answer after normalisation"
     return table
 
 
