@@ -40,7 +40,7 @@ SHARES = {"withheld": 0.08, "known": 0.18, "practised": 0.24, "taught": 0.24}  #
 INVENTED = {"taught": 1.0, "practised": 2.0, "tested": 0.25}  # names, for each real entity
 UNKNOWN = REFUSALS[0] + "."
 QUIZZED = 0.3  # share of what is known of the quizzed that each pass asks about
-UNKNOWN_SHARE = 0.45  # of feedback's prompts: so many that neither always nor never answering pays
+UNKNOWN_SHARE = 0.37  # of feedback's prompts: so many that neither always nor never answering pays
 WORDINGS = 5  # questions about each fact in fine-tuning
 
 

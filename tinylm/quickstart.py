@@ -29,7 +29,7 @@ PRETRAIN = {
 }  # fmt: skip
 SFT = {"epochs": 2.0, "learning_rate": 3e-4, "eval_every": 100, "save_every": 100}
 FEEDBACK = {
-    "answers": 4, "batch_size": 128, "learning_rate": 1e-4, "max_steps": 400, "eval_every": 100,
+    "answers": 4, "batch_size": 128, "learning_rate": 2e-4, "max_steps": 400, "eval_every": 100,
 }  # fmt: skip
 STAGES = ("base", "sft", "feedback")
 
