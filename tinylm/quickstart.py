@@ -46,12 +46,16 @@ def run(out: Path, progress: Progress, seed: int = 0) -> dict:
         f"{sum(e.part != 'withheld' for e in world.entities)} things"
     )
     text = [str(almanac / "text.jsonl")]
-    stage(pretrain.run, text, out / "base", pretrain.PretrainConfig(**PRETRAIN), progress)
+    stage(
+        pretrain.run, text, out / "base", pretrain.PretrainConfig(seed=seed, **PRETRAIN), progress
+    )
     progress.heading("2 of 4  Fine-tuning: questions and answers about half of them")
     conversations = almanac / "conversations.jsonl"
-    stage(sft.run, out / "base", conversations, out / "sft", sft.SFTConfig(**SFT), progress)
+    stage(
+        sft.run, out / "base", conversations, out / "sft", sft.SFTConfig(seed=seed, **SFT), progress
+    )
     progress.heading("3 of 4  Feedback: +1 right, −1 wrong, 0 for “I don't know”")
-    prompts, config = almanac / "prompts.jsonl", feedback.FeedbackConfig(**FEEDBACK)
+    prompts, config = almanac / "prompts.jsonl", feedback.FeedbackConfig(seed=seed, **FEEDBACK)
     stage(feedback.run, out / "sft", prompts, out / "feedback", config, progress)
     progress.heading("4 of 4  The test: questions about things that no training asked about")
     results, tables = compare(out, world)
