@@ -49,7 +49,7 @@ def run(out: Path, progress: Progress, seed: int = 0) -> dict:
     stage(
         pretrain.run, text, out / "base", pretrain.PretrainConfig(seed=seed, **PRETRAIN), progress
     )
-    progress.heading("2 of 4  Fine-tuning: questions and answers about half of them")
+    progress.heading("2 of 4  Fine-tuning: questions and answers about more than half of them")
     conversations = almanac / "conversations.jsonl"
     stage(
         sft.run, out / "base", conversations, out / "sft", sft.SFTConfig(seed=seed, **SFT), progress
