@@ -125,6 +125,13 @@ def test_heads_merge_without_a_copy():
         assert np.shares_memory(x, x.swapaxes(1, 2).reshape(2, 5, 24))
 
 
+def test_an_embedding_adds_to_what_is_there():
+    dy, tokens = Draw(0)(2, 3, 5).astype(np.float32), np.array([[0, 2, 2], [3, 0, 2]])
+    alone, total = _cpu.embedding_backward(dy, tokens, 7), np.ones((7, 5), np.float32)
+    assert np.shares_memory(total, _cpu.embedding_backward(dy, tokens, 7, total))
+    assert np.array_equal(total, 1 + alone)
+
+
 def test_integers_of_both_widths_mean_the_same():
     tokens, weight = np.array([[0, 2], [1, 2]]), np.ones((3, 4), np.float32).cumsum(0)
     for dtype in (np.int32, np.int64):

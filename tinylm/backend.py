@@ -94,6 +94,13 @@ def asarray(x, dtype=None):
     return xp.asarray(x, dtype)
 
 
+def empty(shape: tuple[int, ...], dtype):
+    """An array that is not initialised; of the kernels' own memory, which is kept, where it can."""
+    if dtype == "float32" and hasattr(kernels, "empty"):
+        return kernels.empty(shape)
+    return xp.empty(shape, dtype)
+
+
 def to_numpy(x) -> numpy.ndarray:
     """x as a numpy array, copied from the device if it lives there."""
     return x.get() if hasattr(x, "get") else numpy.asarray(x)

@@ -50,8 +50,8 @@ struct Kernels {
 
     void (*embedding_forward)(const int32_t* tokens, const float* weight, float* y, long N, long C,
                               int threads);
-    void (*embedding_backward)(const float* dy, const int32_t* tokens, float* dweight, long N,
-                               long V, long C, int threads);
+    void (*embedding_backward)(const float* dy, const int32_t* tokens, float* dweight, bool add,
+                               long N, long V, long C, int threads);
 
     void (*rms_norm_forward)(const float* x, const float* weight, float eps, float* y, float* rstd,
                              long N, long C, int threads);
@@ -81,6 +81,7 @@ struct Kernels {
                                const int32_t* start, const Heads& dq, const Heads& dk,
                                const Heads& dv, int threads);
 
+    void (*add)(const float* x, const float* y, float* sum, long n, int threads);
     void (*swiglu_forward)(const float* gate, const float* up, float* y, long n, int threads);
     void (*swiglu_backward)(const float* dy, const float* gate, const float* up, float* dgate,
                             float* dup, long n, int threads);
@@ -98,6 +99,10 @@ struct Kernels {
     void (*linear_cross_entropy_backward)(const float* dloss, const float* x, const float* weight,
                                           const int32_t* targets, const float* lse, float* dx,
                                           float* dweight, long N, long C, long V, int threads);
+    void (*linear_cross_entropy_with_gradients)(const float* x, const float* weight,
+                                                const int32_t* targets, float* loss, float* lse,
+                                                float* dx, float* dweight, long N, long C, long V,
+                                                int threads);
 
     void (*adamw)(const AdamW& step, float* param, const float* grad, float* m, float* v, long n,
                   int threads);

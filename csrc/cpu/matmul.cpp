@@ -135,6 +135,7 @@ INLINE void tile_of(long rows, long columns, Args... args) {  // tile<> for a nu
 struct Plan {  // from the shape alone
     long kc, mc, nc, row_blocks;
     bool share_a;  // few row blocks: all threads pack A together and then share tiles of C
+    long own_b;    // A fits in L2: each thread packs so many panels of B at a time for itself
 };
 static Plan plan_for(const Product& p, long per_word) {
     const long K = max(p.K, 1), M = max(p.M, 1), N = max(p.N, 1);
@@ -144,6 +145,8 @@ static Plan plan_for(const Product& p, long per_word) {
     plan.mc = round_up(up(M, up(M, blocking.mc)), MR);
     plan.row_blocks = up(M, plan.mc);
     plan.share_a = plan.row_blocks < 32;
+    const long panels = plan.nc / NR;
+    plan.own_b = M * plan.kc <= 1 << 18 && panels >= 12 ? max(1, min(3, panels / 16)) : 0;
     return plan;
 }
 
@@ -166,56 +169,71 @@ struct Block {
             pack_along_k<Word, MR>(p.A + m0 * p.lda + k0, p.lda, rows(m), kc, dst);
     }
 
-    // Tasks read whole rows as they lie in memory: some panels, or DEPTH values of k.
+    // Columns n .. n + count of this block's B, depth k .. k + depth of it, into their panels.
+    void pack_columns(long n, long count, long k, long depth, float* dst) const {
+        if (p.transpose_b)
+            pack_along_k<Word, NR>(p.B + (n0 + n) * p.ldb + k0 + k, p.ldb, count, depth, dst);
+        else
+            pack_across_k<Word, NR>(p.B + (k0 + k) * p.ldb + n0 + n, p.ldb, count, depth, dst,
+                                    k / Word::PER_WORD, words());
+    }
+    // Shared packing reads whole rows as they lie in memory: some panels, or DEPTH values of k.
     static constexpr long DEPTH = 64, COLUMNS = 3 * NR;
     long b_tasks() const { return p.transpose_b ? up(nc, COLUMNS) : up(kc, DEPTH); }
     void pack_b(long task) const {
-        if (p.transpose_b) {
-            const long n = task * COLUMNS;
-            pack_along_k<Word, NR>(p.B + (n0 + n) * p.ldb + k0, p.ldb, min(COLUMNS, nc - n), kc,
-                                   packed_b + n / NR * panel_size(NR, words()));
-        } else {
-            const long k = task * DEPTH;
-            pack_across_k<Word, NR>(p.B + (k0 + k) * p.ldb + n0, p.ldb, nc, min(DEPTH, kc - k),
-                                    packed_b, k / Word::PER_WORD, words());
-        }
+        const long n = task * COLUMNS, k = task * DEPTH;
+        if (p.transpose_b)
+            pack_columns(n, min(COLUMNS, nc - n), 0, kc,
+                         packed_b + n / NR * panel_size(NR, words()));
+        else
+            pack_columns(0, nc, k, min(DEPTH, kc - k), packed_b);
     }
 
-    // Row block m times the panels [from, to) of B.
-    void multiply(long m, const float* a, long from, long to) const {
-        for (long j = from; j < to; ++j)
+    // Row block m times `count` panels of B, of which the first is number j of this block.
+    void multiply(long m, const float* a, long j, long count, const float* b) const {
+        for (const long end = j + count; j < end; ++j, b += panel_size(NR, words()))
             for (long i = 0; i < rows(m); i += MR) {
-                const long n = n0 + j * NR, columns = min(NR, nc - j * NR);
-                tile_of<Word>(
-                    min(MR, rows(m) - i), columns, words(), a + i / MR * panel_size(MR, words()),
-                    packed_b + j * panel_size(NR, words()), p.C + (m * plan.mc + i) * p.ldc + n,
-                    p.ldc, columns, p.bias && k0 == 0 ? p.bias + n : nullptr, p.add || k0 > 0);
+                const long n = j * NR, columns = min(NR, nc - n);
+                tile_of<Word>(min(MR, rows(m) - i), columns, words(),
+                              a + i / MR * panel_size(MR, words()), b,
+                              p.C + (m * plan.mc + i) * p.ldc + n0 + n, p.ldc, columns,
+                              p.bias && k0 == 0 ? p.bias + n0 + n : nullptr, p.add || k0 > 0);
             }
     }
 
     void run() const {  // by every thread of the team
-        const long panels = up(nc, NR), a_tasks = plan.share_a ? plan.row_blocks : 0;
+        const long panels = up(nc, NR), b_size = panel_size(NR, words());
+        const long a_tasks = plan.share_a ? plan.row_blocks : 0;
 #pragma omp for schedule(dynamic)
-        for (long t = 0; t < a_tasks + b_tasks(); ++t) {
+        for (long t = 0; t < a_tasks + (plan.own_b ? 0 : b_tasks()); ++t) {
             if (t < a_tasks)
                 pack_rows(t, packed_a + t * a_size());
             else
                 pack_b(t - a_tasks);
         }
-        if (plan.share_a) {
+        if (plan.own_b) {
+            float* mine = packed_b + THREAD_INDEX * plan.own_b * b_size;
+#pragma omp for schedule(dynamic)
+            for (long j = 0; j < panels; j += plan.own_b) {
+                const long count = min(plan.own_b, panels - j);
+                pack_columns(j * NR, min(count * NR, nc - j * NR), 0, kc, mine);
+                for (long m = 0; m < plan.row_blocks; ++m)
+                    multiply(m, packed_a + m * a_size(), j, count, mine);
+            }
+        } else if (plan.share_a) {
             const long splits = min(panels, up(48, plan.row_blocks));  // about 48 tasks
 #pragma omp for schedule(dynamic)
             for (long t = 0; t < plan.row_blocks * splits; ++t) {
                 const long m = t % plan.row_blocks, s = t / plan.row_blocks;
-                multiply(m, packed_a + m * a_size(), panels * s / splits,
-                         panels * (s + 1) / splits);
+                const long j = panels * s / splits, end = panels * (s + 1) / splits;
+                multiply(m, packed_a + m * a_size(), j, end - j, packed_b + j * b_size);
             }
-        } else {  // 10 to 18 points of the peak faster at large M than sharing
+        } else {
             float* mine = packed_a + THREAD_INDEX * a_size();
 #pragma omp for schedule(dynamic)
             for (long m = 0; m < plan.row_blocks; ++m) {
                 pack_rows(m, mine);
-                multiply(m, mine, 0, panels);
+                multiply(m, mine, 0, panels, packed_b);
             }
         }
     }
@@ -227,7 +245,7 @@ static void multiply(const Product& p, int threads) {
     const long words = up(plan.kc, Word::PER_WORD);
     const long a_blocks = plan.share_a ? plan.row_blocks : threads;
     Scratch a(a_blocks * (plan.mc / MR) * panel_size(MR, words));
-    Scratch b(plan.nc / NR * panel_size(NR, words));
+    Scratch b((plan.own_b ? threads * plan.own_b : plan.nc / NR) * panel_size(NR, words));
 #pragma omp parallel num_threads(threads)
     for (long n0 = 0; n0 < p.N; n0 += plan.nc)
         for (long k0 = 0; k0 == 0 || k0 < p.K; k0 += plan.kc) {  // once where K is 0: writes zeros

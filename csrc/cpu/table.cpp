@@ -32,6 +32,7 @@ extern const Kernels JOIN(kernels_, ISA) = {
     ISA::softmax_backward,
     ISA::attention_forward,
     ISA::attention_backward,
+    ISA::add,
     ISA::swiglu_forward,
     ISA::swiglu_backward,
     ISA::gelu_forward,
@@ -40,6 +41,7 @@ extern const Kernels JOIN(kernels_, ISA) = {
     ISA::cross_entropy_backward,
     ISA::linear_cross_entropy_forward,
     ISA::linear_cross_entropy_backward,
+    ISA::linear_cross_entropy_with_gradients,
     ISA::adamw,
     ISA::sum_squares,
 };
