@@ -571,10 +571,12 @@ PYBIND11_MODULE(_cpu, m) {
         },
         "Instruction sets that this machine supports, best first.");
     m.def("isa", [] { return kernels().name; }, "The instruction set in use.");
-    m.def("use_isa", [](const std::string& name) { chosen = find_isa(name, "use_isa"); }, "name"_a);
+    m.def("use_isa", &use_isa, "name"_a);
     m.def("threads", [] { return threads; });
     m.def("set_threads", &set_threads, "n"_a,
           "No effect in a child of fork, which has one thread.");
+    m.def("set_products", &set_products, "dtype"_a,
+          "float32, or bfloat16: operands of large products are rounded, sums stay float32.");
     m.def(
         "peak",
         [](int threads) {

@@ -11,6 +11,8 @@
 float* take_scratch(size_t floats);  // from the pool, 64-byte aligned, not zeroed (bindings.cpp)
 void give_scratch(float* p, size_t floats);
 
+extern bool bfloat16_products;  // round the operands of large products (bindings.cpp)
+
 // C (M, N) = op(A) op(B) + bias, or C += op(A) op(B) where `add`.
 struct Product {
     bool transpose_a, transpose_b;  // A is stored (K, M), B is stored (N, K)

@@ -15,7 +15,9 @@
 // Each element of C is one chain of multiply-adds in the order of k, cut only at multiples of kc,
 // and kc depends on K alone: neither the tiles nor the threads change a bit.
 //
-// A "word" is 32 bits of depth: here one float32; bfloat16 would hold two neighbours along k.
+// A "word" is 32 bits of depth: one float32, or two neighbours along k in bfloat16. For bfloat16
+// operands are rounded while they are packed, and everything else stays as it is: a vector of words
+// times a vector of words is twice the multiply-adds, still summed in float32.
 #include "simd.h"
 
 namespace ISA {
@@ -39,10 +41,33 @@ static_assert(MR <= W, "pack() writes a panel of A as one vector per word");
 
 struct Float32 {
     static constexpr long PER_WORD = 1;
+    INLINE vf broadcast(const float* word) { return splat(*word); }
     INLINE vf dot(vf sum, vf a, vf b) { return sum + a * b; }  // -ffp-contract: one fused operation
     INLINE vf along_k(const float* p, long n) { return load_n(p, n); }  // n values of k
     INLINE vf across_k(const float* p, long, long n, long) { return load_n(p, n); }  // n rows
 };
+#if defined(__AVX512BF16__)
+struct BFloat16 {
+    static constexpr long PER_WORD = 2;
+    INLINE vf broadcast(const float* word) { return (vf)_mm512_set1_epi32(*(const int*)word); }
+    INLINE vf dot(vf sum, vf a, vf b) {
+        return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    }
+    INLINE vf along_k(const float* p, long n) {
+        return (vf)_mm512_cvtne2ps_pbh((__m512)load_n(p + W, n - W), (__m512)load_n(p, n));
+    }
+    INLINE vi
+    widened(vf x) {  // rounded, in the lower half of each lane (plain forms warn in GCC 12)
+        return (vi)_mm512_maskz_cvtepu16_epi32(
+            0xFFFF, (__m256i)_mm512_maskz_cvtneps_pbh(0xFFFF, (__m512)x));
+    }
+    // this k in the lower halves, the next one above
+    INLINE vf across_k(const float* p, long ld, long n, long depth) {
+        const vf next = depth > 1 ? load_n(p + ld, n) : vf{};
+        return (vf)(widened(load_n(p, n)) | widened(next) << 16);
+    }
+};
+#endif
 
 // ---- packing: `count` rows of op(A), or columns of op(B), and `depth` values of k --------------
 // Panels are P wide and word-major: word w of row r of a panel lies at w * P + r. Stores are W wide
@@ -103,7 +128,7 @@ static void tile(long words, const float* a, const float* b, float* c, long ldc,
         vf bk[V];
         UNROLL for (int j = 0; j < V; ++j) bk[j] = load(b + j * W);
         UNROLL for (int i = 0; i < R; ++i) {
-            const vf ai = splat(a[i]);
+            const vf ai = Word::broadcast(a + i);
             UNROLL for (int j = 0; j < V; ++j) sums[i][j] = Word::dot(sums[i][j], ai, bk[j]);
         }
     }
@@ -146,7 +171,8 @@ static Plan plan_for(const Product& p, long per_word) {
     plan.row_blocks = up(M, plan.mc);
     plan.share_a = plan.row_blocks < 32;
     const long panels = plan.nc / NR;
-    plan.own_b = M * plan.kc <= 1 << 18 && panels >= 12 ? max(1, min(3, panels / 16)) : 0;
+    plan.own_b =
+        M * plan.kc / per_word <= 1 << 18 && panels >= 12 ? max(1, min(3, panels / 16)) : 0;
     return plan;
 }
 
@@ -314,9 +340,10 @@ static void multiply_few_rows(const Product& p, int threads) {
 }
 
 static void matmul(const Product& p, int threads) {
-    if (p.M <= FEW_ROWS && !p.transpose_a)
-        multiply_few_rows(p, threads);
-    else
-        multiply<Float32>(p, threads);
+    if (p.M <= FEW_ROWS && !p.transpose_a) return multiply_few_rows(p, threads);
+#if defined(__AVX512BF16__)
+    if (bfloat16_products) return multiply<BFloat16>(p, threads);
+#endif
+    multiply<Float32>(p, threads);
 }
 }  // namespace ISA
