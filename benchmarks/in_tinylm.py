@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 
-from shapes import MODELS
+import numpy
+from tasks import MODELS, NEW, documents, operands, prompts, seconds_of
 
 import tinylm
 from tinylm import backend
 from tinylm.bench import training_step
+from tinylm.generate import stream
 from tinylm.optim import AdamW
+from tinylm.tokenizer import train_bpe
 
 
 class Contestant:
@@ -22,10 +25,9 @@ class Contestant:
                 raise NotImplementedError(f"this tinylm has no {dtype} products")
             backend.set_products(dtype)
 
-    def save(self, directory: str, model: str) -> dict:
+    def save(self, directory: str, shape: dict) -> dict:
         """Write fresh weights of a model, from which all contestants start."""
-        config = tinylm.ModelConfig(**MODELS[model].shape)
-        tinylm.save(tinylm.Transformer(config), None, directory)
+        tinylm.save(tinylm.Transformer(tinylm.ModelConfig(**shape)), None, directory)
         return {}
 
     def open(self, directory: str, model: str) -> dict:
@@ -45,3 +47,44 @@ class Contestant:
             )
             spent, n = spent + time.perf_counter() - tick, n + 1
         return {"seconds": spent / n, "losses": self.losses[:10]}
+
+    def product(self, layout: str, M: int, K: int, N: int) -> dict:
+        a, b, transpose_a, transpose_b = operands(layout, M, K, N)
+        multiply = lambda: backend.kernels.matmul(a, b, transpose_a, transpose_b)
+        return {"seconds": seconds_of(multiply)}
+
+    def attention(self, B: int, H: int, T: int, D: int) -> dict:
+        """Causal attention, forward and backward."""
+        q, k, v, dout = numpy.random.default_rng(0).standard_normal((4, B, H, T, D), "float32")
+
+        def both():
+            out, lse = backend.kernels.attention_forward(q, k, v)
+            backend.kernels.attention_backward(dout, q, k, v, out, lse)
+
+        return {"seconds": seconds_of(both)}
+
+    def read(self, directory: str) -> dict:
+        """Open a model for writing text."""
+        self.model, _ = tinylm.load(directory)
+        return {}
+
+    def write(self, streams: int) -> dict:
+        """Continue so many prompts at once, greedily; also returns what it wrote."""
+        rows, rng = prompts(streams).tolist(), numpy.random.default_rng(0)
+        tick = time.perf_counter()
+        text = [*stream(self.model, rows, NEW, rng, temperature=0)]
+        return {"seconds": time.perf_counter() - tick, "text": numpy.transpose(text).tolist()}
+
+    def learn_vocabulary(self, file: str, vocab_size: int, directory: str) -> dict:
+        texts = documents(file)
+        tick = time.perf_counter()
+        tokenizer = train_bpe(texts, vocab_size)
+        seconds = time.perf_counter() - tick
+        tokenizer.save(directory)
+        return {"seconds": seconds}
+
+    def encode(self, file: str, directory: str) -> dict:
+        tokenizer, texts = tinylm.Tokenizer.load(directory), documents(file)
+        tick = time.perf_counter()
+        ids = [tokenizer.encode(text) for text in texts]
+        return {"seconds": time.perf_counter() - tick, "tokens": sum(map(len, ids))}

@@ -6,7 +6,8 @@ import time
 
 import torch
 import torch_models
-from shapes import MODELS
+from tasks import MODELS, NEW, operands, prompts, seconds_of
+from torch.nn.functional import scaled_dot_product_attention
 
 BETAS, LEARNING_RATE, WEIGHT_DECAY = (0.9, 0.99), 3e-4, 0.1
 
@@ -50,3 +51,39 @@ class Contestant:
             self.losses.append(self.step(tokens, targets))
             spent, n = spent + time.perf_counter() - tick, n + 1
         return {"seconds": spent / n, "losses": self.losses[:10]}
+
+    def product(self, layout: str, M: int, K: int, N: int) -> dict:
+        a, b, transpose_a, transpose_b = operands(layout, M, K, N)
+        a, b = (torch.from_numpy(x).to(self.dtype) for x in (a, b))
+        a, b = a.T if transpose_a else a, b.T if transpose_b else b
+        out = torch.empty(a.shape[0], b.shape[1], dtype=self.dtype)
+        return {"seconds": seconds_of(lambda: torch.mm(a, b, out=out))}
+
+    def attention(self, B: int, H: int, T: int, D: int) -> dict:
+        """Causal attention, forward and backward."""
+        q, k, v, dout = torch.randn(4, B, H, T, D, dtype=self.dtype)
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+
+        def both():
+            out = scaled_dot_product_attention(*inputs, is_causal=True)
+            torch.autograd.grad(out, inputs, dout)
+
+        return {"seconds": seconds_of(both)}
+
+    def read(self, directory: str) -> dict:
+        """Open a model for writing text."""
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=self.dtype)
+        return {}
+
+    def write(self, streams: int) -> dict:
+        """Continue so many prompts at once, greedily; also returns what it wrote."""
+        rows = torch.from_numpy(prompts(streams))
+        mask = torch.ones_like(rows)
+        tick = time.perf_counter()
+        text = self.model.generate(
+            rows, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
+        )
+        seconds = time.perf_counter() - tick
+        return {"seconds": seconds, "text": text[:, rows.shape[1] :].tolist()}

@@ -7,10 +7,11 @@ from tempfile import TemporaryDirectory
 
 import contestants
 from contestants import THEIRS, Contestant, enter, in_turns, times_faster, typical
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from shapes import MODELS, Model
+from tables import percent, spread, table
+from tasks import MODELS
 
+from tinylm.bench import flops_of_step
 from tinylm.model import ModelConfig
 
 WARM_UP = 3  # steps; torch.compile does its work in the first
@@ -25,7 +26,7 @@ def compare(name: str, turns: int, threads: int, say) -> dict:
     """
     with TemporaryDirectory() as directory, ExitStack() as stack:
         with contestants.ours(threads)["float32"] as maker:
-            maker("save", directory=directory, model=name)
+            maker("save", directory=directory, shape=MODELS[name].shape)
 
         def prepare(contestant: Contestant) -> None:
             contestant("open", directory=directory, model=name)
@@ -50,37 +51,25 @@ def compare(name: str, turns: int, threads: int, say) -> dict:
 
 
 def check_losses(found: dict[str, list[dict]], peer: str) -> None:
-    """Ten steps from the same weights on the same batches must lose the same."""
+    """Steps from the same weights on the same batches must lose the same."""
     expected = found["float32"][-1]["losses"]
     for who, answers in found.items():
         rounded = "bfloat16" in (who, peer.removeprefix("torch-"))
         tolerance = TOLERANCE["bfloat16" if rounded else "float32"]
-        losses = answers[-1]["losses"]
-        assert len(losses) == len(expected) == 10, f"{who}: too few steps to compare"
-        for step, (loss, wanted) in enumerate(zip(losses, expected)):
+        for step, (loss, wanted) in enumerate(zip(answers[-1]["losses"], expected)):
             gap = abs(loss - wanted) / wanted
             assert gap <= tolerance, f"{peer}, {who}: loss {loss} at step {step}, tinylm {wanted}"
 
 
-def flops(model: Model) -> float:
-    """Floating-point operations of one step: (6 N + 12 L C T) per token, full attention counted.
-
-    N: weights that multiply something (learned positions do not); L layers, C wide, T tokens.
-    """
-    c = ModelConfig(**model.shape)
-    mlp = (3 if c.is_llama else 2) * c.n_embd * c.n_inner
-    N = c.n_layer * (4 * c.n_embd**2 + mlp) + c.vocab_size * c.n_embd
-    return (6 * N + 12 * c.n_layer * c.n_embd * model.T) * model.B * model.T
-
-
-def row(model: str, who: str, answers: list[dict]) -> dict:
-    shape, seconds = MODELS[model], typical(answers)
+def row(name: str, who: str, answers: list[dict]) -> dict:
+    model, seconds = MODELS[name], typical(answers)
+    flops = flops_of_step(ModelConfig(**model.shape), model.B, model.T)
     return {
-        "model": model,
+        "model": name,
         "contestant": who,
         "ms": round(1000 * seconds, 2),
-        "tokens_per_second": round(shape.B * shape.T / seconds),
-        "gflops": round(flops(shape) / seconds / 1e9, 1),
+        "tokens_per_second": round(model.B * model.T / seconds),
+        "gflops": round(flops / seconds / 1e9, 1),
         "memory_mb": round(max(answer["memory"] for answer in answers)),
     }
 
@@ -98,25 +87,18 @@ def ratio(model: str, dtype: str, peer: str, found: dict, theirs: dict) -> dict:
     }
 
 
-def table(model: str, found: dict, peak: float) -> Table:
-    """What a person reads: a row for each contestant, and how many times as fast tinylm is."""
+def training_table(model: str, found: dict, peak: float) -> Table:
+    """A row for each contestant, and how many times as fast tinylm is."""
     shape = MODELS[model]
-    title = f"{model}: {shape.about}, batch {shape.B} x {shape.T}; FMA peak {peak:.0f} GFLOP/s"
-    made = Table("", title=title, title_justify="left", box=SIMPLE_HEAD)
-    ours = list(dict.fromkeys(r["ours"] for r in found["ratios"]))
-    beside = [f"{dtype} of tinylm\nis faster by" for dtype in ours]
-    for heading in ("ms/step", "tokens/s", "of peak", "MB", *beside):
-        made.add_column(heading, justify="right")
+    title = f"{model}: {shape.about}, batch {shape.B} x {shape.T}"
+    ours = dict.fromkeys(r["ours"] for r in found["ratios"])
+    headings = ("", "ms/step", "tokens/s", "of peak", "MB")
+    made = table(title, *headings, *(f"{dtype} of tinylm is\nfaster by" for dtype in ours))
     for step in found["steps"]:
         peer = step["contestant"].split()[0]
-        ratios = [r for r in found["ratios"] if r["theirs"] == peer]
-        made.add_row(
-            step["contestant"],
-            f"{step['ms']:,.1f}",
-            f"{step['tokens_per_second']:,}",
-            f"{step['gflops'] / peak:.0%}",
-            f"{step['memory_mb']:,}",
-            *(f"{r['speed']:.2f} ({r['low']:.2f}-{r['high']:.2f})" for r in ratios),
-            style="bold" if peer == "tinylm" else "",
-        )
+        speed = (f"{step['ms']:,.1f}", f"{step['tokens_per_second']:,}")
+        rest = (percent(step["gflops"] / peak), f"{step['memory_mb']:,}")
+        ratios = [spread(r) for r in found["ratios"] if r["theirs"] == peer]
+        style = "bold" if peer == "tinylm" else ""
+        made.add_row(step["contestant"], *speed, *rest, *ratios, style=style)
     return made
