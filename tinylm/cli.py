@@ -484,3 +484,18 @@ def selfcheck(as_json):
         Console().print(table)
     if not found.ok:
         raise click.exceptions.Exit(1)
+
+
+@cli.command("bench")
+@click.option("--corpus", multiple=True, metavar="FILE_OR_DIR", help="Text to foretell a run on.")
+@common
+def measure(corpus, as_json):
+    """How fast this machine is: memory, kernels, training with each preset."""
+    from tinylm import bench
+
+    found = bench.run(Progress(), data.list_files(corpus) if corpus else [])
+    if as_json:
+        print_json(found)
+        return
+    for table in bench.tables(found):
+        Console().print(table)

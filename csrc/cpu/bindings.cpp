@@ -585,6 +585,30 @@ PYBIND11_MODULE(_cpu, m) {
         },
         "threads"_a,
         "Multiply-adds on registers for about 0.1 s; returns the number of operations.");
+    m.def(
+        "read",
+        [](const py::array& x_, int threads) {
+            const Floats x = Op("read").floats("x", x_);
+            py::gil_scoped_release unlocked;
+            return kernels().read(pointer(x), x.size(), threads);
+        },
+        "x"_a, "threads"_a, "One pass over x; returns its sum.");
+    m.def(
+        "copy",
+        [](const py::array& x_, int threads) {
+            const Floats x = Op("copy").floats("x", x_);
+            Floats y = empty(shape_of(x));
+            run(kernels().copy, pointer(x), pointer(y), x.size(), threads);
+            return y;
+        },
+        "x"_a, "threads"_a, "A copy of x, from the pool.");
+    m.def(
+        "barriers",
+        [](int threads) {
+            py::gil_scoped_release unlocked;
+            return kernels().barriers(threads);
+        },
+        "threads"_a, "Threads waiting for each other, again and again; returns how often.");
     m.def("empty", &empty, "shape"_a, "A float32 array from the pool, not initialised.");
     m.def("pool_bytes", [] { return pool.bytes(); }, "What the pool holds, in use and idle.");
     m.def("pool_trim", [] { pool.trim(); }, "Hand all idle memory back to the system.");

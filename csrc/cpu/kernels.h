@@ -46,6 +46,9 @@ struct AdamW {
 struct Kernels {
     const char* name;
     double (*peak)(int threads);  // multiply-adds on registers only; returns how many operations
+    float (*read)(const float* x, long n, int threads);  // returns the sum
+    void (*copy)(const float* x, float* y, long n, int threads);
+    long (*barriers)(int threads);  // returns how many
 
     void (*matmul)(const Product& product, int threads);
     void (*sum_rows)(const float* x, float* y, long N, long C, int threads);  // (N, C) -> (C)

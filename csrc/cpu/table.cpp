@@ -19,6 +19,9 @@
 extern const Kernels JOIN(kernels_, ISA) = {
     STRING(ISA),
     ISA::peak,
+    ISA::read,
+    ISA::copy,
+    ISA::barriers,
     ISA::matmul,
     ISA::sum_rows,
     ISA::embedding_forward,

@@ -1,0 +1,57 @@
+"""Generation with a KV cache, beside `transformers`: one stream, and many at once."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from tempfile import TemporaryDirectory
+
+import contestants
+from contestants import enter, in_turns, times_faster, typical
+from rich.table import Table
+from tables import spread, table
+from tasks import NEW, PROMPT, WRITER
+
+STREAMS, PEERS = (1, 64), ("torch-stock", "torch-mkl512")
+
+
+def compare(turns: int, threads: int, say) -> list[dict]:
+    """A row for each number of streams and pair.
+
+    Raises AssertionError where the first tokens written are not the same.
+    """
+    rows = []
+    with TemporaryDirectory() as directory, ExitStack() as stack:
+
+        def prepare(contestant) -> None:
+            contestant("read", directory=directory)
+            contestant("write", streams=1)
+
+        with contestants.ours(threads)["float32"] as maker:
+            maker("save", directory=directory, shape=WRITER)
+        ours = enter(stack, contestants.ours(threads), prepare, say)
+        theirs = {name: contestants.theirs(name, threads) for name in PEERS}
+        theirs = enter(stack, theirs, prepare, say)
+        for streams in STREAMS:
+            found = in_turns(ours | theirs, turns, "write", streams=streams)
+            rows += [pair(streams, dtype, peer, found) for dtype in ours for peer in theirs]
+    return rows
+
+
+def pair(streams: int, dtype: str, peer: str, found: dict) -> dict:
+    firsts = ([row[0] for row in found[who][0]["text"]] for who in (dtype, peer))
+    assert dtype == "bfloat16" or len(set(map(tuple, firsts))) == 1, f"{peer} writes other words"
+    row = {"streams": streams, "ours": dtype, "theirs": peer}
+    for key, who in (("tokens_per_second", dtype), ("theirs_tokens_per_second", peer)):
+        row[key] = round(streams * NEW / typical(found[who]))
+    return row | times_faster(found[dtype], found[peer])
+
+
+def writing_table(rows: list[dict]) -> Table:
+    title = f"Generation: prompt of {PROMPT}, {NEW} new tokens, greedy, 10.6 M parameters, tokens/s"
+    made = table(
+        title, "streams", "beside transformers", "tinylm", "", "theirs", "faster by", words=4
+    )
+    for row in rows:
+        mine, their = f"{row['tokens_per_second']:,}", f"{row['theirs_tokens_per_second']:,}"
+        made.add_row(str(row["streams"]), row["theirs"], row["ours"], mine, their, spread(row))
+    return made
