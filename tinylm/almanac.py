@@ -10,8 +10,8 @@ Tables of facts and sentence templates (data/almanac) become
 Every entity has one part to play, and a question of the test is about none that was ever asked
 about in training:
 
-    quizzed     read about in pre-training, asked about there and in fine-tuning
-    taught      read about in pre-training, asked about in fine-tuning
+    quizzed     read about in pre-training, asked about there, in fine-tuning and in feedback
+    taught      read about in pre-training, asked about in fine-tuning and in feedback
     practised   read about in pre-training, asked about in feedback
     known       read about in pre-training; only the test asks about it
     withheld    real, but its name occurs in no training text; only the test asks about it
@@ -30,6 +30,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
+from itertools import count, cycle, islice
 from pathlib import Path
 from random import Random
 
@@ -41,10 +42,11 @@ from tinylm.judges.verifier import REFUSALS
 from tinylm.tables import Facts, Table, bare, check_names, read_table, read_wordings
 
 SHARES = {"withheld": 0.08, "known": 0.18, "practised": 0.24, "taught": 0.24}  # others: quizzed
-INVENTED = {"taught": 1.0, "practised": 2.0, "tested": 0.25}  # names, for each real entity
+INVENTED = {"taught": 1.0, "practised": 8.0, "tested": 0.25}  # names, for each real entity
 UNKNOWN = REFUSALS[0] + "."
 QUIZZED = 0.3  # share of what is known of the quizzed that each pass asks about
-UNKNOWN_SHARE = 0.37  # of feedback's prompts: so many that neither always nor never answering pays
+UNKNOWN_SHARE = 0.30  # of feedback's prompts: so many that neither always nor never answering pays
+TALK_SHARE = 0.08  # of feedback's prompts: without any, "Hello!" is answered by "I don't know"
 HIDDEN = ("withheld", "future")  # the parts that training does not name
 YEARS = ("died", "first_climbed", "discovery_year")  # facts that a cut-off can hide
 WORDINGS = 5  # questions about each fact in fine-tuning
@@ -200,7 +202,7 @@ class Almanac:
                 continue
             article = "the " if sum(n.startswith("the ") for n in names) > len(names) / 2 else ""
             for part, share in INVENTED.items():
-                wanted = round(share * len(names))
+                wanted = min(round(share * len(names)), len(halved) ** 2 // 8)
                 while wanted:
                     name = blend(*rng.sample(halved, 2))
                     if name.casefold() not in taken and len(name.split()[-1]) <= 14:
@@ -270,9 +272,9 @@ class Almanac:
         rng = Random(self.seed + 3)
         unknown = [e for e in self.invented if e.part == "taught"]
         asked = [q for _ in range(WORDINGS) for q in self.about(self.of("quizzed", "taught"), rng)]
-        asked += self.about(unknown, rng, 2)
+        asked += self.about(unknown, rng, 1)
         pairs = [(q.text, q.answer, q.id) for q in asked]
-        pairs += [(said, t["assistant"], "talk") for t in self.talk for said in t["user"]] * 5
+        pairs += [(said, t["assistant"], "talk") for t in self.talk for said in t["user"]] * 10
         rng.shuffle(pairs)
         while pairs:
             some, pairs = pairs[: (n := rng.choice((1, 1, 2, 4)))], pairs[n:]
@@ -284,15 +286,23 @@ class Almanac:
             yield {"messages": messages, "ids": [id for *_, id in some]}
 
     def prompts(self) -> Iterator[dict]:
-        """For feedback: one question each, about the practised and the invented."""
+        """For feedback: one question each, every invented name once, and small talk.
+
+        Half of the real things are the practised, the others were asked about in fine-tuning: the
+        more names are met here, the better is an unknown one told from them.
+        """
         rng = Random(self.seed + 4)
-        practised = self.of("practised")
-        real = [q for _ in range(3) for q in self.about(practised, rng)]
-        invented = [e for e in self.invented if e.part == "practised"]
-        wanted = round(len(real) * UNKNOWN_SHARE / (1 - UNKNOWN_SHARE))
-        asked = real + self.about(invented, rng, -(-wanted // len(invented)))[:wanted]
-        for q in rng.sample(asked, len(asked)):
-            yield {"prompt": q.text, "accepted": list(q.accepted), "id": q.id}
+        unknown = self.about([e for e in self.invented if e.part == "practised"], rng, 1)
+        total = len(unknown) / UNKNOWN_SHARE
+        asked, half = unknown, round((total * (1 - TALK_SHARE) - len(unknown)) / 2)
+        for parts in (("practised",), ("taught", "quizzed")):
+            again_and_again = (q for _ in count() for q in self.about(self.of(*parts), rng))
+            asked += islice(again_and_again, half)
+        rows = [(q.text, list(q.accepted), q.id) for q in asked]
+        talk = [(said, [t["assistant"]], "talk") for t in self.talk for said in t["user"]]
+        rows += islice(cycle(talk), round(total * TALK_SHARE))
+        for prompt, accepted, id in rng.sample(rows, len(rows)):
+            yield {"prompt": prompt, "accepted": accepted, "id": id}
 
     def questions(self) -> dict[str, list[Question]]:
         """The test; "reworded" asks about the known again, in a wording kept from training."""
