@@ -1,13 +1,20 @@
 """Muon: what it does to a matrix, that it learns, that it resumes to the same bits."""
 
+import json
+
 import numpy
 import pytest
+from commands import tinylm
 from numpy.linalg import norm, svd
 
 from tinylm.checkpoint import Checkpoint
 from tinylm.model import Transformer
 from tinylm.optim import Muon, orthogonal
+from tinylm.stages.feedback import FeedbackConfig
+from tinylm.stages.pretrain import PretrainConfig
+from tinylm.stages.sft import SFTConfig
 from tinylm.tensor import Tensor
+from tinylm.train import make_optimizer
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (6, 40), (40, 6), (1, 5)])
@@ -73,3 +80,20 @@ def test_muon_moves_the_matrices_of_the_blocks_with_one_moment(config):
         if inside:
             size = norm(p.data - 0.999 * before[name]) / max(p.shape) ** 0.5
             assert 0.6 < size / (0.01 * 0.2 * min(p.shape) ** 0.5) < 1.25, name
+
+
+@pytest.mark.parametrize("stage", [PretrainConfig, SFTConfig, FeedbackConfig])
+def test_every_stage_can_train_with_muon(model, stage):
+    made = make_optimizer(model, stage(optimizer="muon", beta1=0.5))
+    assert isinstance(made, Muon)
+    assert made.beta1 == 0.5
+    assert not isinstance(make_optimizer(model, stage()), Muon)
+
+
+def test_the_preset_trains_with_muon_and_resumes(text_file, tmp_path):
+    arguments = ["pretrain", text_file, "--out", tmp_path / "r", "--max-steps", "2"]
+    assert tinylm(*arguments, "--preset", "shakespeare").returncode == 0
+    assert Checkpoint(tmp_path / "r").state()["config"]["optimizer"] == "muon"
+    again = tinylm(*arguments[:-1], "3", "--resume", "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["steps"] == 3
