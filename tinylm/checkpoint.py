@@ -165,7 +165,8 @@ class Checkpoint:
         for name, p in model.parameters().items():
             tensors[f"param/{name}"] = backend.to_numpy(p.data)
             tensors[f"m/{name}"] = backend.to_numpy(optimizer.m[name])
-            tensors[f"v/{name}"] = backend.to_numpy(optimizer.v[name])
+        for name, v in optimizer.v.items():  # Muon keeps none for the matrices that it moves
+            tensors[f"v/{name}"] = backend.to_numpy(v)
         write_tensors(self.path, tensors, {"state": json.dumps(state)})
 
     def state(self) -> dict:
@@ -178,6 +179,7 @@ class Checkpoint:
         for name, p in model.parameters().items():
             p.data = backend.asarray(tensors[f"param/{name}"])
             optimizer.m[name] = backend.asarray(tensors[f"m/{name}"])
+        for name in optimizer.v:
             optimizer.v[name] = backend.asarray(tensors[f"v/{name}"])
 
 

@@ -25,7 +25,8 @@ def activation_floats(c: ModelConfig) -> int:
 def needed(c: ModelConfig, n_parameters: int, rows: int, block_size: int) -> int:
     """Bytes at the peak of a training step on rows x block_size tokens, float32."""
     tokens = rows * block_size
-    # weights, gradients, two moments; what the layers keep; gradients on their way; a logits block
+    # weights, gradients, at most two moments; what the layers keep; gradients on their way; a
+    # logits block
     floats = 4 * n_parameters + tokens * (activation_floats(c) + 4 * c.n_inner + 8 * c.n_embd)
     return int(BASE + 4 * floats + 4 * min(tokens, 512) * c.vocab_size)
 

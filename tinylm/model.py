@@ -179,6 +179,12 @@ class Transformer(nn.Module):
             for path, tensor in self.named_tensors()
         }
 
+    def block_matrices(self) -> set[str]:
+        """Names of the weights that multiply within the blocks: what Muon moves."""
+        blocks = FILE_NAMES[self.config.architecture]["blocks"] + "."
+        named = self.parameters().items()
+        return {name for name, p in named if name.startswith(blocks) and p.ndim == 2}
+
     def grow_vocabulary(self, size: int) -> None:
         """Make room for tokens up to `size`; each new one begins as the mean of all others."""
         for table in {self.embedding, self.embedding if self.config.tie_embeddings else self.head}:

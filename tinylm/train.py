@@ -21,7 +21,7 @@ from tinylm.checkpoint import Checkpoint, save_description, save_weights, write_
 from tinylm.data import Batch
 from tinylm.errors import InputError
 from tinylm.model import Transformer
-from tinylm.optim import AdamW, clip_scale, schedule
+from tinylm.optim import AdamW, Muon, clip_scale, schedule
 from tinylm.progress import Progress
 from tinylm.tensor import Tensor
 from tinylm.tokenizer import Tokenizer
@@ -30,6 +30,9 @@ from tinylm.tokenizer import Tokenizer
 def setting(default, help: str, free: bool = False, choices: tuple[str, ...] = ()):
     """A field of a stage's config, which is also a flag. free: may change between resumes."""
     return field(default=default, metadata={"help": help, "free": free, "choices": choices})
+
+
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass
@@ -41,12 +44,13 @@ class TrainConfig:
     batch_size: int = setting(8, "Rows in one forward and backward.")
     accumulate: int = setting(1, "Forwards and backwards in one optimizer step.")
     block_size: int = setting(256, "Tokens in a row: the context.")
+    optimizer: str = setting("adamw", "What moves the blocks' matrices.", False, OPTIMIZERS)
     learning_rate: float = setting(2e-3, "Peak learning rate.")
     warmup: float = setting(0.05, "Share of the run in which the learning rate rises.")
     floor: float = setting(0.1, "Learning rate at the end, as a share of its peak.")
-    beta1: float = setting(0.9, "AdamW: memory of the gradient.")
+    beta1: float = setting(0.9, "Memory of the gradient.")
     beta2: float = setting(0.99, "AdamW: memory of its square.")
-    weight_decay: float = setting(0.1, "AdamW: decoupled decay of matrices.")
+    weight_decay: float = setting(0.1, "Decoupled decay of matrices.")
     clip: float = setting(1.0, "Largest global norm of the gradient (0: no limit).")
     dtype: str = setting("float32", "Operands of matrix products.", False, ("float32", "bfloat16"))
     seed: int = setting(0, "Seeds everything random.")
@@ -173,12 +177,7 @@ class Trainer:
 
     def __init__(self, stage: Stage, config: TrainConfig, folder: Path, progress: Progress):
         self.stage, self.config, self.folder, self.progress = stage, config, folder, progress
-        self.optimizer = AdamW(
-            stage.model.parameters(),
-            config.beta1,
-            config.beta2,
-            weight_decay=config.weight_decay,
-        )
+        self.optimizer = make_optimizer(stage.model, config)
         self.checkpoint = Checkpoint(folder)
         self.guard = Guard()
         self.step, self.seconds, self.results = 0, 0.0, {}
@@ -299,6 +298,13 @@ class Trainer:
         self.stage.restore(state["stage"])
         self.step, self.seconds, self.results = state["step"], state["seconds"], state["results"]
         self.optimizer.steps, self.guard = state["optimizer_steps"], Guard(**state["guard"])
+
+
+def make_optimizer(model: Transformer, config: TrainConfig) -> AdamW:
+    settings = {name: getattr(config, name) for name in ("beta1", "beta2", "weight_decay")}
+    if config.optimizer == "muon":
+        return Muon(model.parameters(), model.block_matrices(), **settings)
+    return AdamW(model.parameters(), **settings)
 
 
 def notes_of(batches: list[Batch]) -> dict:

@@ -51,7 +51,7 @@ class FeedbackConfig(TrainConfig):
     batch_size: int = setting(64, "Answers in one forward and backward: a multiple of --answers.")
     block_size: int = setting(0, "Tokens in a row (0: the model's context).")
     learning_rate: float = setting(1e-4, "Peak learning rate: 0.2 to 0.5 of the fine-tuning's.")
-    weight_decay: float = setting(0.0, "AdamW: decoupled decay of matrices.")
+    weight_decay: float = setting(0.0, "Decoupled decay of matrices.")
     max_steps: int = setting(200, "Optimizer steps in all.", True)
     eval_every: int = setting(50, "Steps between evaluations.", True)
     save_every: int = setting(50, "Steps between checkpoints.", True)

@@ -69,6 +69,12 @@ PRESETS = {
         "n_embd": 128, "block_size": 64, "batch_size": 12, "max_steps": 2000, "beta2": 0.99,
         "learning_rate": 1e-3, "warmup": 0.05, "floor": 0.1, "held_out": 0.1,
     },
+    # the same text to the same loss in fewer, better steps: docs/recipe.md
+    "shakespeare": {
+        "tokenizer": "characters", "optimizer": "muon", "n_layer": 4, "n_head": 4, "n_embd": 128,
+        "block_size": 64, "batch_size": 12, "max_steps": 320, "learning_rate": 1e-2, "floor": 0.0,
+        "eval_every": 320, "save_every": 320, "held_out": 0.1,
+    },
 }  # fmt: skip
 
 
