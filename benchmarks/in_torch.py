@@ -72,8 +72,9 @@ class Contestant:
 
     def read(self, directory: str) -> dict:
         """Open a model for writing text."""
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, logging
 
+        logging.disable_progress_bar()
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=self.dtype)
         return {}
 
