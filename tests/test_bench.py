@@ -62,7 +62,8 @@ def test_pytorch_learns_the_same(benchmark, tmp_path, name):
         ours("save", directory=str(tmp_path), shape=tasks.MODELS[name].shape)
         losses = []
         for contestant in (ours, theirs):
-            contestant("open", directory=str(tmp_path), model=name)
+            contestant("load", directory=str(tmp_path))
+            contestant("learn", model=name)
             for _ in range(4):
                 answer = contestant("train", seconds=0)
             losses.append(answer["losses"])
