@@ -53,19 +53,21 @@ class BuildExtensions(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         try:
+            openmp = openmp_flags(self.compiler.compiler_so_cxx[:1])
+            ext.extra_compile_args += openmp
+            ext.extra_link_args += openmp
             if ext.name == "tinylm.kernels._cpu":
-                self.prepare_kernels(ext)
+                self.prepare_kernels(ext, openmp)
             super().build_extension(ext)
         except Exception as error:  # Cython's own errors would not count as "optional"
             raise CompileError(f"{ext.name}: {error}") from error
 
-    def prepare_kernels(self, ext: Extension) -> None:
+    def prepare_kernels(self, ext: Extension, openmp: list[str]) -> None:
         import pybind11
 
-        openmp = openmp_flags(self.compiler.compiler_so_cxx[:1])
         ext.include_dirs.append(pybind11.get_include())
-        ext.extra_compile_args = [*FLAGS, *openmp]
-        ext.extra_link_args = [*openmp, *([f"-fsanitize={SANITIZE}"] if SANITIZE else [])]
+        ext.extra_compile_args += FLAGS
+        ext.extra_link_args += [f"-fsanitize={SANITIZE}"] if SANITIZE else []
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             ext.extra_objects = list(
                 pool.map(

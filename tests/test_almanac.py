@@ -4,9 +4,12 @@ import json
 import re
 
 import pytest
+from names import found_in, words
 
-from tinylm.almanac import Almanac, bare, mentions
-from tinylm.judges.verifier import verdict
+from tinylm.almanac import Almanac
+from tinylm.errors import InputError
+from tinylm.judges.verifier import normalise, verdict
+from tinylm.tables import check_splits
 
 FILES = ("text", "conversations", "prompts", "questions")
 
@@ -36,12 +39,6 @@ def names_of(entities):
     return [entity.name for entity in entities]
 
 
-def found_in(text, names):
-    """Those of the names that stand in the text, as whole words, in any case."""
-    pattern = "|".join(re.escape(bare(n)) for n in sorted(names, key=len, reverse=True))
-    return set(re.findall(rf"(?<!\w)(?:{pattern})(?!\w)", text, re.IGNORECASE))
-
-
 def test_no_tested_entity_is_asked_about_in_training(almanac, asked):
     tested = names_of(almanac.of("known", "withheld"))
     tested += names_of(e for e in almanac.invented if e.part == "tested")
@@ -65,9 +62,9 @@ def test_a_withheld_name_is_in_no_training_text(almanac, written):
 def test_every_known_fact_is_read_in_pre_training(almanac, written):
     """Otherwise an answer would be luck."""
     text = " ".join(row["text"] for row in written["text"])
+    in_words = words(text)
     for entity in almanac.of("known"):
-        told = [s for s in re.split(r"(?<=\.) ", text) if mentions(s, entity.name)]
-        assert len(told) > 40, entity.name
+        assert in_words.count(words(entity.name)) > 40, entity.name
     for question in almanac.questions()["known"]:
         assert question.accepted[0] in text
 
@@ -106,3 +103,62 @@ def test_every_item_carries_the_id_of_its_fact(almanac, written):
     ids = [id for row in written["conversations"] for id in row["ids"]]
     ids += [row["id"] for name in ("prompts", "questions") for row in written[name]]
     assert not [i for i in ids if i not in facts | {"talk"} and i.rpartition("/")[0] not in names]
+
+
+def test_nothing_of_the_future_is_in_training():
+    """Else an experiment on the knowledge cut-off would measure a leak."""
+    world = Almanac(cutoff=2018)
+    future = {e.name: e for e in world.of("future")}
+    told = [e for e in world.entities if e.part not in ("withheld", "future")]
+    conversations, prompts = list(world.conversations()), list(world.prompts())
+    text = json.dumps([[*world.documents(3)], conversations, prompts], ensure_ascii=False)
+    text = text.replace('\\"', '"')
+    assert sum(e.kind == "event" for e in future.values()) >= 25
+    assert "the Winter Olympics of 2018" in future
+    assert not found_in(text, future)
+
+    known = {normalise(v) for e in told for values in e.facts.values() for v in (e.name, *values)}
+    facts = [(f, vs) for e in future.values() for f, vs in e.facts.items() if f != "kind"]
+    answers = {value for _, values in facts for value in values}
+    unique = {v for v in answers if normalise(v) not in known}
+    assert len(unique) > 50
+    assert not found_in(text, unique)
+
+    ids = {id for row in conversations for id in row["ids"]} | {row["id"] for row in prompts}
+    assert not {id.split("/")[1] for id in ids if "/" in id} & set(future)
+    assert "died" not in next(e for e in told if e.name == "Stephen Hawking").facts  # in 2018
+    asked = {q.id.split("/")[1] for q in world.questions()["future"]}
+    assert asked == set(future)
+
+
+def test_a_cutoff_leaves_what_was_before_it():
+    """Events of every century are still learned, and without a cut-off there is no future."""
+    world = Almanac(kinds=("event",), cutoff=2000)
+    assert sum(e.part != "future" for e in world.entities) > 150
+    assert len(world.of("future")) >= 40
+    assert not Almanac(kinds=("event",)).of("future")
+    assert "future" not in Almanac(kinds=("event",)).questions()
+
+
+def test_most_facts_and_kinds_are_what_they_say():
+    world = Almanac(kinds=("city", "event"), most_facts=2)
+    assert {len(facts) for facts in world.facts.values()} == {2}
+    assert max(len(e.facts) for e in world.entities) == 2
+    with pytest.raises(InputError, match="no table of dragons"):
+        Almanac(kinds=("dragons",))
+
+
+def test_an_entity_in_two_splits_is_found_by_file_and_line(tmp_path):
+    """Somebody adds a question of the test to what training asks."""
+    world = Almanac(kinds=("state",))
+    world.write(tmp_path, passes=1)
+    check_splits(tmp_path)
+    known = world.about(world.of("known"), None)[0]
+    prompts = (tmp_path / "prompts.jsonl").read_text()
+    line = prompts.count("\n") + 1
+    row = {"prompt": known.text, "accepted": [], "id": known.id}
+    (tmp_path / "prompts.jsonl").write_text(prompts + json.dumps(row))
+    with pytest.raises(
+        InputError, match=rf"questions.jsonl, line 1: .* prompts.jsonl, line {line} "
+    ):
+        check_splits(tmp_path)

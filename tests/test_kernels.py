@@ -11,6 +11,7 @@ import warnings
 
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16
 
 from tinylm.kernels import CONTRACT, _cpu, cases, reference
 from tinylm.kernels.cases import CASES, OPS, Draw, backward, forward, prepared, rounded, run
@@ -24,6 +25,7 @@ every_isa = pytest.mark.parametrize("isa", _cpu.isas())
 def defaults_afterwards():
     with np.errstate(all="ignore"):
         yield
+    _cpu.set_products("float32")
     _cpu.use_isa(DEFAULT_ISA)
     _cpu.set_threads(DEFAULT_THREADS)
 
@@ -64,6 +66,52 @@ def test_parity_never_passes_nan():
     assert cases.distance([np.nan], [1.0]) == np.inf
     assert cases.distance([np.nan], [np.nan]) == np.inf
     assert cases.distance([-np.inf, 1.0], [-np.inf, 1.0]) == 0
+
+
+# ---- bfloat16 ----------------------------------------------------------------------------------
+
+needs_bfloat16 = pytest.mark.skipif(
+    "avx512bf16" not in _cpu.isas(), reason="this processor has no AVX512-BF16"
+)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("transpose_a", [False, True])
+@pytest.mark.parametrize("transpose_b", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(17, 1, 1), (100, 7, 5), (33, 67, 65), (130, 2000, 310), (4001, 40, 70)], ids=str
+)
+def test_bfloat16_products_round_their_operands_and_nothing_else(shape, transpose_a, transpose_b):
+    M, K, N = shape
+    draw = Draw(0)
+    a, b = draw(M, K).astype(bfloat16), draw(K, N).astype(bfloat16)
+    noise = np.float32(1 + 2.0**-10)  # less than half a step of bfloat16: rounded away
+    x, y = np.float32(a) * noise, np.float32(b) * noise
+    _cpu.set_products("bfloat16")
+    x, y = x.T.copy() if transpose_a else x, y.T.copy() if transpose_b else y
+    results = []
+    for n in (1, 2, 3):
+        _cpu.set_threads(n)
+        results.append(_cpu.matmul(x, y, transpose_a, transpose_b))
+    assert cases.distance(results[0], np.float64(a) @ np.float64(b)) <= 1e-6
+    assert all(result.tobytes() == results[0].tobytes() for result in results)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("case", [c for c in CASES if "linear" in c.op and c.slack == 1], ids=str)
+def test_bfloat16_is_close_to_the_reference(case):
+    _cpu.set_products("bfloat16")
+    assert cases.parity_error(_cpu, case) <= cases.TOLERANCE["bfloat16"]
+
+
+def test_bfloat16_is_refused_where_the_processor_lacks_it():
+    _cpu.use_isa("baseline")
+    with pytest.raises(
+        ValueError, match="needs the instruction set avx512bf16; in use is baseline"
+    ):
+        _cpu.set_products("bfloat16")
+    with pytest.raises(ValueError, match="float32 or bfloat16, got int8"):
+        _cpu.set_products("int8")
 
 
 # ---- the same bits -----------------------------------------------------------------------------
@@ -123,6 +171,13 @@ def test_heads_merge_without_a_copy():
     turned = _cpu.rope_forward(q, *np.ones((2, 9, 4), np.float32), np.zeros((2, 5), np.int64))
     for x in (out, turned, *_cpu.attention_backward(q, q, q, q, out, lse)):
         assert np.shares_memory(x, x.swapaxes(1, 2).reshape(2, 5, 24))
+
+
+def test_an_embedding_adds_to_what_is_there():
+    dy, tokens = Draw(0)(2, 3, 5).astype(np.float32), np.array([[0, 2, 2], [3, 0, 2]])
+    alone, total = _cpu.embedding_backward(dy, tokens, 7), np.ones((7, 5), np.float32)
+    assert np.shares_memory(total, _cpu.embedding_backward(dy, tokens, 7, total))
+    assert np.array_equal(total, 1 + alone)
 
 
 def test_integers_of_both_widths_mean_the_same():

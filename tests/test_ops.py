@@ -27,6 +27,7 @@ CASES = {
     "mean of an axis": (lambda x: x.mean(-1), (2, 3)),
     "reshape": (lambda x: x.reshape(6, -1), (2, 3, 4)),
     "split": (lambda x: ops.mul(*ops.split(x, 2)), (2, 3, 8)),
+    "split, and x read elsewhere": (lambda x: ops.split(x, 2)[0] * x.sum(), (2, 3, 8)),
     "split, one part unused": (lambda x: ops.split(x, 3)[1], (2, 3, 6)),
     "heads": (lambda x: ops.merge_heads(ops.split_heads(x, 2)), (B, T, C)),
     "matmul": (ops.matmul, (3, 4), (4, 5)),
@@ -34,6 +35,12 @@ CASES = {
     "linear without bias": (ops.linear, (B, T, C), (9, C)),
     "linear, transposed": (lambda x, w, b: ops.linear(x, w, b, True), (B, T, C), (C, 9), (9,)),
     "embedding": (lambda w: ops.embedding(TOKENS, w), (V, C)),
+    "embedding, tied to the head": (
+        lambda w: ops.linear_cross_entropy(ops.embedding(TOKENS, w), w, TARGETS), (V, C),
+    ),
+    "embedding of a table that was computed": (
+        lambda w: ops.embedding(TOKENS, w * 2) + ops.embedding(TOKENS, w * 2), (V, C),
+    ),
     "rms_norm": (ops.rms_norm, (B, T, C), (C,)),
     "layer_norm": (ops.layer_norm, (B, T, C), (C,), (C,)),
     "rope": (
@@ -80,6 +87,26 @@ def test_gradient(name):
     )
     numeric = (c * (plus - minus)).sum() / eps
     assert abs(exact - numeric) <= 1e-6 * max(abs(exact), abs(numeric), 1e-3)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("weights", [1 / 7, numpy.arange(B * T).reshape(B, T) / 7])
+def test_gradients_made_on_the_way_are_those_of_a_second_look(weights):
+    """A loss that is weighted token by token must not get the gradient of the mean."""
+    found = []
+    for even in (True, False):
+        x, w = (
+            Tensor(rng.standard_normal(shape), requires_grad=True) for shape in ((B, T, C), (V, C))
+        )
+        x.data[:], w.data[:] = (
+            numpy.arange(B * T * C).reshape(B, T, C) % 5 - 2,
+            1 / numpy.arange(1, C + 1),
+        )
+        w.data[::2] *= -1
+        loss = ops.linear_cross_entropy(x, w, TARGETS, even)
+        loss.backward(numpy.zeros((B, T)) + weights)
+        found.append(numpy.concatenate([loss.data.ravel(), x.grad.ravel(), w.grad.ravel()]))
+    assert numpy.allclose(*found, rtol=1e-12, atol=1e-14)
 
 
 def test_an_unknown_backend_is_named():

@@ -65,6 +65,23 @@ def test_backward_frees_the_arrays_that_closures_held():
     assert gone() is None
 
 
+def test_leaves_do_not_share_a_gradient():
+    """Sums are written into arrays in place: one that two leaves share would be counted twice."""
+    x, y = (Tensor(numpy.ones(2), requires_grad=True) for _ in range(2))
+    (x + y + ops.mul(y, y)).sum().backward()
+    (x + y).sum().backward()
+    assert x.grad.tolist() == [2, 2]
+    assert y.grad.tolist() == [4, 4]
+
+
+def test_a_fork_far_from_its_join_adds_up():
+    x = Tensor(numpy.arange(3.0), requires_grad=True)
+    y = x * 2
+    z = y + x
+    (z + y * y + x.reshape(3) + z.reshape(3)).sum().backward()
+    assert x.grad.tolist() == [7, 15, 23]
+
+
 def test_no_grad_records_nothing_and_ends_with_an_exception():
     x = Tensor(numpy.ones(2), requires_grad=True)
     with no_grad():

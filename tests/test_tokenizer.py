@@ -4,6 +4,8 @@ import functools
 import json
 import random
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from tinylm import _bpe_python
+from tinylm import _bpe_python, backend
 from tinylm import tokenizer as tk
 from tinylm._tokenizer_json import LLAMA3_PATTERN
 from tinylm.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -216,6 +218,7 @@ def test_compiled_and_python_agree(bpe, strings, tmp_path):
     for text in (*strings, "".join(strings)):
         assert [*tk.bpe.split_words(text)] == [*_bpe_python.split_words(text)]
     counts = tk.count_pieces(strings)
+    assert tk.bpe.count_words(strings) == _bpe_python.count_words(strings)
     assert tk.bpe.learn_merges(counts, 3000) == _bpe_python.learn_merges(counts, 3000)
     spec = json.loads(json.dumps(bpe.spec))
     spec["model"] |= {"ignore_merges": True, "merges": bpe.spec["model"]["merges"][::-1]}
@@ -223,8 +226,34 @@ def test_compiled_and_python_agree(bpe, strings, tmp_path):
     for tokenizer in (bpe, Tokenizer(spec), characters, llama2c(tmp_path)):
         python = _bpe_python.Encoder(**tokenizer._layout.encoder_arguments(tokenizer.spec))
         for text in [*strings, "a" * 500, "\udcc3\udca9 \ud800"]:
-            ids = python.encode(tokenizer._layout.pieces(text))
+            pieces = [*tokenizer._layout.pieces(text)]
+            ids = python.encode(pieces)
             np.testing.assert_array_equal(tokenizer.encode_array(text), ids)
+            np.testing.assert_array_equal(tokenizer._encoder.encode(pieces), ids)
+
+
+@pytest.mark.skipif(not tk.COMPILED, reason="the readable twin counts on one thread")
+def test_pieces_are_counted_alike_on_any_number_of_threads(strings):
+    before, counts = backend.threads(), []
+    for n in (1, 2, 5):
+        backend.set_threads(n)
+        counts.append(tk.bpe.count_words(strings))
+    backend.set_threads(before)
+    assert counts[0] == counts[1] == counts[2] == _bpe_python.count_words(strings)
+
+
+def test_a_child_of_fork_can_train_too():
+    """It has none of its parent's threads; OpenMP would wait for them for ever."""
+    program = (
+        "import os\n"
+        "from tinylm import backend, tokenizer\n"
+        "backend.set_threads(2)\n"
+        "spec = tokenizer.train_bpe(['the cat'] * 99, 266).spec\n"
+        "if not (child := os.fork()):\n"
+        "    os._exit(tokenizer.train_bpe(['the cat'] * 99, 266).spec != spec)\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("module", [tk.bpe, _bpe_python])

@@ -14,7 +14,7 @@ import numpy
 import pytest
 from commands import SMALL, command, metrics, pretrain, tinylm, weights
 
-from tinylm import checkpoint, memory
+from tinylm import backend, checkpoint, memory
 from tinylm.checkpoint import Checkpoint
 from tinylm.errors import InputError
 from tinylm.model import ModelConfig, Transformer
@@ -44,6 +44,26 @@ def test_a_run_learns_and_leaves_a_whole_directory(finished):
     names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
              "generation_config.json", "README.md", "training"}  # fmt: skip
     assert names <= {path.name for path in out.iterdir()}
+
+
+def test_bfloat16_learns_as_well(finished, text_file, tmp_path):
+    if "avx512bf16" not in backend.kernels.isas():
+        pytest.skip("this processor has no AVX512-BF16")
+    done = pretrain(text_file, tmp_path / "run", *STEPS, "--json", "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    loss, exact = json.loads(done.stdout)["loss"], finished[1]["loss"]
+    assert loss != exact
+    assert abs(loss - exact) < 0.01 * exact
+
+
+def test_bfloat16_on_another_processor_is_a_sentence(text_file, tmp_path):
+    more = [*STEPS, "--dtype", "bfloat16"]
+    done = tinylm(
+        "pretrain", text_file, "--out", tmp_path / "run", *SMALL, *more, TINYLM_ISA="baseline"
+    )
+    assert done.returncode == 2
+    assert "bfloat16 needs the instruction set avx512bf16" in " ".join(done.stderr.split())
+    assert not (tmp_path / "run").exists()
 
 
 def test_transformers_opens_a_run_directory(finished):

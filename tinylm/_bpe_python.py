@@ -1,7 +1,8 @@
 """Byte-pair encoding in plain Python: the readable twin of _bpe.pyx.
 
-Both modules define `split_words`, `Encoder` and `learn_merges`, and give the same ids, which the
-tests check. tinylm.tokenizer takes the compiled one where there is one; read this one first.
+Both modules define `split_words`, `count_words`, `Encoder` and `learn_merges`, and give the same
+ids, which the tests check. tinylm.tokenizer takes the compiled one where there is one; read this
+one first.
 
 Byte-pair encoding (Sennrich et al., arXiv 1508.07909) knows a list of *merges*: pairs of neighbours
 that become one token. Learning takes the commonest pair of the training text, again and again;
@@ -11,7 +12,7 @@ encoding repeats the merges on a new text in the order in which they were learnt
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import regex
@@ -30,6 +31,11 @@ LONGEST_CACHED = 64  # characters; longer pieces hardly ever come twice
 def split_words(text: str) -> Iterator[str]:
     """The matches of PATTERN, which leave no character out."""
     return (match[0] for match in regex.finditer(PATTERN, text))
+
+
+def count_words(texts: list[str]) -> dict[str, int]:
+    """How often each piece occurs in the texts."""
+    return Counter(chain.from_iterable(map(split_words, texts)))
 
 
 class Encoder:

@@ -10,11 +10,12 @@ Tables of facts and sentence templates (data/almanac) become
 Every entity has one part to play, and a question of the test is about none that was ever asked
 about in training:
 
-    quizzed     read about in pre-training, asked about there and in fine-tuning
-    taught      read about in pre-training, asked about in fine-tuning
+    quizzed     read about in pre-training, asked about there, in fine-tuning and in feedback
+    taught      read about in pre-training, asked about in fine-tuning and in feedback
     practised   read about in pre-training, asked about in feedback
     known       read about in pre-training; only the test asks about it
     withheld    real, but its name occurs in no training text; only the test asks about it
+    future      as withheld, because it happened in the year of the cut-off or later
 
 and invented ones, whose names are put together from halves of real ones: some are answered with
 "I don't know" in fine-tuning, some are asked about in feedback, others in the test. The last
@@ -23,24 +24,31 @@ wording of every question is kept for the test too.
 
 from __future__ import annotations
 
-import csv
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
+from itertools import count, cycle, islice
 from pathlib import Path
 from random import Random
 
+from tinylm import registry
 from tinylm.chat import turn
 from tinylm.checkpoint import write_text
+from tinylm.errors import InputError
 from tinylm.judges.verifier import REFUSALS
+from tinylm.tables import Facts, Table, bare, check_names, read_table, read_wordings
 
 SHARES = {"withheld": 0.08, "known": 0.18, "practised": 0.24, "taught": 0.24}  # others: quizzed
-INVENTED = {"taught": 1.0, "practised": 2.0, "tested": 0.25}  # names, for each real entity
+INVENTED = {"taught": 1.0, "practised": 8.0, "tested": 0.25}  # names, for each real entity
 UNKNOWN = REFUSALS[0] + "."
 QUIZZED = 0.3  # share of what is known of the quizzed that each pass asks about
-UNKNOWN_SHARE = 0.37  # of feedback's prompts: so many that neither always nor never answering pays
+UNKNOWN_SHARE = 0.30  # of feedback's prompts: so many that neither always nor never answering pays
+TALK_SHARE = 0.08  # of feedback's prompts: without any, "Hello!" is answered by "I don't know"
+HIDDEN = ("withheld", "future")  # the parts that training does not name
+YEARS = ("died", "first_climbed", "discovery_year")  # facts that a cut-off can hide
 WORDINGS = 5  # questions about each fact in fine-tuning
 
 
@@ -51,7 +59,7 @@ class Entity:
     kind: str
     name: str
     part: str
-    facts: dict[str, tuple[str, ...]]  # fact -> accepted answers, the first one used in sentences
+    facts: Facts
 
 
 @dataclass(frozen=True)
@@ -80,60 +88,104 @@ def answers_well(sentence: str) -> int:
     return 2 * (not sentence.startswith("{name}")) + sentence.endswith("{value}.")
 
 
-def bare(name: str) -> str:
-    return name.removeprefix("the ")
+def any_of(names: list[str]) -> re.Pattern:
+    """Finds the names in a text, as whole words, in any case."""
+    either = "|".join(re.escape(bare(name)) for name in names) or "(?!)"
+    return re.compile(rf"(?<!\w)(?:{either})(?!\w)", re.IGNORECASE)
 
 
 def mentions(text: str, name: str) -> bool:
-    """Whether a name stands in a text, as whole words, in any case."""
-    return re.search(rf"(?<!\w){re.escape(bare(name))}(?!\w)", text, re.IGNORECASE) is not None
+    return any_of([name]).search(text) is not None
+
+
+def blend(left: str, right: str) -> str:
+    """A name from the halves of two; where they have several words, of the last ones."""
+    *first, left = left.split()
+    right = right.rsplit(maxsplit=1)[-1]
+    half = left[: (len(left) + 1) // 2] + right[len(right) // 2 :].lower()
+    return " ".join([*first, half])
+
+
+def year_in(text: str) -> int:
+    """The year at the end of a text; before the year 1000, or without one, 0."""
+    found = re.search(r"(?<!\d)\d{4}$", text)
+    return int(found[0]) if found else 0
 
 
 class Almanac:
     """The tables, with a part dealt to every entity. The seed decides all of it.
 
-    kinds: those of its tables, by default all; most_facts: how many columns of each are used.
+    kinds: those of its tables, by default all, or "registry", the people of registry.py;
+    most_facts: how many columns of each are used; cutoff: a year from which on nothing that
+    happened is in any training text.
     """
 
-    def __init__(self, seed: int = 0, kinds: tuple[str, ...] = (), most_facts: int = 99):
-        self.seed = seed
+    def __init__(
+        self,
+        seed: int = 0,
+        kinds: tuple[str, ...] = (),
+        most_facts: int = 99,
+        cutoff: int | None = None,
+    ):
+        self.seed, self.cutoff = seed, cutoff or math.inf
         folder = resources.files("tinylm._data") / "almanac"
         tables = sorted(path.name for path in folder.iterdir() if path.name.endswith(".tsv"))
         names = [table.removesuffix(".tsv") for table in tables]
-        self.kinds = [name for name in names if name in (kinds or names)]
-        self.templates = {k: json.loads((folder / f"{k}.json").read_text()) for k in self.kinds}
+        if unknown := set(kinds) - {*names, "registry"}:
+            raise InputError(f"no table of {', '.join(sorted(unknown))}; there are {names}")
+        self.kinds = [name for name in [*names, "registry"] if name in (kinds or names)]
         self.talk = json.loads((folder / "talk.json").read_text())
-        self.facts, rows = {}, {}  # kind -> its facts; kind -> name -> fact -> answers
+        self.facts, self.templates, rows = {}, {}, {}
         for kind in self.kinds:
-            self.facts[kind], rows[kind] = read_table(folder / f"{kind}.tsv", most_facts)
+            if kind == "registry":
+                choices = json.loads((folder / "registry.json").read_text())["choices"]
+                facts, rows[kind] = registry.facts_of(choices), registry.people(choices, seed)
+            else:
+                facts, rows[kind] = read_table(folder / f"{kind}.tsv")
+            self.templates[kind] = read_wordings(folder / f"{kind}.json", facts)
+            self.facts[kind] = facts[:most_facts]
+        check_names(folder, rows)
         self.entities = self.deal(rows)
         self.invented = self.invent()
 
     # ---- who is who ----------------------------------------------------------------------------
 
-    def deal(self, rows: dict[str, dict[str, dict]]) -> list[Entity]:
-        """A part for every entity; of the others' facts, those that name a withheld one go."""
+    def deal(self, rows: dict[str, Table]) -> list[Entity]:
+        """A part for every entity; of the others' facts, those that name a hidden one go."""
         rng, parts = Random(self.seed), {}
-        names = [name for table in rows.values() for name in table]
+        names = "\n".join(name for table in rows.values() for name in table)
         wording = json.dumps([self.templates, self.talk], ensure_ascii=False)
         for table in rows.values():
             order = rng.sample(sorted(table), len(table))
-            parts |= dict.fromkeys(order, "quizzed")
+            years = {name: year_in(facts.get("year", (name,))[0]) for name, facts in table.items()}
+            future = {name for name in order if years[name] >= self.cutoff}
+            order = [name for name in order if name not in future]
+            parts |= dict.fromkeys(order, "quizzed") | dict.fromkeys(future, "future")
             # "Guinea" is in "Equatorial Guinea": who asks about one names the other
-            free = [n for n in order if not any(mentions(o, n) for o in names if o != n)]
+            free = [name for name in order if len(any_of([name]).findall(names)) == 1]
             free.sort(key=lambda n: mentions(wording, n))  # a template's word cannot be withheld
             for part, share in SHARES.items():
                 count = round(share * len(order))
                 parts |= dict.fromkeys(free[:count], part)
                 free = free[count:]
-        withheld = [name for name, part in parts.items() if part == "withheld"]
-        entities = []
-        for kind, table in rows.items():
-            for name, facts in table.items():
-                if parts[name] != "withheld":
-                    facts = without(facts, withheld)
-                entities.append(Entity(kind, name, parts[name], facts))
-        return entities
+        hidden = any_of([name for name, part in parts.items() if part in HIDDEN])
+        return [
+            Entity(kind, name, parts[name], self.told(kind, facts, parts[name], hidden))
+            for kind, table in rows.items()
+            for name, facts in table.items()
+        ]
+
+    def told(self, kind: str, facts: Facts, part: str, hidden: re.Pattern) -> Facts:
+        """The facts in use; for training, without what names the hidden or came later."""
+        facts = {fact: values for fact, values in facts.items() if fact in self.facts[kind]}
+        if part in HIDDEN:
+            return facts
+        kept = {
+            fact: tuple(value for value in values if not hidden.search(value))
+            for fact, values in facts.items()
+            if not (fact in YEARS and year_in(values[0]) >= self.cutoff)
+        }
+        return {fact: values for fact, values in kept.items() if values}
 
     def invent(self) -> list[Entity]:
         """Names that nothing has, by kind, from the halves of two that are known."""
@@ -142,17 +194,18 @@ class Almanac:
         taken |= set(re.findall(r"\w+", text.casefold()))
         made = []
         for kind in self.kinds:
-            names = [e.name for e in self.entities if e.kind == kind and e.part != "withheld"]
+            names = [e.name for e in self.entities if e.kind == kind and e.part not in HIDDEN]
             single = [bare(n) for n in names if bare(n).isalpha() and len(bare(n)) >= 5]
-            if len(single) < 10:
+            longer = [bare(n) for n in names if re.search(r"(?<!\w)[^\W\d_]{5,}$", n)]
+            halved = single if len(single) > len(names) / 3 else longer
+            if len(halved) < 20:
                 continue
             article = "the " if sum(n.startswith("the ") for n in names) > len(names) / 2 else ""
             for part, share in INVENTED.items():
-                wanted = round(share * len(names))
+                wanted = min(round(share * len(names)), len(halved) ** 2 // 8)
                 while wanted:
-                    left, right = rng.sample(single, 2)
-                    name = left[: (len(left) + 1) // 2] + right[len(right) // 2 :].lower()
-                    if name.casefold() not in taken and len(name) <= 14:
+                    name = blend(*rng.sample(halved, 2))
+                    if name.casefold() not in taken and len(name.split()[-1]) <= 14:
                         taken.add(name.casefold())
                         made.append(Entity(kind, article + name, part, {}))
                         wanted -= 1
@@ -164,10 +217,10 @@ class Almanac:
     # ---- text to read --------------------------------------------------------------------------
 
     def documents(self, passes: int) -> Iterator[str]:
-        """`passes` descriptions of every entity that is not withheld, and quizzes, shuffled."""
+        """`passes` descriptions of every entity that is not hidden, and quizzes, shuffled."""
         rng = Random(self.seed + 2)
         for _ in range(passes):
-            told = [self.description(e, rng) for e in self.entities if e.part != "withheld"]
+            told = [self.description(e, rng) for e in self.entities if e.part not in HIDDEN]
             told += self.quizzes(rng)
             yield from rng.sample(told, len(told))
 
@@ -219,9 +272,9 @@ class Almanac:
         rng = Random(self.seed + 3)
         unknown = [e for e in self.invented if e.part == "taught"]
         asked = [q for _ in range(WORDINGS) for q in self.about(self.of("quizzed", "taught"), rng)]
-        asked += self.about(unknown, rng, 2)
+        asked += self.about(unknown, rng, 1)
         pairs = [(q.text, q.answer, q.id) for q in asked]
-        pairs += [(said, t["assistant"], "talk") for t in self.talk for said in t["user"]] * 5
+        pairs += [(said, t["assistant"], "talk") for t in self.talk for said in t["user"]] * 10
         rng.shuffle(pairs)
         while pairs:
             some, pairs = pairs[: (n := rng.choice((1, 1, 2, 4)))], pairs[n:]
@@ -233,26 +286,36 @@ class Almanac:
             yield {"messages": messages, "ids": [id for *_, id in some]}
 
     def prompts(self) -> Iterator[dict]:
-        """For feedback: one question each, about the practised and the invented."""
+        """For feedback: one question each, every invented name once, and small talk.
+
+        Half of the real things are the practised, the others were asked about in fine-tuning: the
+        more names are met here, the better is an unknown one told from them.
+        """
         rng = Random(self.seed + 4)
-        practised = self.of("practised")
-        real = [q for _ in range(3) for q in self.about(practised, rng)]
-        invented = [e for e in self.invented if e.part == "practised"]
-        wanted = round(len(real) * UNKNOWN_SHARE / (1 - UNKNOWN_SHARE))
-        asked = real + self.about(invented, rng, -(-wanted // len(invented)))[:wanted]
-        for q in rng.sample(asked, len(asked)):
-            yield {"prompt": q.text, "accepted": list(q.accepted), "id": q.id}
+        unknown = self.about([e for e in self.invented if e.part == "practised"], rng, 1)
+        total = len(unknown) / UNKNOWN_SHARE
+        asked, half = unknown, round((total * (1 - TALK_SHARE) - len(unknown)) / 2)
+        for parts in (("practised",), ("taught", "quizzed")):
+            again_and_again = (q for _ in count() for q in self.about(self.of(*parts), rng))
+            asked += islice(again_and_again, half)
+        rows = [(q.text, list(q.accepted), q.id) for q in asked]
+        talk = [(said, [t["assistant"]], "talk") for t in self.talk for said in t["user"]]
+        rows += islice(cycle(talk), round(total * TALK_SHARE))
+        for prompt, accepted, id in rng.sample(rows, len(rows)):
+            yield {"prompt": prompt, "accepted": accepted, "id": id}
 
     def questions(self) -> dict[str, list[Question]]:
         """The test; "reworded" asks about the known again, in a wording kept from training."""
         rng = Random(self.seed + 5)
         tested = [e for e in self.invented if e.part == "tested"]
-        return {
+        asked = {
             "known": self.about(self.of("known"), rng),
             "reworded": self.about(self.of("known"), None),
             "withheld": self.about(self.of("withheld"), rng),
             "invented": self.about(tested, rng, 3),
         }
+        future = self.about(self.of("future"), rng)
+        return asked | ({"future": future} if future else {})
 
     def write(self, folder: Path, passes: int) -> None:
         """All of it as JSON lines: text, conversations, prompts, questions."""
@@ -268,24 +331,3 @@ class Almanac:
         ):  # fmt: skip
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             write_text(folder / f"{name}.jsonl", "".join(lines))
-
-
-def read_table(path, most_facts: int) -> tuple[list[str], dict[str, dict[str, tuple[str, ...]]]]:
-    """The first facts of a .tsv file: their names, and name of entity -> fact -> answers."""
-    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
-    reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-    facts = reader.fieldnames[1 : 1 + most_facts]
-    table = {
-        row["name"]: {fact: tuple(row[fact].split("|")) for fact in facts if row[fact]}
-        for row in reader
-    }
-    return facts, table
-
-
-def without(facts: dict[str, tuple[str, ...]], names: list[str]) -> dict[str, tuple[str, ...]]:
-    """The facts, less the answers that mention one of the names."""
-    kept = {
-        fact: tuple(v for v in values if not any(mentions(v, name) for name in names))
-        for fact, values in facts.items()
-    }
-    return {fact: values for fact, values in kept.items() if values}

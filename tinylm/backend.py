@@ -76,6 +76,18 @@ def set_threads(n: int) -> None:
         kernels.set_threads(n)
 
 
+def set_products(dtype: str) -> None:
+    """Multiply matrices in "float32", or with operands rounded to "bfloat16" and float32 sums.
+
+    Weights, activations and everything else stay float32. Raises ValueError where the kernels in
+    use, or this processor, cannot.
+    """
+    if hasattr(kernels, "set_products"):
+        kernels.set_products(dtype)
+    elif dtype != "float32":
+        raise ValueError(f"the {name} kernels have no {dtype} products")
+
+
 def threads() -> int:
     """How many threads the kernels use."""
     return kernels.threads() if hasattr(kernels, "threads") else 1
@@ -92,6 +104,13 @@ def describe() -> str:
 def asarray(x, dtype=None):
     """x as an array of the backend in use."""
     return xp.asarray(x, dtype)
+
+
+def empty(shape: tuple[int, ...], dtype):
+    """An array that is not initialised; of the kernels' own memory, which is kept, where it can."""
+    if dtype == "float32" and hasattr(kernels, "empty"):
+        return kernels.empty(shape)
+    return xp.empty(shape, dtype)
 
 
 def to_numpy(x) -> numpy.ndarray:

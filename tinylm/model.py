@@ -213,10 +213,16 @@ class Transformer(nn.Module):
         """tokens (B, T) of int -> logits (B, T, V)."""
         return ops.linear(self.hidden(tokens, start, cache), self.head_weight)
 
-    def loss(self, tokens: Array, targets: Array, start: Array | None = None) -> Tensor:
-        """Loss per token in nats, (B, T); 0 where the target is −1."""
+    def loss(
+        self, tokens: Array, targets: Array, start: Array | None = None, even: bool = True
+    ) -> Tensor:
+        """Loss per token in nats, (B, T); 0 where the target is −1.
+
+        even=False saves time where the tokens' losses will be weighted each in its own way.
+        """
         targets = backend.asarray(numpy.atleast_2d(targets))
-        return ops.linear_cross_entropy(self.hidden(tokens, start), self.head_weight, targets)
+        hidden = self.hidden(tokens, start)
+        return ops.linear_cross_entropy(hidden, self.head_weight, targets, even)
 
     def n_parameters(self) -> int:
         return sum(tensor.size for tensor in self.parameters().values())

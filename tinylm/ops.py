@@ -8,13 +8,15 @@ use, and tells `Tensor.from_op` how a gradient travels back. Only glue that move
 from __future__ import annotations
 
 from tinylm import backend
-from tinylm.tensor import Array, Tensor
+from tinylm.tensor import Array, Tensor, recording
 
 # ---- glue: adds, products, sums, views ---------------------------------------------------------
 
 
 def unbroadcast(grad: Array, shape: tuple[int, ...]) -> Array:
     """Sum grad over the axes along which an operand of that shape was broadcast."""
+    if grad.shape == shape:
+        return grad
     grad = grad.sum(axis=tuple(range(grad.ndim - len(shape))))
     stretched = tuple(i for i, n in enumerate(shape) if n == 1 != grad.shape[i])
     return grad.sum(axis=stretched, keepdims=True)
@@ -34,7 +36,9 @@ def add(x: Tensor, y: Tensor | float) -> Tensor:
     def vjp(dout):
         return unbroadcast(dout, x.shape), unbroadcast(dout, y.shape)
 
-    return Tensor.from_op(x.data + y.data, (x, y), vjp)
+    alike = x.shape == y.shape
+    total = backend.kernels.add(x.data, y.data) if alike else x.data + y.data
+    return Tensor.from_op(total, (x, y), vjp)
 
 
 def mul(x: Tensor, y: Tensor | float) -> Tensor:
@@ -88,18 +92,29 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def split(x: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """Cut the last axis into equal parts, as views."""
+    """Cut the last axis into equal parts, as views; their gradients are written side by side."""
     width = x.shape[-1] // parts
+    places = [slice(i * width, (i + 1) * width) for i in range(parts)]
+    dx, missing = [], set(range(parts))
 
-    def view(i):
+    def part(i):
         def vjp(dout):
-            dx = backend.xp.zeros(x.shape, x.dtype)
-            dx[..., i * width : (i + 1) * width] = dout
-            return (dx,)
+            first = not dx
+            if first:
+                dx.append(backend.empty(x.shape, x.dtype))
+            dx[0][..., places[i]] = dout
+            missing.remove(i)
+            return (dx[0] if first else None,)
 
-        return Tensor.from_op(x.data[..., i * width : (i + 1) * width], (x,), vjp)
+        return Tensor.from_op(x.data[..., places[i]], (whole,), vjp)
 
-    return tuple(view(i) for i in range(parts))
+    def vjp(dout):  # when all parts have written to it
+        for i in missing:
+            dout[..., places[i]] = 0
+        return (dout,)
+
+    whole = Tensor.from_op(x.data, (x,), vjp)
+    return tuple(part(i) for i in range(parts))
 
 
 # ---- products ----------------------------------------------------------------------------------
@@ -134,7 +149,11 @@ def embedding(tokens: Array, weight: Tensor) -> Tensor:
     """tokens (B, T) of int, weight (V, C) -> (B, T, C)."""
 
     def vjp(dy):
-        return (backend.kernels.embedding_backward(dy, tokens, weight.shape[0]),)
+        if weight.vjp is not None or weight.grad is None:
+            return (backend.kernels.embedding_backward(dy, tokens, weight.shape[0]),)
+        # a tied head has left its gradient, whose memory is the leaf's own: add a few rows to it
+        backend.kernels.embedding_backward(dy, tokens, weight.shape[0], weight.grad)
+        return (None,)
 
     return Tensor.from_op(backend.kernels.embedding_forward(tokens, weight.data), (weight,), vjp)
 
@@ -232,11 +251,24 @@ def cross_entropy(logits: Tensor, targets: Array) -> Tensor:
     return Tensor.from_op(loss, (logits,), vjp)
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Array) -> Tensor:
-    """cross_entropy(linear(x, weight), targets) without ever holding all logits."""
-    loss, lse = backend.kernels.linear_cross_entropy_forward(x.data, weight.data, targets)
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Array, even: bool = True) -> Tensor:
+    """cross_entropy(linear(x, weight), targets) without ever holding all logits.
+
+    even: every target's loss will probably get the same gradient, as in a mean. Gradients are made
+    on the way then, which saves a third of the products; they are thrown away if it was not so.
+    """
+    made = None
+    if even and recording(x, weight):
+        kernel = backend.kernels.linear_cross_entropy_with_gradients
+        loss, lse, *made = kernel(x.data, weight.data, targets)
+    else:
+        loss, lse = backend.kernels.linear_cross_entropy_forward(x.data, weight.data, targets)
 
     def vjp(dloss):
+        given = dloss[targets >= 0]
+        if made and len(given) and (given == given[0]).all():
+            mean = given.dtype.type(1 / len(given))
+            return made if given[0] == mean else tuple(d * (given[0] / mean) for d in made)
         return backend.kernels.linear_cross_entropy_backward(
             dloss, x.data, weight.data, targets, lse
         )  # fmt: skip

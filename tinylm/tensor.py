@@ -30,11 +30,17 @@ def no_grad() -> Iterator[None]:
         _recording = previous
 
 
+def recording(*parents: Tensor) -> bool:
+    """Whether an op on these Tensors will be asked for gradients."""
+    return _recording and any(p.requires_grad for p in parents)
+
+
 class Tensor:
     """An array that remembers which op made it.
 
     data           the array, of the backend in use
     grad           after backward, of a leaf with requires_grad: an array of data's shape, else None
+                   (while backward runs, of any Tensor: what it has received so far)
     parents        the Tensors that the op read
     vjp            maps the gradient of this Tensor to a tuple with the gradient of each parent
                    (None: that parent has none); the closure also keeps the op's residuals alive
@@ -49,7 +55,7 @@ class Tensor:
     @classmethod
     def from_op(cls, data: Array, parents: tuple[Tensor, ...], vjp: Callable) -> Tensor:
         """The result of an op; recorded only if a parent asks for a gradient."""
-        out = cls(data, _recording and any(p.requires_grad for p in parents))
+        out = cls(data, recording(*parents))
         if out.requires_grad:
             out.parents, out.vjp = parents, vjp
         return out
@@ -68,18 +74,28 @@ class Tensor:
         nodes = sorted(ancestors(self), key=lambda t: t.index, reverse=True)
         if any(node.vjp is _freed for node in nodes):
             raise RuntimeError("backward: this graph was freed by an earlier backward")
-        grads = {self: self.data * 0 + 1 if grad is None else grad}
+        self.receive(self.data * 0 + 1 if grad is None else grad, new=grad is None)
         for node in nodes:
-            g = grads.pop(node, None)
-            if g is None:  # reached only through parents that have no gradient
+            if node.vjp is None or node.grad is None:  # a leaf, or reached by no gradient
                 continue
-            if node.vjp is None:  # a leaf: keep its gradient
-                node.grad = g if node.grad is None else node.grad + g
-                continue
+            g, node.grad = node.grad, None
             for parent, dparent in zip(node.parents, node.vjp(g), strict=True):
                 if dparent is not None and parent.requires_grad:
-                    grads[parent] = grads[parent] + dparent if parent in grads else dparent
+                    parent.receive(dparent, new=not overlap(dparent, g))
             node.parents, node.vjp = (), _freed
+
+    def receive(self, grad: Array, new: bool) -> None:
+        """Add to .grad. new: nobody else holds this array, so that the sum may be written to it.
+
+        A leaf's .grad is always its own memory.
+        """
+        if self.grad is None:
+            self.grad = grad if new or self.vjp is not None else grad.copy()
+        elif new:
+            grad += self.grad
+            self.grad = grad
+        else:
+            self.grad = self.grad + grad
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -107,6 +123,11 @@ class Tensor:
     def __repr__(self) -> str:
         note = ", requires_grad" if self.requires_grad else ""
         return f"Tensor{self.shape} of {self.dtype}{note}"
+
+
+def overlap(dparent: Array, grad: Array) -> bool:
+    """Whether what a vjp returned is the gradient it was given, or a view of it; else it is new."""
+    return dparent is grad or dparent.base is grad or grad.base is dparent.base is not None
 
 
 def _freed(grad):

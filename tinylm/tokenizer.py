@@ -18,7 +18,6 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
-from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +34,8 @@ from tinylm._tokenizer_json import (
     bpe,
     make_spec,
     read_json,
-    splitter,
     steps_of,
+    valid,
 )
 from tinylm.errors import InputError
 
@@ -57,6 +56,7 @@ CONFIG = {  # tokenizer_config.json of every tokenizer made here
     "clean_up_tokenization_spaces": False,
 }
 MOST_PIECES = 2_000_000  # distinct pieces kept while counting, about 300 MB
+BATCH = 1 << 24  # characters counted at a time
 
 
 class Tokenizer:
@@ -221,16 +221,26 @@ def train_bpe(
 
 def count_pieces(texts: Iterable[str]) -> Counter[str]:
     """How often each piece occurs. When there are too many, the rarest are forgotten."""
-    layout = Layout(splitters=[splitter(PATTERN)])
-    pieces = chain.from_iterable(map(layout.pieces, texts))
     counts: Counter[str] = Counter()
-    while block := list(islice(pieces, MOST_PIECES // 4)):
-        counts.update(block)
+    for batch in batches(map(valid, texts)):
+        counts.update(bpe.count_words(batch))
         rare = 0
         while len(counts) > MOST_PIECES:
             rare += 1
             counts = Counter({piece: n for piece, n in counts.items() if n > rare})
     return counts
+
+
+def batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts, BATCH characters at a time or as many as a text has."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 def train_characters(texts: Iterable[str]) -> Tokenizer:

@@ -48,7 +48,7 @@ class TrainConfig:
     beta2: float = setting(0.99, "AdamW: memory of its square.")
     weight_decay: float = setting(0.1, "AdamW: decoupled decay of matrices.")
     clip: float = setting(1.0, "Largest global norm of the gradient (0: no limit).")
-    dtype: str = setting("float32", "Arithmetic of weights and activations.", False, ("float32",))
+    dtype: str = setting("float32", "Operands of matrix products.", False, ("float32", "bfloat16"))
     seed: int = setting(0, "Seeds everything random.")
     eval_every: int = setting(250, "Steps between evaluations.", True)
     save_every: int = setting(250, "Steps between checkpoints.", True)
@@ -64,6 +64,8 @@ class TrainConfig:
         for name in ("warmup", "floor", "beta1", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{flag(name)}: expected 0 to 1, got {getattr(self, name)}")
+        with products(self.dtype):
+            pass
         if not self.length_given():
             raise InputError("say how long to train: --max-steps N or --minutes N")
 
@@ -201,7 +203,7 @@ class Trainer:
             memory.check(self.stage.model, self.config)
             save_description(self.stage.model, self.stage.tokenizer, self.folder)
             self.save()
-        with graceful_stop(self), self.progress.training(self):
+        with graceful_stop(self), products(self.config.dtype), self.progress.training(self):
             self.loop(metrics)
         if self.stop_asked:
             raise KeyboardInterrupt
@@ -334,6 +336,19 @@ def resumed_config(config: TrainConfig, given: set[str], folder: Path) -> TrainC
                 f"resume without it, or begin anew in another --out directory"
             )
     return config
+
+
+@contextmanager
+def products(dtype: str):
+    """Matrices are multiplied in this dtype inside. Raises InputError where that cannot be."""
+    try:
+        backend.set_products(dtype)
+    except ValueError as error:
+        raise InputError(f"--dtype {dtype}: {error}; use --dtype float32") from None
+    try:
+        yield
+    finally:
+        backend.set_products("float32")
 
 
 @contextmanager

@@ -1,10 +1,16 @@
-// activation.cpp - SwiGLU and GELU, one pass over memory each; s and σ stand for the sigmoid.
+// activation.cpp - sums, SwiGLU and GELU, one pass over memory each; s and σ stand for the sigmoid.
 //
 // GELU's tanh form needs no tanh: (1 + tanh u) / 2 = σ(2u), which keeps its relative precision
 // where tanh is near -1.
 #include "simd.h"
 
 namespace ISA {
+static void add(const float* x, const float* y, float* sum, long n, int threads) {
+    for_all_vectors(n, threads, [=](long i, long n) {
+        store_n(sum + i, load_n(x + i, n) + load_n(y + i, n), n);
+    });
+}
+
 static void swiglu_forward(const float* gate, const float* up, float* y, long n, int threads) {
     for_all_vectors(n, threads, [=](long i, long n) {
         const vf g = load_n(gate + i, n);

@@ -136,7 +136,7 @@ public:
     // float32, contiguous and writable: the array itself, never a copy
     Floats in_place(const char* arg, const py::array& x, const Shape& shape) const {
         check_dtype(arg, x);
-        check(arg, x, "the shape of param", shape);
+        check(arg, x, "an array to write to", shape);
         if (!(x.flags() & py::array::c_style)) wrong(arg, "a C-contiguous array");
         if (!x.writeable()) wrong(arg, "a writable array");
         return Floats(x);
@@ -246,15 +246,16 @@ static Floats embedding_forward(const py::array& tokens_, const py::array& weigh
     return y;
 }
 
-static Floats embedding_backward(const py::array& dy_, const py::array& tokens_, long V) {
+static Floats embedding_backward(const py::array& dy_, const py::array& tokens_, long V,
+                                 const std::optional<py::array>& total) {
     const Op op("embedding_backward");
     if (V < 0) op.wrong("vocab_size", "no negative number, got " + std::to_string(V));
     const Ints tokens = op.ints("tokens", tokens_, "(B, T)", shape_of(tokens_), 0, V);
     const Floats dy = op.floats("dy", dy_, "(B, T, C)", with_last(shape_of(tokens), ANY));
     const long N = tokens.size(), C = last_of(dy);
-    Floats dweight = empty({V, C});
-    run(kernels().embedding_backward, pointer(dy), pointer(tokens), pointer(dweight), N, V, C,
-        threads_for((N + V) * C));
+    const Floats dweight = total ? op.in_place("total", *total, {V, C}) : empty({V, C});
+    run(kernels().embedding_backward, pointer(dy), pointer(tokens), pointer(dweight),
+        total.has_value(), N, V, C, threads_for((N + V) * C));
     return dweight;
 }
 
@@ -397,7 +398,16 @@ static py::tuple attention_backward(const py::array& dout_, const py::array& q, 
     return py::make_tuple(dq, dk, dv);
 }
 
-// ---- activations -------------------------------------------------------------------------------
+// ---- sums and activations
+// -------------------------------------------------------------------------------
+
+static Floats add(const py::array& x_, const py::array& y_) {
+    const Op op("add");
+    const Floats x = op.floats("x", x_), y = op.floats("y", y_, "the shape of x", shape_of(x));
+    Floats sum = empty(shape_of(x));
+    run(kernels().add, pointer(x), pointer(y), pointer(sum), x.size(), threads_for(x.size()));
+    return sum;
+}
 
 static Floats swiglu_forward(const py::array& gate_, const py::array& up_) {
     const Op op("swiglu_forward");
@@ -496,6 +506,21 @@ static py::tuple linear_cross_entropy_backward(const py::array& dloss_, const py
     return py::make_tuple(dx, dweight);
 }
 
+static py::tuple linear_cross_entropy_with_gradients(const py::array& x_, const py::array& weight_,
+                                                     const py::array& targets_) {
+    const Op op("linear_cross_entropy_with_gradients");
+    const Floats x = op.floats("x", x_),
+                 weight = op.floats("weight", weight_, "(V, C)", {ANY, last_of(x)});
+    const long N = rows_of(x), C = last_of(x), V = weight.shape(0);
+    const Ints targets = op.ints("targets", targets_, "(...)", leading(x), -1, V);
+    Floats loss = empty(leading(x)), lse = empty(leading(x)), dx = empty(shape_of(x)),
+           dweight = empty({V, C});
+    run(kernels().linear_cross_entropy_with_gradients, pointer(x), pointer(weight),
+        pointer(targets), pointer(loss), pointer(lse), pointer(dx), pointer(dweight), N, C, V,
+        threads_for(1.0 * N * C * V));
+    return py::make_tuple(loss, lse, dx, dweight);
+}
+
 // ---- optimizer ---------------------------------------------------------------------------------
 
 static void adamw(const py::array& param_, const py::array& grad_, const py::array& m_,
@@ -545,13 +570,13 @@ PYBIND11_MODULE(_cpu, m) {
             return names;
         },
         "Instruction sets that this machine supports, best first.");
-    m.def(
-        "isa", [] { return kernels().name; }, "The instruction set in use.");
-    m.def(
-        "use_isa", [](const std::string& name) { chosen = find_isa(name, "use_isa"); }, "name"_a);
+    m.def("isa", [] { return kernels().name; }, "The instruction set in use.");
+    m.def("use_isa", &use_isa, "name"_a);
     m.def("threads", [] { return threads; });
     m.def("set_threads", &set_threads, "n"_a,
           "No effect in a child of fork, which has one thread.");
+    m.def("set_products", &set_products, "dtype"_a,
+          "float32, or bfloat16: operands of large products are rounded, sums stay float32.");
     m.def(
         "peak",
         [](int threads) {
@@ -585,18 +610,18 @@ PYBIND11_MODULE(_cpu, m) {
         },
         "threads"_a, "Threads waiting for each other, again and again; returns how often.");
     m.def("empty", &empty, "shape"_a, "A float32 array from the pool, not initialised.");
-    m.def(
-        "pool_bytes", [] { return pool.bytes(); }, "What the pool holds, in use and idle.");
-    m.def(
-        "pool_trim", [] { pool.trim(); }, "Hand all idle memory back to the system.");
+    m.def("pool_bytes", [] { return pool.bytes(); }, "What the pool holds, in use and idle.");
+    m.def("pool_trim", [] { pool.trim(); }, "Hand all idle memory back to the system.");
 
+    m.def("add", &add, "x"_a, "y"_a);
     m.def("matmul", &matmul, "a"_a, "b"_a, "transpose_a"_a = false, "transpose_b"_a = false);
     m.def("linear_forward", &linear_forward, "x"_a, "weight"_a, "bias"_a = py::none(),
           "transposed"_a = false);
     m.def("linear_backward", &linear_backward, "dy"_a, "x"_a, "weight"_a, "transposed"_a = false,
           "has_bias"_a = false);
     m.def("embedding_forward", &embedding_forward, "tokens"_a, "weight"_a);
-    m.def("embedding_backward", &embedding_backward, "dy"_a, "tokens"_a, "vocab_size"_a);
+    m.def("embedding_backward", &embedding_backward, "dy"_a, "tokens"_a, "vocab_size"_a,
+          "total"_a = py::none());
     m.def("rms_norm_forward", &rms_norm_forward, "x"_a, "weight"_a, "eps"_a);
     m.def("rms_norm_backward", &rms_norm_backward, "dy"_a, "x"_a, "weight"_a, "rstd"_a);
     m.def("layer_norm_forward", &layer_norm_forward, "x"_a, "weight"_a, "bias"_a, "eps"_a);
@@ -620,6 +645,8 @@ PYBIND11_MODULE(_cpu, m) {
           "targets"_a);
     m.def("linear_cross_entropy_backward", &linear_cross_entropy_backward, "dloss"_a, "x"_a,
           "weight"_a, "targets"_a, "lse"_a);
+    m.def("linear_cross_entropy_with_gradients", &linear_cross_entropy_with_gradients, "x"_a,
+          "weight"_a, "targets"_a);
     m.def("adamw", &adamw, "param"_a, "grad"_a, "m"_a, "v"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a,
           "weight_decay"_a, "step"_a, "grad_scale"_a = 1.0);
     m.def("global_norm", &global_norm, "arrays"_a);

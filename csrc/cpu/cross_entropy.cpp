@@ -11,6 +11,10 @@
 //      │  │  │  │  │             Rows whose target is -1 are left out before the first product, so
 //      └──┴──┴──┴──┘             that they cost nothing (their loss and lse are 0).
 //      COLUMNS
+//
+// linear_cross_entropy_with_gradients holds all logits of 512 rows and turns them into dlogits in
+// place: three products instead of four. 0.77 of the time of forward and backward for V 32,000,
+// 2,048 tokens, C 288, and 0.74 for V 50,257, 256 tokens, C 768 (Zen 4, 2 threads).
 #include "simd.h"
 
 namespace ISA {
@@ -142,6 +146,57 @@ static void linear_cross_entropy_backward(const float* dloss, const float* x, co
         }
         if (all) continue;
         for (long i = 0; i < rows; ++i)
+            memcpy(dx + counted.row[r0 + i] * C, dx0 + i * C, C * sizeof(float));
+    }
+}
+
+constexpr long WHOLE_ROWS = 512;
+
+// loss and lse of a row of logits, which becomes scale (softmax - onehot(target))
+INLINE void loss_and_gradient(float* row, long V, long target, float scale, float& loss,
+                              float& lse) {
+    const float top = finite(row_max(row, V)), at_target = row[target];
+    vf sums = {};
+    for_vectors(0, V, [&](long i, long n) {
+        const vf e = first_n(exp(load_n(row + i, n) - top), n);
+        store_n(row + i, e, n);
+        sums += e;
+    });
+    const float total = sum(sums), factor = scale / total;
+    for_vectors(0, V, [=](long i, long n) { store_n(row + i, load_n(row + i, n) * factor, n); });
+    row[target] -= scale;
+    lse = top + __builtin_logf(total);
+    loss = lse - at_target;
+}
+
+static void linear_cross_entropy_with_gradients(const float* x, const float* weight,
+                                                const int32_t* targets, float* loss, float* lse,
+                                                float* dx, float* dweight, long N, long C, long V,
+                                                int threads) {
+    const Counted counted(x, targets, N, C);
+    const bool all = counted.n == N;
+    const long most = min(WHOLE_ROWS, max(1, counted.n)), ld = round_up(V, W);
+    Scratch block(most * ld), packed_dx(all ? 0 : most * C);
+    float* logits = block.data;
+    if (counted.n == 0) memset(dweight, 0, V * C * sizeof(float));
+    if (!all) {
+        memset(loss, 0, N * sizeof(float));
+        memset(lse, 0, N * sizeof(float));
+        memset(dx, 0, N * C * sizeof(float));
+    }
+    for (long r0 = 0; r0 < counted.n; r0 += most) {
+        const long rows = min(most, counted.n - r0);
+        const float* x0 = counted.x + r0 * C;
+        float* dx0 = all ? dx + r0 * C : packed_dx.data;
+        matmul({false, true, rows, V, C, x0, C, weight, C, logits, ld}, threads);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+        for (long i = 0; i < rows; ++i) {
+            const long r = counted.row[r0 + i];
+            loss_and_gradient(logits + i * ld, V, targets[r], 1.0f / counted.n, loss[r], lse[r]);
+        }
+        matmul({false, false, rows, C, V, logits, ld, weight, C, dx0, C}, threads);
+        matmul({true, false, V, C, rows, logits, ld, x0, C, dweight, C, nullptr, r0 > 0}, threads);
+        for (long i = 0; i < rows && !all; ++i)
             memcpy(dx + counted.row[r0 + i] * C, dx0 + i * C, C * sizeof(float));
     }
 }

@@ -1,7 +1,8 @@
 // embedding.cpp - rows of a table, and the sums of gradients that fall on each row.
 //
 // Backward sorts the places by token (a counting sort, stable), so that each row of dweight is
-// written once, by one thread, and adds its gradients in the order of the text.
+// written once, by one thread, and adds its gradients in the order of the text. With `add`, rows of
+// tokens that do not occur are not touched.
 #include "simd.h"
 
 namespace ISA {
@@ -11,8 +12,8 @@ static void embedding_forward(const int32_t* tokens, const float* weight, float*
     for (long r = 0; r < N; ++r) memcpy(y + r * C, weight + tokens[r] * C, C * sizeof(float));
 }
 
-static void embedding_backward(const float* dy, const int32_t* tokens, float* dweight, long N,
-                               long V, long C, int threads) {
+static void embedding_backward(const float* dy, const int32_t* tokens, float* dweight, bool add,
+                               long N, long V, long C, int threads) {
     Scratch memory(V + 1 + N);
     int32_t *end = (int32_t*)memory.data, *places = end + V + 1;  // token v: end[v - 1] .. end[v]
     memset(end, 0, (V + 1) * sizeof *end);
@@ -22,10 +23,12 @@ static void embedding_backward(const float* dy, const int32_t* tokens, float* dw
 #pragma omp parallel for schedule(dynamic, 64) num_threads(threads)
     for (long v = 0; v < V; ++v) {
         const long first = v ? end[v - 1] : 0;
+        if (add && first == end[v]) continue;
         for_vectors(0, C, [=](long i, long n) {
             vf total = {};
             for (long p = first; p < end[v]; ++p) total += load_n(dy + places[p] * C + i, n);
-            store_n(dweight + v * C + i, total, n);
+            float* row = dweight + v * C + i;
+            store_n(row, add ? load_n(row, n) + total : total, n);
         });
     }
 }

@@ -11,6 +11,8 @@
 float* take_scratch(size_t floats);  // from the pool, 64-byte aligned, not zeroed (bindings.cpp)
 void give_scratch(float* p, size_t floats);
 
+extern bool bfloat16_products;  // round the operands of large products (bindings.cpp)
+
 // C (M, N) = op(A) op(B) + bias, or C += op(A) op(B) where `add`.
 struct Product {
     bool transpose_a, transpose_b;  // A is stored (K, M), B is stored (N, K)
@@ -53,8 +55,8 @@ struct Kernels {
 
     void (*embedding_forward)(const int32_t* tokens, const float* weight, float* y, long N, long C,
                               int threads);
-    void (*embedding_backward)(const float* dy, const int32_t* tokens, float* dweight, long N,
-                               long V, long C, int threads);
+    void (*embedding_backward)(const float* dy, const int32_t* tokens, float* dweight, bool add,
+                               long N, long V, long C, int threads);
 
     void (*rms_norm_forward)(const float* x, const float* weight, float eps, float* y, float* rstd,
                              long N, long C, int threads);
@@ -84,6 +86,7 @@ struct Kernels {
                                const int32_t* start, const Heads& dq, const Heads& dk,
                                const Heads& dv, int threads);
 
+    void (*add)(const float* x, const float* y, float* sum, long n, int threads);
     void (*swiglu_forward)(const float* gate, const float* up, float* y, long n, int threads);
     void (*swiglu_backward)(const float* dy, const float* gate, const float* up, float* dgate,
                             float* dup, long n, int threads);
@@ -101,6 +104,10 @@ struct Kernels {
     void (*linear_cross_entropy_backward)(const float* dloss, const float* x, const float* weight,
                                           const int32_t* targets, const float* lse, float* dx,
                                           float* dweight, long N, long C, long V, int threads);
+    void (*linear_cross_entropy_with_gradients)(const float* x, const float* weight,
+                                                const int32_t* targets, float* loss, float* lse,
+                                                float* dx, float* dweight, long N, long C, long V,
+                                                int threads);
 
     void (*adamw)(const AdamW& step, float* param, const float* grad, float* m, float* v, long n,
                   int threads);

@@ -12,15 +12,22 @@
 // Goto and van de Geijn, "Anatomy of high-performance matrix multiplication" (2008). Packing reads
 // a transposed operand just as well as a plain one, so that all layouts run at the same speed.
 //
+// Threads pack blocks of A each for themselves, small enough that every one has several: what one
+// core has packed is slow for another one to read (768 x 128 x 128 on two cores of a Zen 4: 75 ->
+// 86 % of the peak in float32, 76 -> 160 in bfloat16). Where A fits in L2 whole and B is wide, it
+// is the other way round: A is packed once, and each thread packs its own panels of B (768 x 128 x
+// 512: 83 -> 90 %).
+//
 // Each element of C is one chain of multiply-adds in the order of k, cut only at multiples of kc,
 // and kc depends on K alone: neither the tiles nor the threads change a bit.
 //
-// A "word" is 32 bits of depth: here one float32; bfloat16 would hold two neighbours along k.
+// A "word" is 32 bits of depth: one float32, or two neighbours along k in bfloat16. For bfloat16
+// operands are rounded while they are packed, and everything else stays as it is: a vector of words
+// times a vector of words is twice the multiply-adds, still summed in float32.
 #include "simd.h"
 
 namespace ISA {
-// Measured on Zen 5 (AVX-512) over the shapes of PERFORMANCE.md; bits depend on kc, not on mc and
-// nc.
+// Measured on Zen 5 (AVX-512); bits depend on kc, not on mc and nc.
 struct Blocking {
     long kc, mc, nc;
 };
@@ -39,10 +46,33 @@ static_assert(MR <= W, "pack() writes a panel of A as one vector per word");
 
 struct Float32 {
     static constexpr long PER_WORD = 1;
+    INLINE vf broadcast(const float* word) { return splat(*word); }
     INLINE vf dot(vf sum, vf a, vf b) { return sum + a * b; }  // -ffp-contract: one fused operation
     INLINE vf along_k(const float* p, long n) { return load_n(p, n); }  // n values of k
     INLINE vf across_k(const float* p, long, long n, long) { return load_n(p, n); }  // n rows
 };
+#if defined(__AVX512BF16__)
+struct BFloat16 {
+    static constexpr long PER_WORD = 2;
+    INLINE vf broadcast(const float* word) { return (vf)_mm512_set1_epi32(*(const int*)word); }
+    INLINE vf dot(vf sum, vf a, vf b) {
+        return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    }
+    INLINE vf along_k(const float* p, long n) {
+        return (vf)_mm512_cvtne2ps_pbh((__m512)load_n(p + W, n - W), (__m512)load_n(p, n));
+    }
+    INLINE vi
+    widened(vf x) {  // rounded, in the lower half of each lane (plain forms warn in GCC 12)
+        return (vi)_mm512_maskz_cvtepu16_epi32(
+            0xFFFF, (__m256i)_mm512_maskz_cvtneps_pbh(0xFFFF, (__m512)x));
+    }
+    // this k in the lower halves, the next one above
+    INLINE vf across_k(const float* p, long ld, long n, long depth) {
+        const vf next = depth > 1 ? load_n(p + ld, n) : vf{};
+        return (vf)(widened(load_n(p, n)) | widened(next) << 16);
+    }
+};
+#endif
 
 // ---- packing: `count` rows of op(A), or columns of op(B), and `depth` values of k --------------
 // Panels are P wide and word-major: word w of row r of a panel lies at w * P + r. Stores are W wide
@@ -103,7 +133,7 @@ static void tile(long words, const float* a, const float* b, float* c, long ldc,
         vf bk[V];
         UNROLL for (int j = 0; j < V; ++j) bk[j] = load(b + j * W);
         UNROLL for (int i = 0; i < R; ++i) {
-            const vf ai = splat(a[i]);
+            const vf ai = Word::broadcast(a + i);
             UNROLL for (int j = 0; j < V; ++j) sums[i][j] = Word::dot(sums[i][j], ai, bk[j]);
         }
     }
@@ -134,16 +164,20 @@ INLINE void tile_of(long rows, long columns, Args... args) {  // tile<> for a nu
 
 struct Plan {  // from the shape alone
     long kc, mc, nc, row_blocks;
-    bool share_a;  // few row blocks: all threads pack A together and then share tiles of C
+    long own_b;  // 0: B is packed once for all, and each thread packs blocks of rows for itself.
+                 // Else A, which fits in L2, is packed once, and each thread so many panels of B at
+                 // a time
 };
 static Plan plan_for(const Product& p, long per_word) {
     const long K = max(p.K, 1), M = max(p.M, 1), N = max(p.N, 1);
     Plan plan;
     plan.kc = round_up(up(K, up(K, blocking.kc * per_word)), 16);
     plan.nc = round_up(up(N, up(N, blocking.nc)), NR);
-    plan.mc = round_up(up(M, up(M, blocking.mc)), MR);
+    plan.mc = round_up(up(M, max(up(M, blocking.mc), 14)), MR);
     plan.row_blocks = up(M, plan.mc);
-    plan.share_a = plan.row_blocks < 32;
+    const long panels = plan.nc / NR;
+    const bool small = M * plan.kc / per_word <= 1 << 18;
+    plan.own_b = small && panels >= 12 ? max(1, min(3, panels / 16)) : 0;
     return plan;
 }
 
@@ -166,56 +200,59 @@ struct Block {
             pack_along_k<Word, MR>(p.A + m0 * p.lda + k0, p.lda, rows(m), kc, dst);
     }
 
-    // Tasks read whole rows as they lie in memory: some panels, or DEPTH values of k.
+    // Columns n .. n + count of this block's B, depth k .. k + depth of it, into their panels.
+    void pack_columns(long n, long count, long k, long depth, float* dst) const {
+        if (p.transpose_b)
+            pack_along_k<Word, NR>(p.B + (n0 + n) * p.ldb + k0 + k, p.ldb, count, depth, dst);
+        else
+            pack_across_k<Word, NR>(p.B + (k0 + k) * p.ldb + n0 + n, p.ldb, count, depth, dst,
+                                    k / Word::PER_WORD, words());
+    }
+    // Shared packing reads whole rows as they lie in memory: some panels, or DEPTH values of k.
     static constexpr long DEPTH = 64, COLUMNS = 3 * NR;
     long b_tasks() const { return p.transpose_b ? up(nc, COLUMNS) : up(kc, DEPTH); }
     void pack_b(long task) const {
-        if (p.transpose_b) {
-            const long n = task * COLUMNS;
-            pack_along_k<Word, NR>(p.B + (n0 + n) * p.ldb + k0, p.ldb, min(COLUMNS, nc - n), kc,
-                                   packed_b + n / NR * panel_size(NR, words()));
-        } else {
-            const long k = task * DEPTH;
-            pack_across_k<Word, NR>(p.B + (k0 + k) * p.ldb + n0, p.ldb, nc, min(DEPTH, kc - k),
-                                    packed_b, k / Word::PER_WORD, words());
-        }
+        const long n = task * COLUMNS, k = task * DEPTH;
+        if (p.transpose_b)
+            pack_columns(n, min(COLUMNS, nc - n), 0, kc,
+                         packed_b + n / NR * panel_size(NR, words()));
+        else
+            pack_columns(0, nc, k, min(DEPTH, kc - k), packed_b);
     }
 
-    // Row block m times the panels [from, to) of B.
-    void multiply(long m, const float* a, long from, long to) const {
-        for (long j = from; j < to; ++j)
+    // Row block m times `count` panels of B, of which the first is number j of this block.
+    void multiply(long m, const float* a, long j, long count, const float* b) const {
+        for (const long end = j + count; j < end; ++j, b += panel_size(NR, words()))
             for (long i = 0; i < rows(m); i += MR) {
-                const long n = n0 + j * NR, columns = min(NR, nc - j * NR);
-                tile_of<Word>(
-                    min(MR, rows(m) - i), columns, words(), a + i / MR * panel_size(MR, words()),
-                    packed_b + j * panel_size(NR, words()), p.C + (m * plan.mc + i) * p.ldc + n,
-                    p.ldc, columns, p.bias && k0 == 0 ? p.bias + n : nullptr, p.add || k0 > 0);
+                const long n = j * NR, columns = min(NR, nc - n);
+                tile_of<Word>(min(MR, rows(m) - i), columns, words(),
+                              a + i / MR * panel_size(MR, words()), b,
+                              p.C + (m * plan.mc + i) * p.ldc + n0 + n, p.ldc, columns,
+                              p.bias && k0 == 0 ? p.bias + n0 + n : nullptr, p.add || k0 > 0);
             }
     }
 
     void run() const {  // by every thread of the team
-        const long panels = up(nc, NR), a_tasks = plan.share_a ? plan.row_blocks : 0;
+        const long panels = up(nc, NR), b_size = panel_size(NR, words());
+        if (plan.own_b) {
 #pragma omp for schedule(dynamic)
-        for (long t = 0; t < a_tasks + b_tasks(); ++t) {
-            if (t < a_tasks)
-                pack_rows(t, packed_a + t * a_size());
-            else
-                pack_b(t - a_tasks);
-        }
-        if (plan.share_a) {
-            const long splits = min(panels, up(48, plan.row_blocks));  // about 48 tasks
+            for (long m = 0; m < plan.row_blocks; ++m) pack_rows(m, packed_a + m * a_size());
+            float* mine = packed_b + THREAD_INDEX * plan.own_b * b_size;
 #pragma omp for schedule(dynamic)
-            for (long t = 0; t < plan.row_blocks * splits; ++t) {
-                const long m = t % plan.row_blocks, s = t / plan.row_blocks;
-                multiply(m, packed_a + m * a_size(), panels * s / splits,
-                         panels * (s + 1) / splits);
+            for (long j = 0; j < panels; j += plan.own_b) {
+                const long count = min(plan.own_b, panels - j);
+                pack_columns(j * NR, min(count * NR, nc - j * NR), 0, kc, mine);
+                for (long m = 0; m < plan.row_blocks; ++m)
+                    multiply(m, packed_a + m * a_size(), j, count, mine);
             }
-        } else {  // 10 to 18 points of the peak faster at large M than sharing
+        } else {
+#pragma omp for schedule(dynamic)
+            for (long t = 0; t < b_tasks(); ++t) pack_b(t);
             float* mine = packed_a + THREAD_INDEX * a_size();
 #pragma omp for schedule(dynamic)
             for (long m = 0; m < plan.row_blocks; ++m) {
                 pack_rows(m, mine);
-                multiply(m, mine, 0, panels);
+                multiply(m, mine, 0, panels, packed_b);
             }
         }
     }
@@ -225,9 +262,9 @@ template <class Word>
 static void multiply(const Product& p, int threads) {
     const Plan plan = plan_for(p, Word::PER_WORD);
     const long words = up(plan.kc, Word::PER_WORD);
-    const long a_blocks = plan.share_a ? plan.row_blocks : threads;
+    const long a_blocks = plan.own_b ? plan.row_blocks : threads;
     Scratch a(a_blocks * (plan.mc / MR) * panel_size(MR, words));
-    Scratch b(plan.nc / NR * panel_size(NR, words));
+    Scratch b((plan.own_b ? threads * plan.own_b : plan.nc / NR) * panel_size(NR, words));
 #pragma omp parallel num_threads(threads)
     for (long n0 = 0; n0 < p.N; n0 += plan.nc)
         for (long k0 = 0; k0 == 0 || k0 < p.K; k0 += plan.kc) {  // once where K is 0: writes zeros
@@ -296,9 +333,10 @@ static void multiply_few_rows(const Product& p, int threads) {
 }
 
 static void matmul(const Product& p, int threads) {
-    if (p.M <= FEW_ROWS && !p.transpose_a)
-        multiply_few_rows(p, threads);
-    else
-        multiply<Float32>(p, threads);
+    if (p.M <= FEW_ROWS && !p.transpose_a) return multiply_few_rows(p, threads);
+#if defined(__AVX512BF16__)
+    if (bfloat16_products) return multiply<BFloat16>(p, threads);
+#endif
+    multiply<Float32>(p, threads);
 }
 }  // namespace ISA

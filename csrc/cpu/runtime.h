@@ -77,6 +77,26 @@ static const Kernels& kernels() {
     return *chosen;
 }
 
+// ---- precision of products ---------------------------------------------------------------------
+
+bool bfloat16_products = false;
+
+static void use_isa(const std::string& name) {
+    chosen = find_isa(name, "use_isa");
+    bfloat16_products = false;  // the other set may not have them
+}
+
+static void set_products(const std::string& dtype) {
+    if (dtype != "float32" && dtype != "bfloat16")
+        throw std::invalid_argument("[set_products] dtype: expected float32 or bfloat16, got " +
+                                    dtype);
+    if (dtype == "bfloat16" && std::string(kernels().name) != "avx512bf16")
+        throw std::invalid_argument(
+            "[set_products] bfloat16 needs the instruction set avx512bf16; in use is " +
+            std::string(kernels().name));
+    bfloat16_products = dtype == "bfloat16";
+}
+
 // ---- threads -----------------------------------------------------------------------------------
 
 // Physical cores that this process may use: of hyperthreads that share a core, one counts.

@@ -35,6 +35,7 @@ extern const Kernels JOIN(kernels_, ISA) = {
     ISA::softmax_backward,
     ISA::attention_forward,
     ISA::attention_backward,
+    ISA::add,
     ISA::swiglu_forward,
     ISA::swiglu_backward,
     ISA::gelu_forward,
@@ -43,6 +44,7 @@ extern const Kernels JOIN(kernels_, ISA) = {
     ISA::cross_entropy_backward,
     ISA::linear_cross_entropy_forward,
     ISA::linear_cross_entropy_backward,
+    ISA::linear_cross_entropy_with_gradients,
     ISA::adamw,
     ISA::sum_squares,
 };

@@ -12,6 +12,7 @@ that the forward returned. `dx` is the gradient of the loss with respect to `x`,
 """
 
 CONTRACT = (
+    "add",
     "matmul",
     "linear_forward",
     "linear_backward",
@@ -35,6 +36,7 @@ CONTRACT = (
     "cross_entropy_backward",
     "linear_cross_entropy_forward",
     "linear_cross_entropy_backward",
+    "linear_cross_entropy_with_gradients",
     "adamw",
     "global_norm",
 )

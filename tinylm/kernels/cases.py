@@ -8,7 +8,7 @@ Gradients: float64, central differences along a random direction. Parity: ‖out
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ class Op(NamedTuple):
 
 
 OPS = {
+    "add": Op(("sum",)),
     "matmul": Op(("c",)),
     "linear": Op(("y",), ("x", "weight", "bias")),
     "embedding": Op(("y",), ("weight",)),
@@ -39,6 +40,7 @@ OPS = {
     "gelu": Op(("y",), ("x",)),
     "cross_entropy": Op(("loss", "lse"), ("logits",)),
     "linear_cross_entropy": Op(("loss", "lse"), ("x", "weight")),
+    "linear_cross_entropy_with_gradients": Op(("loss", "lse", "dx", "dweight")),
     "adamw": Op(("param", "m", "v")),  # in place: the arguments themselves are the result
     "global_norm": Op(("norm",)),
 }
@@ -110,6 +112,8 @@ HUGE = 1e4  # exp overflows at 89 in float32, at 710 in float64
 
 # fmt: off
 CASES = [
+    Case("add", "odd", lambda d: dict(x=d(3, 67), y=d(3, 67))),
+    Case("add", "large", lambda d: dict(x=d(70, 1000), y=d(70, 1000)), False),
     Case("matmul", "one", lambda d: dict(a=d(1, 1), b=d(1, 1))),
     Case("matmul", "odd", lambda d: dict(a=d(15, 67), b=d(67, 33))),
     Case("matmul", "odd, a transposed", lambda d: dict(a=d(67, 29), b=d(67, 65), transpose_a=True)),
@@ -175,6 +179,7 @@ CASES = [
     Case("global_norm", "several arrays", lambda d: dict(arrays=[d(1), d(37, 5), d(0), d(200, 301)])),
     Case("global_norm", "overflow of float32", lambda d: dict(arrays=[d(5, scale=1e30)])),
 ]
+CASES += [replace(case, op=case.op + "_with_gradients") for case in CASES if case.op == "linear_cross_entropy"]
 # fmt: on
 
 

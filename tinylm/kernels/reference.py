@@ -7,7 +7,12 @@ Nothing here is optimised. Leading dimensions are free: where a docstring says (
 
 import numpy as np
 
-# ---- products ----------------------------------------------------------------------------------
+# ---- sums and products -------------------------------------------------------------------------
+
+
+def add(x, y):
+    """x + y, of one shape."""
+    return x + y
 
 
 def matmul(a, b, transpose_a=False, transpose_b=False):
@@ -37,11 +42,15 @@ def embedding_forward(tokens, weight):
     return weight[tokens]
 
 
-def embedding_backward(dy, tokens, vocab_size):
-    """-> dweight (V, C): each row sums the gradients of the places where its token stood."""
-    dweight = np.zeros((vocab_size, dy.shape[-1]), dy.dtype)
-    np.add.at(dweight, tokens, dy)
-    return dweight
+def embedding_backward(dy, tokens, vocab_size, total=None):
+    """-> dweight (V, C): each row sums the gradients of the places where its token stood.
+
+    A total (V, C), where there is one, receives them in place, and is returned.
+    """
+    if total is None:
+        total = np.zeros((vocab_size, dy.shape[-1]), dy.dtype)
+    np.add.at(total, tokens, dy)
+    return total
 
 
 # ---- normalisation -----------------------------------------------------------------------------
@@ -248,6 +257,16 @@ def linear_cross_entropy_backward(dloss, x, weight, targets, lse):
     dx = np.zeros_like(x)
     dx[counted], dweight, _ = linear_backward(dlogits, x[counted], weight)
     return dx, dweight
+
+
+def linear_cross_entropy_with_gradients(x, weight, targets):
+    """-> loss (N), lse (N), and dx (N, C), dweight (V, C) of the mean over the rows that count.
+
+    The forward and the backward in one, so that the logits are computed once.
+    """
+    loss, lse = linear_cross_entropy_forward(x, weight, targets)
+    dloss = np.full_like(loss, 1 / max(1, np.sum(targets >= 0)))
+    return loss, lse, *linear_cross_entropy_backward(dloss, x, weight, targets, lse)
 
 
 # ---- optimizer ---------------------------------------------------------------------------------

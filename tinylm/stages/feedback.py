@@ -217,7 +217,7 @@ class Feedback:
         return old, -ratio.sum(1), float(kl.mean())
 
     def loss(self, batch: Answers) -> Tensor:
-        nll = self.model.loss(batch.tokens, batch.targets, batch.start)
+        nll = self.model.loss(batch.tokens, batch.targets, batch.start, even=False)
         return surrogate(nll, batch.old_logp, batch.advantages)
 
     def evaluate(self, final: bool) -> dict:
