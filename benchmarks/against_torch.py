@@ -20,13 +20,20 @@ import quality
 import training
 import vocabulary
 import writing
+from contestants import Session
 from rich.console import Console
 from tasks import MODELS
 
 from tinylm import backend
-from tinylm.bench import barrier, fma_peak
+from tinylm.bench import barrier
 
-PARTS = ("gemm", "attention", "generation", "tokenizer", "time_to_quality")
+PARTS = {  # besides --models: what measures, what draws, what the help says
+    "gemm": (kernels.products, kernels.product_table, "products by shape and layout"),
+    "attention": (kernels.attention, kernels.attention_table, "forward and backward, by length"),
+    "generation": (writing.compare, writing.writing_table, "one stream, and many at once"),
+    "tokenizer": (vocabulary.compare, vocabulary.vocabulary_table, "learning one, and encoding"),
+    "time_to_quality": (quality.compare, quality.quality_table, "from a text to a model"),
+}
 
 
 def arguments() -> argparse.Namespace:
@@ -35,11 +42,8 @@ def arguments() -> argparse.Namespace:
     )
     flag = parser.add_argument
     flag("--models", nargs="+", choices=MODELS, default=[], help="whole training steps")
-    flag("--gemm", action="store_true", help="products by shape and layout")
-    flag("--attention", action="store_true", help="forward and backward, by length")
-    flag("--generation", action="store_true", help="one stream, and many at once")
-    flag("--tokenizer", action="store_true", help="learning a vocabulary, and encoding")
-    flag("--time-to-quality", action="store_true", help="from a text to a model, wall time")
+    for name, (*_, help) in PARTS.items():
+        flag("--" + name.replace("_", "-"), action="store_true", help=help)
     flag("--all", action="store_true", help="every part")
     flag("--shakespeare", type=Path, metavar="FILE", help="the text for --time-to-quality")
     flag("--text", type=Path, metavar="FILE", help="for --tokenizer (default: Python's sources)")
@@ -53,76 +57,33 @@ def arguments() -> argparse.Namespace:
     return given
 
 
-class Report:
-    """Collects the findings of all parts, and shows each as soon as it is there."""
-
-    def __init__(self, given: argparse.Namespace):
-        self.given, self.notes = given, Console(stderr=True, highlight=False)
-        backend.set_threads(given.threads)
-        self.peak, latency = fma_peak(given.threads), barrier(given.threads)
-        self.found = {"peak_gflops": round(self.peak, 1), "barrier_us": round(latency, 3)}
-        self.found |= {"ratios": [], "steps": []} | {part: [] for part in PARTS}
-        self.say(
-            f"multiply-adds {self.peak:.0f} GFLOP/s, barrier {latency:.2f} µs, "
-            f"{given.threads} threads, {given.turns} turns"
-        )
-
-    def say(self, text: str) -> None:
-        self.notes.print(text)
-
-    def show(self, table) -> None:
-        if not self.given.json:
-            Console().print(table)
-
-    def training(self, model: str) -> None:
-        self.say(f"training {model}: {MODELS[model].about}")
-        found = training.compare(model, self.given.turns, self.given.threads, self.say)
-        for part, rows in found.items():
-            self.found[part] += rows
-        self.show(training.training_table(model, found, self.peak))
-
-    def gemm(self) -> None:
-        rows = kernels.products(self.given.turns, self.given.threads, self.peak, self.say)
-        self.found["gemm"] = rows
-        self.show(kernels.product_table(rows, self.peak))
-
-    def attention(self) -> None:
-        rows = kernels.attention(self.given.turns, self.given.threads, self.say)
-        self.found["attention"] = rows
-        self.show(kernels.attention_table(rows))
-
-    def generation(self) -> None:
-        rows = writing.compare(self.given.turns, self.given.threads, self.say)
-        self.found["generation"] = rows
-        self.show(writing.writing_table(rows))
-
-    def tokenizer(self) -> None:
-        rows = vocabulary.compare(self.given.text, self.given.turns, self.given.threads, self.say)
-        self.found["tokenizer"] = rows
-        self.show(vocabulary.vocabulary_table(rows))
-
-    def time_to_quality(self) -> None:
-        self.found["time_to_quality"] = {}
-        if self.given.shakespeare is None:
-            self.say("time to quality is left out: name its text with --shakespeare FILE")
-            return
-        found = quality.compare(self.given.shakespeare, self.given.threads, self.say)
-        self.found["time_to_quality"] = found
-        if found:
-            self.show(quality.quality_table(found))
-
-
 def main() -> None:
-    given = arguments()
-    report = Report(given)
-    for model in given.models:
-        report.training(model)
-    for part in PARTS:
-        if getattr(given, part):
-            report.say(part.replace("_", " "))
-            getattr(report, part)()
+    given, notes = arguments(), Console(stderr=True, highlight=False)
+    show = (lambda table: None) if given.json else Console().print
+    backend.set_threads(given.threads)
+    session = Session(given.threads, given.turns, notes.print, given.text, given.shakespeare)
+    found = {"barrier_us": round(barrier(given.threads), 3), "ratios": [], "steps": []}
+    for name in given.models:
+        notes.print(f"training {name}: {MODELS[name].about}")
+        session.look_at_the_peak()
+        rows = training.compare(name, session)
+        found = {**found, **{part: found[part] + rows[part] for part in rows}}
+        show(training.training_table(name, rows))
+    for name, (measure, table, _) in PARTS.items():
+        found[name] = []
+        if getattr(given, name):
+            notes.print(name.replace("_", " "))
+            session.look_at_the_peak()
+            found[name] = measure(session)
+            if found[name]:
+                show(table(found[name]))
+    found["peak_gflops"] = round(session.peak, 1)
+    notes.print(
+        f"multiply-adds {session.peak:.0f} GFLOP/s, barrier {found['barrier_us']:.2f} µs, "
+        f"{given.threads} threads, {given.turns} turns"
+    )
     if given.json:
-        print(json.dumps(report.found))
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -12,14 +12,33 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import median
 from tempfile import mkdtemp
 
+from tinylm.bench import fma_peak
+
 HERE = Path(__file__).parent
 OURS = ("float32", "bfloat16")
 THEIRS = ("torch-stock", "torch-mkl512", "torch-bfloat16")
+
+
+@dataclass
+class Session:
+    """What holds for a whole run of the command."""
+
+    threads: int
+    turns: int
+    say: Callable[[str], None]
+    text: Path | None = None  # for the tokenizer
+    shakespeare: Path | None = None  # for the time to quality
+    peak: float = 0.0  # multiply-adds, GFLOP/s: the most that was seen
+
+    def look_at_the_peak(self) -> None:
+        """A busy moment shows less than the machine can do."""
+        self.peak = max(self.peak, fma_peak(self.threads))
 
 
 class Unavailable(Exception):
@@ -80,7 +99,7 @@ def theirs(name: str, threads: int, **options) -> Contestant:
 
 
 def enter(stack: ExitStack, entrants: dict, prepare: Callable, say: Callable) -> dict:
-    """Start processes and prepare(contestant) each; those that can run here."""
+    """Start processes and prepare(contestant) each; returns those that can run here."""
     ready = {}
     for name, contestant in entrants.items():
         try:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 
+import tasks
 import torch
 import torch_models
-from tasks import MODELS, NEW, operands, prompts, seconds_of
+from tasks import BETAS, LEARNING_RATE, MODELS, WEIGHT_DECAY
 from torch.nn.functional import scaled_dot_product_attention
-
-BETAS, LEARNING_RATE, WEIGHT_DECAY = (0.9, 0.99), 3e-4, 0.1
 
 
 class Contestant:
@@ -19,21 +18,20 @@ class Contestant:
         torch.set_num_threads(threads)
         self.dtype, self.compiled = getattr(torch, dtype), compiled
 
-    def open(self, directory: str, model: str) -> dict:
-        """Take the weights that tinylm saved; AdamW decays matrices only."""
-        self.shape, self.losses = MODELS[model], []
+    def load(self, directory: str) -> None:
         self.model = torch_models.load(directory)
-        matrices = [p for p in self.model.parameters() if p.ndim > 1]
-        rest = [p for p in self.model.parameters() if p.ndim == 1]
-        groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": rest}]
-        self.optimizer = torch.optim.AdamW(
-            groups, LEARNING_RATE, BETAS, weight_decay=0.0, fused=True
-        )
         if self.compiled:
             self.model.compile()
-        return {"parameters": sum(p.numel() for p in self.model.parameters())}
+
+    # ---- training
+
+    def learn(self, model: str) -> None:
+        """Get ready to train the model that was loaded."""
+        self.shape, self.losses = MODELS[model], []
+        self.optimizer = adamw(self.model)
 
     def step(self, tokens, targets) -> float:
+        tokens, targets = torch.from_numpy(tokens), torch.from_numpy(targets)
         with torch.autocast("cpu", self.dtype, enabled=self.dtype == torch.bfloat16):
             loss = self.model(tokens, targets)
         loss.backward()
@@ -42,22 +40,16 @@ class Contestant:
         return loss.item()
 
     def train(self, seconds: float) -> dict:
-        """Steps for so many seconds, one at least; returns seconds per step and all losses."""
-        spent, n = 0.0, 0
-        while not n or spent < seconds:
-            rows = torch.from_numpy(self.shape.batch(len(self.losses)))
-            tokens, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-            tick = time.perf_counter()
-            self.losses.append(self.step(tokens, targets))
-            spent, n = spent + time.perf_counter() - tick, n + 1
-        return {"seconds": spent / n, "losses": self.losses[:10]}
+        return tasks.train(self.step, self.shape, self.losses, seconds)
+
+    # ---- single kernels
 
     def product(self, layout: str, M: int, K: int, N: int) -> dict:
-        a, b, transpose_a, transpose_b = operands(layout, M, K, N)
+        a, b, transpose_a, transpose_b = tasks.operands(layout, M, K, N)
         a, b = (torch.from_numpy(x).to(self.dtype) for x in (a, b))
         a, b = a.T if transpose_a else a, b.T if transpose_b else b
         out = torch.empty(a.shape[0], b.shape[1], dtype=self.dtype)
-        return {"seconds": seconds_of(lambda: torch.mm(a, b, out=out))}
+        return tasks.seconds_of(lambda: torch.mm(a, b, out=out))
 
     def attention(self, B: int, H: int, T: int, D: int) -> dict:
         """Causal attention, forward and backward."""
@@ -68,22 +60,30 @@ class Contestant:
             out = scaled_dot_product_attention(*inputs, is_causal=True)
             torch.autograd.grad(out, inputs, dout)
 
-        return {"seconds": seconds_of(both)}
+        return tasks.seconds_of(both)
 
-    def read(self, directory: str) -> dict:
-        """Open a model for writing text."""
-        from transformers import AutoModelForCausalLM
+    # ---- text
 
+    def load_transformers(self, directory: str) -> None:
+        from transformers import AutoModelForCausalLM, logging
+
+        logging.disable_progress_bar()
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=self.dtype)
-        return {}
 
     def write(self, streams: int) -> dict:
         """Continue so many prompts at once, greedily; also returns what it wrote."""
-        rows = torch.from_numpy(prompts(streams))
-        mask = torch.ones_like(rows)
+        rows = torch.from_numpy(tasks.prompts(streams))
+        settings = {"max_new_tokens": tasks.NEW, "min_new_tokens": tasks.NEW, "do_sample": False}
         tick = time.perf_counter()
-        text = self.model.generate(
-            rows, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
-        )
+        text = self.model.generate(rows, attention_mask=torch.ones_like(rows), **settings)
         seconds = time.perf_counter() - tick
         return {"seconds": seconds, "text": text[:, rows.shape[1] :].tolist()}
+
+
+def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
+    """Fused; decays matrices only."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, LEARNING_RATE, BETAS, fused=True)

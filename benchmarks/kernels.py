@@ -3,71 +3,69 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from itertools import product
 
 import contestants
-from contestants import THEIRS, enter, in_turns, times_faster, typical
+from contestants import THEIRS, Session, enter, in_turns, times_faster, typical
 from rich.table import Table
 from tables import percent, spread, table
 from tasks import ATTENTION, LAYOUTS, PRODUCTS
 
 
-def everyone(stack: ExitStack, threads: int, task: str, arguments: dict, say) -> tuple[dict, dict]:
-    """Ours by dtype and theirs by name, warmed up by one task."""
-    ready = lambda contestant: contestant(task, **arguments)
-    theirs = {name: contestants.theirs(name, threads) for name in THEIRS}
-    return enter(stack, contestants.ours(threads), ready, say), enter(stack, theirs, ready, say)
+def everyone(stack: ExitStack, session: Session, task: str, **arguments) -> tuple[dict, dict]:
+    """Ours by dtype and theirs by name, warmed up by a task."""
+    ours = contestants.ours(session.threads)
+    theirs = {name: contestants.theirs(name, session.threads) for name in THEIRS}
+    prepare = lambda contestant: contestant(task, **arguments)
+    return tuple(enter(stack, entrants, prepare, session.say) for entrants in (ours, theirs))
 
 
-def peers_of(dtype: str, theirs: dict) -> list[str]:
-    """Those that compute in the same dtype."""
-    return [name for name in theirs if (name == "torch-bfloat16") == (dtype == "bfloat16")]
-
-
-def products(turns: int, threads: int, peak: float, say) -> list[dict]:
+def products(session: Session) -> list[dict]:
     """A row for each shape, layout and dtype: shares of the float32 multiply-add peak.
 
     `theirs` is the better of stock and mkl512, or PyTorch's bfloat16; `stock` is stock.
     """
     rows = []
     with ExitStack() as stack:
-        first = dict(layout="NN", M=64, K=64, N=64)
-        ours, theirs = everyone(stack, threads, "product", first, say)
-        for M, K, N in PRODUCTS:
-            for layout in LAYOUTS:
-                shape = dict(layout=layout, M=M, K=K, N=N)
-                found = in_turns(ours | theirs, turns, "product", **shape)
-                share = {
-                    who: round(2 * M * K * N / typical(answers) / 1e9 / peak, 3)
-                    for who, answers in found.items()
-                }
-                for dtype in ours:
-                    peers = [share[name] for name in peers_of(dtype, theirs)]
-                    row = {"m": M, "k": K, "n": N, "layout": layout, "dtype": dtype}
-                    row |= {"share_of_peak": share[dtype], "theirs": max(peers, default=None)}
-                    rows.append(row | {"stock": share.get("torch-stock")})
+        ours, theirs = everyone(stack, session, "product", layout="NN", M=64, K=64, N=64)
+        for (M, K, N), layout in product(PRODUCTS, LAYOUTS):
+            shape = dict(layout=layout, M=M, K=K, N=N)
+            found = in_turns(ours | theirs, session.turns, "product", **shape)
+            share = {
+                who: round(2 * M * K * N / typical(answers) / 1e9 / session.peak, 3)
+                for who, answers in found.items()
+            }
+            for dtype in ours:
+                row = {"m": M, "k": K, "n": N, "layout": layout, "dtype": dtype}
+                rows.append(row | {"share_of_peak": share[dtype], **shares_of_peers(dtype, share)})
     return rows
 
 
-def attention(turns: int, threads: int, say) -> list[dict]:
+def shares_of_peers(dtype: str, share: dict[str, float]) -> dict:
+    """The best of those that compute in the same dtype, and stock."""
+    names = ("torch-bfloat16",) if dtype == "bfloat16" else ("torch-stock", "torch-mkl512")
+    best = max((share[name] for name in names if name in share), default=None)
+    return {"theirs": best, "stock": share.get("torch-stock")}
+
+
+def attention(session: Session) -> list[dict]:
     """A row for each length and pair: causal attention, forward and backward."""
     rows = []
     with ExitStack() as stack:
-        first = dict(B=1, H=1, T=64, D=64)
-        ours, theirs = everyone(stack, threads, "attention", first, say)
-        ours = {"float32": ours["float32"]}  # which products are rounded is of no matter here
+        ours, theirs = everyone(stack, session, "attention", B=1, H=1, T=64, D=64)
         for B, H, T, D in ATTENTION:
-            found = in_turns(ours | theirs, turns, "attention", B=B, H=H, T=T, D=D)
-            for peer in theirs:
-                row = {"length": T, "batch": B, "heads": H, "ours": "float32", "theirs": peer}
-                row |= {"ms": round(1000 * typical(found["float32"]), 3)}
-                row |= {"theirs_ms": round(1000 * typical(found[peer]), 3)}
-                rows.append(row | times_faster(found["float32"], found[peer]))
+            found = in_turns(ours | theirs, session.turns, "attention", B=B, H=H, T=T, D=D)
+            ms = {who: round(1000 * typical(answers), 3) for who, answers in found.items()}
+            for dtype, peer in product(ours, theirs):
+                row = {"length": T, "batch": B, "heads": H, "ours": dtype, "theirs": peer}
+                row |= {"ms": ms[dtype], "theirs_ms": ms[peer]}
+                rows.append(row | times_faster(found[dtype], found[peer]))
     return rows
 
 
-def product_table(rows: list[dict], peak: float) -> Table:
+def product_table(rows: list[dict]) -> Table:
     """Layouts side by side: ours / theirs."""
-    title = f"Products, share of {peak:.0f} GFLOP/s (float32 multiply-adds): tinylm / PyTorch"
+    title = "Products, share of the float32 multiply-add peak: tinylm / PyTorch at its best"
     made = table(title, "M, K, N", "dtype", *LAYOUTS, words=2)
     lines: dict[tuple, list] = {}
     for row in rows:
@@ -79,12 +77,12 @@ def product_table(rows: list[dict], peak: float) -> Table:
 
 
 def attention_table(rows: list[dict]) -> Table:
-    title = "Causal attention, forward and backward, 64 wide heads"
-    made = table(
-        title, "batch x heads x tokens", "beside", "tinylm, ms", "theirs, ms", "faster by", words=2
-    )
-    for row in rows:
-        shape = f"{row['batch']} x {row['heads']} x {row['length']}"
-        times = (f"{row['ms']:.2f}", f"{row['theirs_ms']:.2f}")
-        made.add_row(shape, row["theirs"], *times, spread(row))
+    """A line for each length and dtype of ours."""
+    peers = list(dict.fromkeys(row["theirs"] for row in rows))
+    title = "Causal attention, 64 wide heads, forward and backward: how many times as fast as"
+    made = table(title, "batch x heads x tokens", "ms", *peers)
+    for i in range(0, len(rows), len(peers)):
+        first = rows[i]
+        shape = f"{first['batch']} x {first['heads']} x {first['length']} {first['ours']}"
+        made.add_row(shape, f"{first['ms']:.2f}", *map(spread, rows[i : i + len(peers)]))
     return made

@@ -16,22 +16,25 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from contestants import HERE, Unavailable, times_faster
+from contestants import HERE, Session, Unavailable, times_faster
 from rich.table import Table
 from tables import spread, table
 
 PRESET, BLOCK, SEEDS = "shakespeare", 64, 3
 
 
-def compare(file: Path, threads: int, say) -> dict:
-    """Medians over seeds, or {} where one of the two cannot run."""
+def compare(session: Session) -> dict:
+    """Medians over seeds, or {} where the text is missing or one of the two cannot run."""
+    file, threads = session.shakespeare, session.threads
     runs: dict[str, list[dict]] = {"ours": [], "theirs": []}
     try:
+        if file is None:
+            raise Unavailable("name its text with --shakespeare FILE")
         for seed in range(SEEDS):
             runs["ours"].append(ours(file, seed, threads))
             runs["theirs"].append(theirs(file, seed, threads))
     except Unavailable as reason:
-        say(f"time to quality is left out: {reason}")
+        session.say(f"time to quality is left out: {reason}")
         return {}
     found = {who: middle(part) for who, part in runs.items()}
     return {"preset": PRESET, **found, **times_faster(runs["ours"], runs["theirs"])}

@@ -28,7 +28,8 @@ def main() -> None:
             if contestant is None:
                 module = importlib.import_module(sys.argv[1])
                 contestant = module.Contestant(**json.loads(sys.argv[2]))
-            answer = getattr(contestant, task.pop("do"))(**task) | {"memory": peak_memory()}
+            answer = getattr(contestant, task.pop("do"))(**task) or {}
+            answer["memory"] = peak_memory()
         except (NotImplementedError, ImportError) as error:
             answer = {"unavailable": str(error)}
         print(json.dumps(answer), file=answers, flush=True)

@@ -22,11 +22,11 @@ class Model:
     B: int
     T: int
 
-    def batch(self, step: int) -> numpy.ndarray:
-        """(B, T + 1) token ids, the same for all contestants; small ids are the likelier ones."""
-        rng = numpy.random.default_rng(step)
-        uniform = rng.random((self.B, self.T + 1))
-        return (self.shape["vocab_size"] * uniform**3).astype(numpy.int64)
+    def batch(self, step: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """Tokens and targets, (B, T) of int, the same for all; small ids are the likelier ones."""
+        uniform = numpy.random.default_rng(step).random((self.B, self.T + 1))
+        rows = (self.shape["vocab_size"] * uniform**3).astype(numpy.int64)
+        return rows[:, :-1].copy(), rows[:, 1:].copy()
 
 
 def gpt2(vocab_size: int, n_layer: int, n_head: int, n_embd: int, block_size: int) -> dict:
@@ -46,15 +46,21 @@ MODELS = {
 }  # fmt: skip
 
 
-def seconds_of(run: Callable[[], object], at_least: float = 0.1) -> float:
-    """The median time of run(), repeated for at_least seconds after one call to warm up."""
-    run()
+LEARNING_RATE, BETAS, WEIGHT_DECAY = 3e-4, (0.9, 0.99), 0.1  # of AdamW, decaying matrices only
+
+
+def train(step: Callable, model: Model, losses: list[float], seconds: float) -> dict:
+    """step(tokens, targets) -> loss, for so many seconds, once at least; appends to losses.
+
+    Returns the seconds of one step, and the first ten losses.
+    """
     times: list[float] = []
-    while sum(times) < at_least:
+    while not times or sum(times) < seconds:
+        tokens, targets = model.batch(len(losses))
         tick = time.perf_counter()
-        run()
+        losses.append(step(tokens, targets))
         times.append(time.perf_counter() - tick)
-    return median(times)
+    return {"seconds": sum(times) / len(times), "losses": losses[:10]}
 
 
 # ---- single kernels ----------------------------------------------------------------------------
@@ -77,6 +83,17 @@ LAYOUTS = {  # a and b as they lie in memory, and whether each is transposed: c 
     "dW": ("MN", "MK", True, False),  # dyt x
 }
 ATTENTION = [(max(1, 4096 // T), 6, T, 64) for T in (64, 128, 256, 512, 1024, 2048, 4096, 8192)]
+
+
+def seconds_of(run: Callable[[], object], at_least: float = 0.1) -> dict:
+    """The median time of run(), repeated for at_least seconds after one call to warm up."""
+    run()
+    times: list[float] = []
+    while sum(times) < at_least:
+        tick = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - tick)
+    return {"seconds": median(times)}
 
 
 def operands(

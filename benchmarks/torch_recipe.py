@@ -13,6 +13,7 @@ import math
 import sys
 
 import torch
+from in_torch import adamw
 from tasks import MODELS
 from torch_models import GPT2
 
@@ -43,10 +44,7 @@ def learning_rate(step: int) -> float:
 
 
 def train(model: GPT2, text: torch.Tensor) -> None:
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, LEARNING_RATE, (0.9, 0.99), fused=True)
+    optimizer = adamw(model)
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)

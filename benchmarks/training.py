@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from tempfile import TemporaryDirectory
 
 import contestants
-from contestants import THEIRS, Contestant, enter, in_turns, times_faster, typical
+from contestants import THEIRS, Contestant, Session, enter, in_turns, times_faster, typical
 from rich.table import Table
 from tables import percent, spread, table
 from tasks import MODELS
@@ -19,34 +19,35 @@ BLOCK = 1.0  # seconds of steps in a turn
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # of each of the first ten losses, relative
 
 
-def compare(name: str, turns: int, threads: int, say) -> dict:
+def compare(name: str, session: Session) -> dict:
     """One model: {"steps": a row for each contestant, "ratios": a row for each pair}.
 
     Raises AssertionError where contestants do not learn the same.
     """
     with TemporaryDirectory() as directory, ExitStack() as stack:
-        with contestants.ours(threads)["float32"] as maker:
+        with contestants.ours(session.threads)["float32"] as maker:
             maker("save", directory=directory, shape=MODELS[name].shape)
 
         def prepare(contestant: Contestant) -> None:
-            contestant("open", directory=directory, model=name)
+            contestant("load", directory=directory)
+            contestant("learn", model=name)
             for _ in range(WARM_UP):
                 contestant("train", seconds=0)
 
-        ours = enter(stack, contestants.ours(threads), prepare, say)
+        ours = enter(stack, contestants.ours(session.threads), prepare, session.say)
         steps, ratios = [], []
         for peer in THEIRS:
             with ExitStack() as theirs_stack:
                 variants = {
-                    way: contestants.theirs(peer, threads, compiled=way == "compiled")
+                    way: contestants.theirs(peer, session.threads, compiled=way == "compiled")
                     for way in ("eager", "compiled")
                 }
-                theirs = enter(theirs_stack, variants, prepare, say)
-                found = in_turns(ours | theirs, turns, "train", seconds=BLOCK)
+                theirs = enter(theirs_stack, variants, prepare, session.say)
+                found = in_turns(ours | theirs, session.turns, "train", seconds=BLOCK)
             check_losses(found, peer)
-            steps += [row(name, f"{peer} {way}", found[way]) for way in theirs]
+            steps += [row(name, f"{peer} {way}", found[way], session.peak) for way in theirs]
             ratios += [ratio(name, dtype, peer, found, theirs) for dtype in ours if theirs]
-        mine = [row(name, f"tinylm {dtype}", found[dtype]) for dtype in ours]
+        mine = [row(name, f"tinylm {dtype}", found[dtype], session.peak) for dtype in ours]
         return {"steps": mine + steps, "ratios": ratios}
 
 
@@ -61,7 +62,7 @@ def check_losses(found: dict[str, list[dict]], peer: str) -> None:
             assert gap <= tolerance, f"{peer}, {who}: loss {loss} at step {step}, tinylm {wanted}"
 
 
-def row(name: str, who: str, answers: list[dict]) -> dict:
+def row(name: str, who: str, answers: list[dict], peak: float) -> dict:
     model, seconds = MODELS[name], typical(answers)
     flops = flops_of_step(ModelConfig(**model.shape), model.B, model.T)
     return {
@@ -69,7 +70,7 @@ def row(name: str, who: str, answers: list[dict]) -> dict:
         "contestant": who,
         "ms": round(1000 * seconds, 2),
         "tokens_per_second": round(model.B * model.T / seconds),
-        "gflops": round(flops / seconds / 1e9, 1),
+        "share_of_peak": round(flops / seconds / 1e9 / peak, 3),
         "memory_mb": round(max(answer["memory"] for answer in answers)),
     }
 
@@ -87,17 +88,17 @@ def ratio(model: str, dtype: str, peer: str, found: dict, theirs: dict) -> dict:
     }
 
 
-def training_table(model: str, found: dict, peak: float) -> Table:
+def training_table(name: str, found: dict) -> Table:
     """A row for each contestant, and how many times as fast tinylm is."""
-    shape = MODELS[model]
-    title = f"{model}: {shape.about}, batch {shape.B} x {shape.T}"
+    model = MODELS[name]
+    title = f"{name}: {model.about}, batch {model.B} x {model.T}"
     ours = dict.fromkeys(r["ours"] for r in found["ratios"])
     headings = ("", "ms/step", "tokens/s", "of peak", "MB")
     made = table(title, *headings, *(f"{dtype} of tinylm is\nfaster by" for dtype in ours))
     for step in found["steps"]:
         peer = step["contestant"].split()[0]
         speed = (f"{step['ms']:,.1f}", f"{step['tokens_per_second']:,}")
-        rest = (percent(step["gflops"] / peak), f"{step['memory_mb']:,}")
+        rest = (percent(step["share_of_peak"]), f"{step['memory_mb']:,}")
         ratios = [spread(r) for r in found["ratios"] if r["theirs"] == peer]
         style = "bold" if peer == "tinylm" else ""
         made.add_row(step["contestant"], *speed, *rest, *ratios, style=style)

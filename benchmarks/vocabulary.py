@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from contestants import Contestant, enter, in_turns, times_faster, typical
+from contestants import Contestant, Session, enter, in_turns, times_faster, typical
 from rich.table import Table
 from tables import spread, table
 
@@ -23,38 +23,40 @@ def python_s_own_text(folder: Path) -> Path:
     return made
 
 
-def compare(text: Path | None, turns: int, most_threads: int, say) -> list[dict]:
+def compare(session: Session) -> list[dict]:
     """A row for each task, library and number of threads.
 
     Raises AssertionError where encodings have not the same number of tokens.
     """
     rows = []
     with TemporaryDirectory() as folder:
-        text = text or python_s_own_text(Path(folder))
+        text = session.text or python_s_own_text(Path(folder))
         files = {"file": str(text), "directory": folder}
-        for threads in sorted({1, most_threads}):
+        for threads in sorted({1, session.threads}):
             with ExitStack() as stack:
-                rows += on_threads(stack, threads, turns, text, files, say)
+                found = on_threads(stack, threads, session, files)
+            for task, answers in found.items():
+                peers = [who for who in answers if who != "tinylm"]
+                rows += [row(task, text, peer, threads, answers) for peer in peers]
     return rows
 
 
-def on_threads(stack: ExitStack, threads: int, turns: int, text: Path, files: dict, say) -> list:
+def on_threads(stack: ExitStack, threads: int, session: Session, files: dict) -> dict[str, dict]:
+    """The answers of all contestants by task."""
     learn = {"vocab_size": VOCABULARY, **files}
     ours = {"tinylm": Contestant("in_tinylm", threads)}
     theirs = {
         name: Contestant("in_tokenizers", threads, library=name)
         for name in ("tokenizers", "tiktoken")
     }
-    ours = enter(stack, ours, lambda contestant: contestant("learn_vocabulary", **learn), say)
-    theirs = enter(stack, theirs, lambda contestant: contestant("encode", **files), say)
-    learners = {name: theirs[name] for name in theirs if name != "tiktoken"}
-    trained = in_turns(ours | learners, turns, "learn_vocabulary", **learn)
-    encoded = in_turns(ours | theirs, turns, "encode", **files)
+    ours = enter(stack, ours, lambda c: c("learn_vocabulary", **learn), session.say)
+    theirs = enter(stack, theirs, lambda c: c("encode", **files), session.say)
+    learners = ours | {name: theirs[name] for name in theirs if name == "tokenizers"}
+    trained = in_turns(learners, session.turns, "learn_vocabulary", **learn)
+    encoded = in_turns(ours | theirs, session.turns, "encode", **files)
     counts = {answers[0]["tokens"] for answers in encoded.values()}
     assert len(counts) == 1, f"not the same number of tokens: {counts}"
-    return [row("train", text, peer, threads, trained) for peer in learners] + [
-        row("encode", text, peer, threads, encoded) for peer in theirs
-    ]
+    return {"train": trained, "encode": encoded}
 
 
 def row(task: str, text: Path, peer: str, threads: int, found: dict) -> dict:

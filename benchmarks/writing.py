@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from tempfile import TemporaryDirectory
 
 import contestants
-from contestants import enter, in_turns, times_faster, typical
+from contestants import Session, enter, in_turns, times_faster, typical
 from rich.table import Table
 from tables import spread, table
 from tasks import NEW, PROMPT, WRITER
@@ -14,25 +14,25 @@ from tasks import NEW, PROMPT, WRITER
 STREAMS, PEERS = (1, 64), ("torch-stock", "torch-mkl512")
 
 
-def compare(turns: int, threads: int, say) -> list[dict]:
+def compare(session: Session) -> list[dict]:
     """A row for each number of streams and pair.
 
     Raises AssertionError where the first tokens written are not the same.
     """
-    rows = []
+    rows, threads = [], session.threads
     with TemporaryDirectory() as directory, ExitStack() as stack:
 
-        def prepare(contestant) -> None:
-            contestant("read", directory=directory)
+        def read(contestant, load: str) -> None:
+            contestant(load, directory=directory)
             contestant("write", streams=1)
 
         with contestants.ours(threads)["float32"] as maker:
             maker("save", directory=directory, shape=WRITER)
-        ours = enter(stack, contestants.ours(threads), prepare, say)
         theirs = {name: contestants.theirs(name, threads) for name in PEERS}
-        theirs = enter(stack, theirs, prepare, say)
+        theirs = enter(stack, theirs, lambda c: read(c, "load_transformers"), session.say)
+        ours = enter(stack, contestants.ours(threads), lambda c: read(c, "load"), session.say)
         for streams in STREAMS:
-            found = in_turns(ours | theirs, turns, "write", streams=streams)
+            found = in_turns(ours | theirs, session.turns, "write", streams=streams)
             rows += [pair(streams, dtype, peer, found) for dtype in ours for peer in theirs]
     return rows
 

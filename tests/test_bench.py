@@ -1,0 +1,71 @@
+"""What bench tells is whole, and the benchmark's PyTorch models are the same models."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+from commands import tinylm
+
+from tinylm.stages.pretrain import PRESETS
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Imports a module of the benchmarks folder."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+def test_bench_foretells_a_run_with_each_preset(text_file):
+    done = tinylm("bench", "--corpus", text_file, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    machine, rows = found["machine"], found["training"]
+    assert {row["preset"] for row in rows} == set(PRESETS)
+    for row in rows:
+        learned = 0.9 * found["corpus"]["characters" if "nanogpt" in row["preset"] else "tokens"]
+        passes = row["epoch_seconds"] * row["tokens_per_second"] / learned
+        assert passes == pytest.approx(1)
+    assert found["corpus"]["bytes"] == text_file.stat().st_size
+    assert 0 < found["corpus"]["tokens"] < found["corpus"]["bytes"]
+    assert machine["barrier_us"] > 0
+    for speeds in (machine["fma_gflops"], machine["read_gb_per_s"], machine["copy_gb_per_s"]):
+        assert min(speeds["one"], speeds["all"]) > 0
+    assert {"linear_backward", "attention_forward", "adamw"} <= {
+        row["kernel"] for row in found["kernels"]
+    }
+
+
+def test_bench_prints_tables():
+    done = tinylm("bench")
+    assert done.returncode == 0, done.stderr
+    for shown in ("multiply-adds", "barrier", "linear_cross_entropy", "GB/s", *PRESETS):
+        assert shown in done.stdout
+
+
+def test_bench_needs_the_compiled_kernels():
+    done = tinylm("bench", "--backend", "reference")
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("use --backend cpu")
+
+
+@pytest.mark.parametrize("name", ["a", "d"])
+def test_pytorch_learns_the_same(benchmark, tmp_path, name):
+    """Four steps in two processes, from the same weights: forward, backward and AdamW agree."""
+    pytest.importorskip("torch")
+    contestants, tasks = benchmark("contestants"), benchmark("tasks")
+    ours, theirs = contestants.ours(1)["float32"], contestants.theirs("torch-stock", 1)
+    with ours, theirs:
+        ours("save", directory=str(tmp_path), shape=tasks.MODELS[name].shape)
+        losses = []
+        for contestant in (ours, theirs):
+            contestant("load", directory=str(tmp_path))
+            contestant("learn", model=name)
+            for _ in range(4):
+                answer = contestant("train", seconds=0)
+            losses.append(answer["losses"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < losses[0][0]
