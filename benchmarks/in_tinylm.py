@@ -21,10 +21,10 @@ class Contestant:
 
     def __init__(self, threads: int, dtype: str = "float32"):
         backend.set_threads(threads)
-        if dtype != "float32":
-            if not hasattr(backend, "set_products"):
-                raise NotImplementedError(f"this tinylm has no {dtype} products")
+        try:
             backend.set_products(dtype)
+        except ValueError as error:
+            raise NotImplementedError(str(error)) from None
 
     def save(self, directory: str, shape: dict) -> None:
         """Write fresh weights of a model, from which all contestants start."""

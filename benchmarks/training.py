@@ -11,7 +11,7 @@ from rich.table import Table
 from tables import percent, spread, table
 from tasks import MODELS
 
-from tinylm.bench import flops_of_step
+from tinylm.bench import flops_per_token
 from tinylm.model import ModelConfig
 
 WARM_UP = 3  # steps; torch.compile does its work in the first
@@ -64,7 +64,7 @@ def check_losses(found: dict[str, list[dict]], peer: str) -> None:
 
 def row(name: str, who: str, answers: list[dict], peak: float) -> dict:
     model, seconds = MODELS[name], typical(answers)
-    flops = flops_of_step(ModelConfig(**model.shape), model.B, model.T)
+    flops = flops_per_token(ModelConfig(**model.shape), model.T) * model.B * model.T
     return {
         "model": name,
         "contestant": who,

@@ -24,6 +24,7 @@ from tinylm.progress import Progress, clock
 from tinylm.stages.pretrain import PRESETS, PretrainConfig, fitted_vocabulary
 from tinylm.tensor import Array
 from tinylm.tokenizer import SPECIAL_TOKENS, train_bpe
+from tinylm.train import make_optimizer, products
 
 SAMPLE = 1_000_000  # characters of a corpus by which its tokens are estimated
 
@@ -184,42 +185,52 @@ def training_step(
     return float(loss.data.mean(dtype="float64"))
 
 
-def flops_of_step(c: ModelConfig, rows: int, T: int) -> float:
-    """(6 N + 12 L H D T) per token: N weights that multiply something, full attention counted."""
+def flops_per_token(c: ModelConfig, T: int) -> float:
+    """Of a training step, 6 N + 12 L H D T: N weights multiply, full attention is counted."""
     attention = 2 * c.n_embd * (c.n_head + c.n_kv_head) * c.head_size
     mlp = (3 if c.is_llama else 2) * c.n_embd * c.n_inner
     N = c.n_layer * (attention + mlp) + c.vocab_size * c.n_embd
-    return (6 * N + 12 * c.n_layer * c.n_head * c.head_size * T) * rows * T
+    return 6 * N + 12 * c.n_layer * c.n_head * c.head_size * T
 
 
 def measure_preset(preset: str, machine: dict, corpus: dict | None) -> dict[str, Any]:
     """A few steps of a preset's model; what its own run takes, and one pass over a corpus."""
     config = PretrainConfig(**PRESETS[preset])
     characters = config.tokenizer == "characters"
-    vocabulary = 65 + len(SPECIAL_TOKENS) if characters else 8192
-    if corpus and not characters:
-        vocabulary = corpus["vocab_size"]
-    model = Transformer(config.shape(vocabulary))
-    ids = tokens(config.batch_size * (config.block_size + 1), vocabulary)
-    rows = ids.reshape(config.batch_size, -1)
-    per_step = config.batch_size * config.block_size * config.accumulate
-    row = {"preset": preset, "parameters": model.n_parameters(), "tokens_per_step": per_step}
+    V = 65 + len(SPECIAL_TOKENS) if characters else corpus["vocab_size"] if corpus else 8192
+    model = Transformer(config.shape(V))
+    B, T = config.batch_size, config.block_size
+    row = {"preset": preset, "parameters": model.n_parameters()}
     room = memory.available()
-    if room and memory.needed(model.config, row["parameters"], *rows[:, 1:].shape) > room:
+    if room and memory.needed(model.config, row["parameters"], B, T) > room:
         return row | {"tokens_per_second": None}
-    optimizer = AdamW(model.parameters())
-    step = lambda: training_step(model, optimizer, rows[:, :-1], rows[:, 1:], 1e-4)
-    seconds = config.accumulate * seconds_of(step, repeats=3)
-    gflops = config.accumulate * flops_of_step(model.config, *rows[:, 1:].shape) / seconds / 1e9
+    found = seconds_of_step(model, make_optimizer(model, config), B, T)
+    speed = {dtype: B * T / seconds for dtype, seconds in found.items()}
+    gflops = flops_per_token(model.config, T) * speed["float32"] / 1e9
+    steps = config.max_steps * config.accumulate * B * T / speed[config.dtype]
     row |= {
-        "tokens_per_second": per_step / seconds,
+        "tokens_per_second": speed,
         "share_of_peak": gflops / machine["fma_gflops"]["all"],
-        "run_seconds": 60 * config.minutes or config.max_steps * seconds,
+        "run_seconds": 60 * config.minutes or steps,
     }
     if corpus:
         n = corpus["characters" if characters else "tokens"] * (1 - config.held_out)
-        row["epoch_seconds"] = n / row["tokens_per_second"]
+        row["epoch_seconds"] = n / speed[config.dtype]
     return row
+
+
+def seconds_of_step(model: Transformer, optimizer: AdamW, rows: int, T: int) -> dict[str, float]:
+    """By the dtype of its products, of those that this machine has."""
+    found = {}
+    ids = tokens(rows * (T + 1), model.config.vocab_size).reshape(rows, T + 1)
+    step = lambda: training_step(model, optimizer, ids[:, :-1], ids[:, 1:], 1e-4)
+    for dtype in ("float32", "bfloat16"):
+        try:
+            with products(dtype):
+                found[dtype] = seconds_of(step, repeats=3)
+        except InputError:
+            continue
+    return found
 
 
 def measure_corpus(files: list[Path]) -> dict[str, Any]:
@@ -297,8 +308,8 @@ def kernel_table(rows: list[dict], caption: str) -> Table:
 
 
 def training_table(rows: list[dict], corpus: dict | None) -> Table:
-    headings = ["preset", "parameters", "tokens/s", "of the limit", "its own run"]
-    made = table("Training", *headings, *(["one epoch"] if corpus else []))
+    headings = ("preset", "parameters", "tokens/s", "of peak", "bfloat16", "its run")
+    made = table("Training", *headings, *(["epoch"] if corpus else []))
     if corpus:
         made.caption = (
             f"corpus: {corpus['bytes']:,} bytes, about {corpus['tokens']:,} tokens of "
@@ -306,10 +317,11 @@ def training_table(rows: list[dict], corpus: dict | None) -> Table:
         )
     for row in rows:
         cells = [row["preset"], f"{row['parameters']:,}"]
-        if row["tokens_per_second"] is None:
-            cells.append("too large for the free memory")
+        if speed := row["tokens_per_second"]:
+            rounded = f"{speed['bfloat16']:,.0f}" if "bfloat16" in speed else "-"
+            cells += [f"{speed['float32']:,.0f}", percent(row["share_of_peak"]), rounded]
+            cells += [clock(row[key]) for key in ("run_seconds", "epoch_seconds") if key in row]
         else:
-            times = (clock(row[key]) for key in ("run_seconds", "epoch_seconds") if key in row)
-            cells += [f"{row['tokens_per_second']:,.0f}", percent(row["share_of_peak"]), *times]
+            cells.append("too large for the free memory")
         made.add_row(*cells)
     return made
