@@ -274,7 +274,7 @@ class Almanac:
         asked = [q for _ in range(WORDINGS) for q in self.about(self.of("quizzed", "taught"), rng)]
         asked += self.about(unknown, rng, 1)
         pairs = [(q.text, q.answer, q.id) for q in asked]
-        pairs += [(said, t["assistant"], "talk") for t in self.talk for said in t["user"]] * 30
+        pairs += [(said, t["assistant"], "talk") for t in self.talk for said in t["user"]] * 10
         rng.shuffle(pairs)
         while pairs:
             some, pairs = pairs[: (n := rng.choice((1, 1, 2, 4)))], pairs[n:]
