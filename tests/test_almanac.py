@@ -162,3 +162,16 @@ def test_an_entity_in_two_splits_is_found_by_file_and_line(tmp_path):
         InputError, match=rf"questions.jsonl, line 1: .* prompts.jsonl, line {line} "
     ):
         check_splits(tmp_path)
+
+
+def test_feedback_asks_about_each_invented_name_once_of_all_kinds(almanac, written):
+    """A name asked about again would be learned, rather than what an unknown one looks like."""
+    unknown = [row["id"].rpartition("/")[0] for row in written["prompts"] if not row["accepted"]]
+    assert len(set(unknown)) == len(unknown) > 4000
+    assert {name.partition("/")[0] for name in unknown} == {e.kind for e in almanac.invented}
+    assert 0.25 < len(unknown) / len(written["prompts"]) < 0.4
+
+
+def test_feedback_makes_small_talk_as_it_was_taught(almanac, written):
+    taught = {said: [t["assistant"]] for t in almanac.talk for said in t["user"]}
+    assert taught == {r["prompt"]: r["accepted"] for r in written["prompts"] if r["id"] == "talk"}
