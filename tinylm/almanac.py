@@ -165,9 +165,10 @@ class Almanac:
             free = [name for name in order if len(any_of([name]).findall(names)) == 1]
             free.sort(key=lambda n: mentions(wording, n))  # a template's word cannot be withheld
             for part, share in SHARES.items():
-                count = round(share * len(order))
-                parts |= dict.fromkeys(free[:count], part)
-                free = free[count:]
+                fit = [n for n in free if part != "withheld" or not mentions(UNKNOWN, n)]
+                dealt = fit[: round(share * len(order))]  # the Don is in every "I don't know"
+                parts |= dict.fromkeys(dealt, part)
+                free = [name for name in free if name not in dealt]
         hidden = any_of([name for name, part in parts.items() if part in HIDDEN])
         return [
             Entity(kind, name, parts[name], self.told(kind, facts, parts[name], hidden))

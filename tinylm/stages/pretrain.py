@@ -71,9 +71,9 @@ PRESETS = {
     },
     # the same text to the same loss in fewer, better steps: docs/recipe.md
     "shakespeare": {
-        "tokenizer": "characters", "optimizer": "muon", "n_layer": 4, "n_head": 4, "n_embd": 128,
-        "block_size": 64, "batch_size": 12, "max_steps": 320, "learning_rate": 1e-2, "floor": 0.0,
-        "eval_every": 320, "save_every": 320, "held_out": 0.1,
+        "tokenizer": "characters", "optimizer": "muon", "n_layer": 2, "n_head": 4, "n_embd": 128,
+        "block_size": 64, "batch_size": 12, "max_steps": 360, "learning_rate": 1e-2, "floor": 0.0,
+        "beta1": 0.8, "eval_every": 360, "save_every": 360, "held_out": 0.1,
     },
 }  # fmt: skip
 
