@@ -70,6 +70,6 @@ def test_small_talk_names_nothing_of_the_almanac(rows):
     """A withheld name in it would be read after all. ("Don" is in "don't", and never withheld.)"""
     text = "\n".join(m["content"] for row in rows for m in row["messages"])
     world = Almanac()
-    assert not found_in(text, [e.name for e in world.entities]) <= {"the Don"}
+    assert found_in(text, [e.name for e in world.entities]) <= {"the Don"}
     assert not found_in(text, [e.name for e in world.invented])
     assert found_in(text, ["Monday"])  # the check can fail
