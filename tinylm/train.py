@@ -331,7 +331,8 @@ def resumed_config(config: TrainConfig, given: set[str], folder: Path) -> TrainC
     """
     if not Checkpoint(folder).exists():
         return config
-    old = Checkpoint(folder).state()["config"]
+    # a setting that did not exist then had today's default
+    old = {f.name: f.default for f in fields(config)} | Checkpoint(folder).state()["config"]
     for f in fields(config):
         value = getattr(config, f.name)
         if f.name not in given:
