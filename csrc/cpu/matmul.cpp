@@ -125,11 +125,27 @@ static void pack_across_k(const float* src, long ld, long count, long depth, flo
 
 // ---- the micro-kernel: R rows and V vectors of C -----------------------------------------------
 
-template <class Word, int R, int V>
+// What a tile fetches from memory while it multiplies, a line for each word of depth, because it
+// will be packed next: `lines` lines of one stored row after another.
+constexpr long LINE = 16;  // floats
+struct Fetch {
+    const float* at;
+    long line = 0, lines = 1, gap = -LINE;  // by default it stays where it is
+
+    INLINE void step(Fetch& f) {
+        __builtin_prefetch(f.at);
+        f.at += LINE;
+        if (++f.line == f.lines) f.line = 0, f.at += f.gap;
+    }
+};
+
+template <class Word, int R, int V, bool FETCH>
 static void tile(long words, const float* a, const float* b, float* c, long ldc, long columns,
-                 const float* bias, bool add) {
+                 const float* bias, bool add, const Fetch* share) {
+    Fetch next = FETCH ? *share : Fetch{b};
     vf sums[R][V] = {};
     for (long k = 0; k < words; ++k, a += MR, b += NR) {
+        if (FETCH) Fetch::step(next);
         vf bk[V];
         UNROLL for (int j = 0; j < V; ++j) bk[j] = load(b + j * W);
         UNROLL for (int i = 0; i < R; ++i) {
@@ -153,10 +169,13 @@ static void tile(long words, const float* a, const float* b, float* c, long ldc,
 }
 
 template <class Word, int R = MR, class... Args>
-INLINE void tile_of(long rows, long columns, Args... args) {  // tile<> for a number of rows <= MR
+INLINE void tile_of(long rows, long columns, const Fetch* share, Args... args) {  // rows <= MR
     if constexpr (R > 0) {
-        if (rows != R) return tile_of<Word, R - 1>(rows, columns, args...);
-        (columns > W ? tile<Word, R, NV> : tile<Word, R, 1>)(args...);
+        if (rows != R) return tile_of<Word, R - 1>(rows, columns, share, args...);
+        if (share)
+            (columns > W ? tile<Word, R, NV, true> : tile<Word, R, 1, true>)(args..., share);
+        else
+            (columns > W ? tile<Word, R, NV, false> : tile<Word, R, 1, false>)(args..., share);
     }
 }
 
@@ -167,6 +186,7 @@ struct Plan {  // from the shape alone
     long own_b;  // 0: B is packed once for all, and each thread packs blocks of rows for itself.
                  // Else A, which fits in L2, is packed once, and each thread so many panels of B at
                  // a time
+    bool fetch;  // what is packed next, in time: pays where it is large, or read across its rows
 };
 static Plan plan_for(const Product& p, long per_word) {
     const long K = max(p.K, 1), M = max(p.M, 1), N = max(p.N, 1);
@@ -178,6 +198,7 @@ static Plan plan_for(const Product& p, long per_word) {
     const long panels = plan.nc / NR;
     const bool small = M * plan.kc / per_word <= 1 << 18;
     plan.own_b = small && panels >= 12 ? max(1, min(3, panels / 16)) : 0;
+    plan.fetch = plan.own_b ? N * K >= 1 << 17 : p.transpose_a;
     return plan;
 }
 
@@ -192,21 +213,28 @@ struct Block {
     long rows(long m) const { return min(plan.mc, p.M - m * plan.mc); }  // of row block m
     long a_size() const { return plan.mc / MR * panel_size(MR, words()); }
 
-    void pack_rows(long m, float* dst) const {
+    const float* a_from(long m) const {  // where row block m begins
         const long m0 = m * plan.mc;
+        return p.A + (p.transpose_a ? k0 * p.lda + m0 : m0 * p.lda + k0);
+    }
+    const float* b_from(long n, long k) const {  // where column n begins, at depth k
+        return p.B + (p.transpose_b ? (n0 + n) * p.ldb + k0 + k : (k0 + k) * p.ldb + n0 + n);
+    }
+
+    void pack_rows(long m, float* dst) const {
         if (p.transpose_a)
-            pack_across_k<Word, MR>(p.A + k0 * p.lda + m0, p.lda, rows(m), kc, dst, 0, words());
+            pack_across_k<Word, MR>(a_from(m), p.lda, rows(m), kc, dst, 0, words());
         else
-            pack_along_k<Word, MR>(p.A + m0 * p.lda + k0, p.lda, rows(m), kc, dst);
+            pack_along_k<Word, MR>(a_from(m), p.lda, rows(m), kc, dst);
     }
 
     // Columns n .. n + count of this block's B, depth k .. k + depth of it, into their panels.
     void pack_columns(long n, long count, long k, long depth, float* dst) const {
         if (p.transpose_b)
-            pack_along_k<Word, NR>(p.B + (n0 + n) * p.ldb + k0 + k, p.ldb, count, depth, dst);
+            pack_along_k<Word, NR>(b_from(n, k), p.ldb, count, depth, dst);
         else
-            pack_across_k<Word, NR>(p.B + (k0 + k) * p.ldb + n0 + n, p.ldb, count, depth, dst,
-                                    k / Word::PER_WORD, words());
+            pack_across_k<Word, NR>(b_from(n, k), p.ldb, count, depth, dst, k / Word::PER_WORD,
+                                    words());
     }
     // Shared packing reads whole rows as they lie in memory: some panels, or DEPTH values of k.
     static constexpr long DEPTH = 64, COLUMNS = 3 * NR;
@@ -220,12 +248,32 @@ struct Block {
             pack_columns(0, nc, k, min(DEPTH, kc - k), packed_b);
     }
 
+    // The share that tile i fetches of `rows` stored rows, `length` floats of each.
+    Fetch share(long i, const float* from, long ld, long rows, long length) const {
+        const long lines = up(length, LINE), row = i * words() / lines, line = i * words() % lines;
+        if (row >= rows) return {from};
+        return {from + row * ld + line * LINE, line, lines, ld - lines * LINE};
+    }
+    Fetch share_of_rows(long i, long m) const {  // of a transposed A
+        if (m >= plan.row_blocks) return {p.A};
+        return share(i, a_from(m), p.lda, kc, rows(m));
+    }
+    Fetch share_of_panel(long i, long j) const {
+        const long n = j * NR, columns = min(NR, nc - n);
+        if (columns <= 0) return {p.B};
+        return p.transpose_b ? share(i, b_from(n, 0), p.ldb, columns, kc)
+                             : share(i, b_from(n, 0), p.ldb, kc, columns);
+    }
+
     // Row block m times `count` panels of B, of which the first is number j of this block.
-    void multiply(long m, const float* a, long j, long count, const float* b) const {
+    // next(i, j) is the share of tile i of panel j.
+    template <class Next>
+    void multiply(long m, const float* a, long j, long count, const float* b, Next next) const {
         for (const long end = j + count; j < end; ++j, b += panel_size(NR, words()))
             for (long i = 0; i < rows(m); i += MR) {
                 const long n = j * NR, columns = min(NR, nc - n);
-                tile_of<Word>(min(MR, rows(m) - i), columns, words(),
+                const Fetch share = plan.fetch ? next(i / MR, j) : Fetch{b};
+                tile_of<Word>(min(MR, rows(m) - i), columns, plan.fetch ? &share : nullptr, words(),
                               a + i / MR * panel_size(MR, words()), b,
                               p.C + (m * plan.mc + i) * p.ldc + n0 + n, p.ldc, columns,
                               p.bias && k0 == 0 ? p.bias + n0 + n : nullptr, p.add || k0 > 0);
@@ -234,6 +282,7 @@ struct Block {
 
     void run() const {  // by every thread of the team
         const long panels = up(nc, NR), b_size = panel_size(NR, words());
+        const long tiles = plan.mc / MR;  // of a row block, in one panel
         if (plan.own_b) {
 #pragma omp for schedule(dynamic)
             for (long m = 0; m < plan.row_blocks; ++m) pack_rows(m, packed_a + m * a_size());
@@ -243,7 +292,9 @@ struct Block {
                 const long count = min(plan.own_b, panels - j);
                 pack_columns(j * NR, min(count * NR, nc - j * NR), 0, kc, mine);
                 for (long m = 0; m < plan.row_blocks; ++m)
-                    multiply(m, packed_a + m * a_size(), j, count, mine);
+                    multiply(m, packed_a + m * a_size(), j, count, mine, [&](long i, long j) {
+                        return share_of_panel(m * tiles + i, j + THREAD_COUNT * plan.own_b);
+                    });
             }
         } else {
 #pragma omp for schedule(dynamic)
@@ -252,7 +303,9 @@ struct Block {
 #pragma omp for schedule(dynamic)
             for (long m = 0; m < plan.row_blocks; ++m) {
                 pack_rows(m, mine);
-                multiply(m, mine, 0, panels, packed_b);
+                multiply(m, mine, 0, panels, packed_b, [&](long i, long j) {
+                    return share_of_rows(j * tiles + i, m + THREAD_COUNT);
+                });
             }
         }
     }
@@ -293,6 +346,7 @@ static void dot_tile(const Product& p, long m, long n) {  // B stored (N, K)
         vf ak[R];
         UNROLL for (int i = 0; i < R; ++i) ak[i] = load_n(a + i * p.lda + k, left);
         UNROLL for (int j = 0; j < V; ++j) {
+            __builtin_prefetch(b + (V + j) * p.ldb + k);  // the next tile's
             const vf bk = load_n(b + j * p.ldb + k, left);
             UNROLL for (int i = 0; i < R; ++i) sums[i][j] += ak[i] * bk;
         }

@@ -13,8 +13,10 @@
 #ifdef _OPENMP
 #include <omp.h>
 #define THREAD_INDEX omp_get_thread_num()
+#define THREAD_COUNT omp_get_num_threads()
 #else
 #define THREAD_INDEX 0
+#define THREAD_COUNT 1
 #endif
 #include "kernels.h"
 
