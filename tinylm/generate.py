@@ -1,8 +1,8 @@
 """Decoding: the KV cache, sampling, and filling a blank.
 
 One loop serves all: prompts of any lengths are padded on the left to one batch, the first forward
-reads them whole, and each later one only the newest token of every row. When the context is full,
-its older half is dropped and the rest is read anew.
+reads them whole (equal ones once), and each later one only the newest token of every row. When the
+context is full, its older half is dropped and the rest is read anew.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ class LayerCache:
         self.k[:, :, past : self.length] = k.data
         self.v[:, :, past : self.length] = v.data
         return Tensor(self.k[:, :, : self.length]), Tensor(self.v[:, :, : self.length])
+
+    def take(self, rows: list[int]) -> None:
+        """Go on with these rows of the batch; one may be taken several times."""
+        self.k, self.v = self.k[rows], self.v[rows]
 
 
 class KVCache:
@@ -109,11 +113,9 @@ def stream(
         if cache is None or cache.length == limit:
             if cache is not None:
                 rows = [row[-(limit - limit // 2) :] for row in rows]
-            longest = max(map(len, rows))
-            size = min(limit, longest + max_new_tokens - made)
-            cache = KVCache(model, len(rows), size)
-            tokens, padding = pad_left(rows, longest)
-        logits = last_logits(model, tokens, padding, cache)
+            logits, padding, cache = read(model, rows, max_new_tokens - made)
+        else:
+            logits = last_logits(model, new[:, None], padding, cache)
         new = sample(logits, rng, temperature, top_k, top_p)
         yield numpy.where(alive, new, -1)
         alive &= ~numpy.isin(new, stop_ids)
@@ -121,13 +123,30 @@ def stream(
             return
         for row, token in zip(rows, new):
             row.append(int(token))
-        tokens = new[:, None]
 
 
-def pad_left(rows: list[list[int]], width: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+def read(
+    model: Transformer, rows: list[list[int]], more: int
+) -> tuple[numpy.ndarray, numpy.ndarray, KVCache]:
+    """Logits (B, V) of what follows each row, the rows' padding (B, 1), and a cache with room for
+    more tokens. Equal rows, such as several answers to one prompt, are read once.
+    """
+    place = {row: i for i, row in enumerate(dict.fromkeys(map(tuple, rows)))}
+    longest = max(map(len, rows))
+    cache = KVCache(model, len(place), min(model.config.block_size, longest + more))
+    tokens, padding = pad_left(list(place), longest)
+    logits = last_logits(model, tokens, padding, cache)
+    copies = [place[tuple(row)] for row in rows]
+    if len(place) < len(rows):
+        for layer in cache.layers:
+            layer.take(copies)
+    return logits[copies], padding[copies], cache
+
+
+def pad_left(rows: Sequence[Sequence[int]], width: int) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Rows of unequal length as one (B, width) array, and how much padding each has, (B, 1)."""
     padding = numpy.array([[width - len(row)] for row in rows], numpy.int32)
-    return numpy.array([[0] * (width - len(row)) + row for row in rows]), padding
+    return numpy.array([[0] * (width - len(row)) + list(row) for row in rows]), padding
 
 
 def last_logits(model, tokens, padding, cache) -> numpy.ndarray:
