@@ -14,14 +14,14 @@
 //   backward:  P = exp(K Qᵀ - lse); dV += P dO; dS = P (V dOᵀ - delta); dK += dS Q; dQ += dSᵀ K
 //
 // Every query sees a window of keys [from, to): `to` is the causal limit, `from` its document's
-// start. Blocks outside all windows are skipped, blocks inside all of them need no mask. One task
-// is one block of queries (forward) or one key/value head (backward): no sum is shared.
+// start. Blocks outside all windows are skipped, blocks inside all of them need no mask. Along the
+// diagonal, keys come STEP at a time, and only to the queries after them. One task is one block of
+// queries (forward) or one key/value head (backward): no sum is shared.
 #include "simd.h"
 
 namespace ISA {
-constexpr long BQ = 64, BK = 64;
-constexpr long FEW =
-    W / 2;  // with so few queries, a dot product per score beats a product of blocks
+constexpr long BQ = 64, BK = 64, STEP = 16;
+constexpr long FEW = W / 2;  // so few queries, as in generation, are answered one by one
 
 INLINE float* at(const Heads& x, long b, long h, long t) {
     return x.data + b * x.b + h * x.h + t * x.t;
@@ -49,9 +49,9 @@ static void block_tile(long depth, const float* a, long row, long col, const flo
 }
 
 #if LANES == 16
-constexpr long TILE_ROWS = 6, TILE_VECTORS = 4;
+constexpr int TILE_ROWS = 6, TILE_VECTORS = 4;
 #else
-constexpr long TILE_ROWS = 4, TILE_VECTORS = 2;
+constexpr int TILE_ROWS = 4, TILE_VECTORS = 2;
 #endif
 
 template <int V>
@@ -69,13 +69,14 @@ static void block_columns(long m, long depth, const float* a, long row, long col
 }
 
 // n is a multiple of W.
+template <int V = TILE_VECTORS>
 static void block_product(long m, long n, long depth, const float* a, long row, long col,
                           const float* b, long ldb, float* c, long ldc, bool add) {
-    constexpr long WIDE = TILE_VECTORS * W;
     long j = 0;
-    for (; j + WIDE <= n; j += WIDE)
-        block_columns<TILE_VECTORS>(m, depth, a, row, col, b + j, ldb, c + j, ldc, add);
-    for (; j < n; j += W) block_columns<1>(m, depth, a, row, col, b + j, ldb, c + j, ldc, add);
+    for (; j + V * W <= n; j += V * W)
+        block_columns<V>(m, depth, a, row, col, b + j, ldb, c + j, ldc, add);
+    if constexpr (V > 1)
+        if (j < n) block_product<V - 1>(m, n - j, depth, a, row, col, b + j, ldb, c + j, ldc, add);
 }
 
 // ---- one block of queries ----------------------------------------------------------------------
@@ -106,10 +107,21 @@ struct Queries {
     long token(long r) const { return (first + r) % shape.T; }
     float* row(const Heads& x, long r) const { return at(x, b, head(r), token(r)); }
 
+    // How many keys to take from j on.
+    long keys(long j) const {
+        return min(end - j, j + STEP > all_to ? STEP : min(BK, (all_to - j) / STEP * STEP));
+    }
+    // Whole vectors of lanes at the front that see no key from j on.
+    long blind(long j) const {
+        long r = 0;
+        while (r < lanes && to[r] <= j) ++r;
+        return r / W * W;
+    }
+
     // s (keys, BQ) becomes -inf wherever lane r must not see key j + row.
-    void mask(float* s, long j, long keys) const {
+    void mask(float* s, long j, long keys, long first_lane) const {
         if (all_from <= j && j + keys <= all_to) return;
-        for (long l = 0; l < lanes; l += W) {
+        for (long l = first_lane; l < lanes; l += W) {
             const vi low = load(from + l), high = load(to + l);
             for (long key = 0; key < keys; ++key) {
                 const int32_t at = j + key;
@@ -158,24 +170,12 @@ static Matrix whole_vectors(const Heads& x, long b, long g, long j, long n, long
     return {copy, ld};
 }
 
-// s (keys, BQ) = k (keys, D) q (lanes, ld)ᵀ, where qt is q transposed
-static void scores(long keys, long lanes, long rows, long D, const float* k, long ldk,
-                   const float* q, const float* qt, long ld, float* s) {
-    if (rows > FEW) return block_product(keys, lanes, D, k, ldk, 1, qt, BQ, s, BQ, false);
-    for (long key = 0; key < keys; ++key)  // few rows (generation): `lanes` is W
-        for (long r = 0; r < rows; ++r) {
-            vf sums = {};
-            for (long d = 0; d < D; d += W)
-                sums += load_n(k + key * ldk + d, D - d) * load(q + r * ld + d);
-            s[key * BQ + r] = sum(sums);
-        }
-}
-
 // ---- forward -----------------------------------------------------------------------------------
 
 // s becomes exp(s - top); top and total are brought up to date; fade is what the past is worth now.
-static void online_softmax(float* s, long keys, long lanes, float* top, float* total, float* fade) {
-    for (long l = 0; l < lanes; l += W) {
+static void online_softmax(float* s, long keys, long l, long lanes, float* top, float* total,
+                           float* fade) {
+    for (; l < lanes; l += W) {
         const vf before = load(top + l);
         vf now = before, sums = {};
         for (long key = 0; key < keys; ++key) now = maximum(load(s + key * BQ + l), now);
@@ -204,17 +204,19 @@ static void forward_block(const Queries& q, const Heads& Q, const Heads& K, cons
     gather(q, Q, 1 / __builtin_sqrtf(D), rows, ld);
     transpose_rows(rows, q.lanes, ld, qt);
 
-    for (long j = q.begin; j < q.end; j += BK) {
-        const long keys = min(BK, q.end - j);
-        scores(keys, q.lanes, q.rows, D, at(K, q.b, q.g, j), K.t, rows, qt, ld, s);
-        q.mask(s, j, keys);
-        online_softmax(s, keys, q.lanes, top, total, fade);
-        for (long r = 0; r < q.rows; ++r)
+    for (long j = q.begin, keys; j < q.end; j += keys) {
+        keys = q.keys(j);
+        const long l = q.blind(j);
+        block_product(keys, q.lanes - l, D, at(K, q.b, q.g, j), K.t, 1, qt + l, BQ, s + l, BQ,
+                      false);
+        q.mask(s, j, keys, l);
+        online_softmax(s, keys, l, q.lanes, top, total, fade);
+        for (long r = l; r < q.rows; ++r)
             if (fade[r] != 1)
                 for (long d = 0; d < ld; d += W)
                     store(o + r * ld + d, load(o + r * ld + d) * fade[r]);
         const Matrix v = whole_vectors(V, q.b, q.g, j, keys, D, copy);
-        block_product(q.rows, ld, keys, s, 1, BQ, v.data, v.ld, o, ld, true);
+        block_product(q.rows - l, ld, keys, s + l, 1, BQ, v.data, v.ld, o + l * ld, ld, true);
     }
     for (long r = 0; r < q.rows; ++r) {
         const float scale = total[r] == 0 ? 0 : 1 / total[r];
@@ -225,17 +227,66 @@ static void forward_block(const Queries& q, const Heads& Q, const Heads& K, cons
     scatter(q, o, ld, out);
 }
 
+// One query: its keys are read once, W at a time, and then its values.
+static void forward_row(const Queries& q, long r, const Heads& Q, const Heads& K, const Heads& V,
+                        const Heads& out, float* lse, float* s) {
+    const long D = q.shape.D, from = q.from[r], to = q.to[r];
+    const float *query = q.row(Q, r), *k = at(K, q.b, q.g, from), *v = at(V, q.b, q.g, from);
+    vf tops = splat(-INF), totals = {};
+    for (long j = 0; j < to - from; j += W) {
+        vf dots[W] = {};
+        for (long i = 0; i < min(W, to - from - j); ++i) {
+            vf dot = {};
+            for_vectors(0, D, [&](long d, long n) {
+                __builtin_prefetch(v + (j + i) * V.t + d);
+                dot += load_n(k + (j + i) * K.t + d, n) * load_n(query + d, n);
+            });
+            dots[i] = dot;
+        }
+        transpose(dots);
+        vf score = {};
+        UNROLL for (int i = 0; i < W; ++i) score += dots[i];
+        score = first_n(score / __builtin_sqrtf(D), to - from - j, -INF);
+        tops = maximum(score, tops);
+        store(s + j, score);
+    }
+    const float top = from < to ? largest(tops) : 0;
+    for (long j = 0; j < to - from; j += W) {
+        const vf e = exp(load(s + j) - top);
+        totals += e;
+        store(s + j, e);
+    }
+    const float total = sum(totals), scale = total == 0 ? 0 : 1 / total;
+    lse[(q.b * q.shape.H + q.head(r)) * q.shape.T + q.token(r)] =
+        total == 0 ? -INF : top + __builtin_logf(total);
+    constexpr int VECTORS = 4;
+    for (long d = 0; d < D; d += VECTORS * W) {
+        vf sums[VECTORS] = {};
+        for (long j = 0; j < to - from; ++j)
+            UNROLL for (int i = 0; i < VECTORS; ++i) sums[i] +=
+                s[j] * load_n(v + j * V.t + d + i * W, D - d - i * W);
+        UNROLL for (int i = 0; i < VECTORS; ++i)
+            store_n(q.row(out, r) + d + i * W, sums[i] * scale, D - d - i * W);
+    }
+}
+
 static void attention_forward(const AttentionShape& shape, const Heads& q, const Heads& k,
                               const Heads& v, const int32_t* start, const Heads& out, float* lse,
                               int threads) {
     const long blocks = up(shape.H / shape.G * shape.T, BQ), tasks = shape.B * shape.G * blocks;
-    const long each = forward_scratch(shape.D);
+    const bool few = shape.H / shape.G * shape.T <= FEW;
+    const long each = few ? round_up(shape.S, W) : forward_scratch(shape.D);
     Scratch scratch(threads * each);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long task = 0; task < tasks; ++task) {
         const long block = task % blocks, g = task / blocks % shape.G, b = task / blocks / shape.G;
         const Queries queries(shape, b, g, block * BQ, start);
-        forward_block(queries, q, k, v, out, lse, scratch.data + THREAD_INDEX * each);
+        float* mine = scratch.data + THREAD_INDEX * each;
+        if (few)
+            for (long r = 0; r < queries.rows; ++r)
+                forward_row(queries, r, q, k, v, out, lse, mine);
+        else
+            forward_block(queries, q, k, v, out, lse, mine);
     }
 }
 
@@ -253,9 +304,9 @@ struct Gradients {  // what one key/value head works with
 };
 
 // p (keys, BQ) holds scores and becomes probabilities; ds holds dP and becomes dS.
-static void score_gradients(long keys, long lanes, const float* lse, const float* delta, float* p,
-                            float* ds) {
-    for (long l = 0; l < lanes; l += W) {
+static void score_gradients(long keys, long l, long lanes, const float* lse, const float* delta,
+                            float* p, float* ds) {
+    for (; l < lanes; l += W) {
         const vf level = load(lse + l), d = load(delta + l);
         for (long i = l; i < keys * BQ; i += BQ) {
             const vf e = exp(load(p + i) - level);
@@ -284,16 +335,19 @@ static void backward_block(const Queries& q, const Gradients& x, float* scratch)
         lse[r] = x.lse[(q.b * q.shape.H + q.head(r)) * q.shape.T + q.token(r)];
         if (lse[r] == -INF) lse[r] = 0;  // a query that sees nothing: exp(-inf - 0) is 0
     }
-    for (long j = q.begin; j < q.end; j += BK) {
-        const long keys = min(BK, q.end - j);
+    for (long j = q.begin, keys; j < q.end; j += keys) {
+        keys = q.keys(j);
+        const long l = q.blind(j), lanes = q.lanes - l, seeing = q.rows - l;
+        const float *pl = p + l, *dsl = ds + l;
         const Matrix k = whole_vectors(x.k, q.b, q.g, j, keys, D, copy);
-        block_product(keys, q.lanes, D, k.data, k.ld, 1, qt, BQ, p, BQ, false);
-        block_product(keys, q.lanes, D, at(x.v, q.b, q.g, j), x.v.t, 1, dot, BQ, ds, BQ, false);
-        q.mask(p, j, keys);
-        score_gradients(keys, q.lanes, lse, delta, p, ds);
-        block_product(keys, ld, q.rows, p, BQ, 1, drows, ld, x.dv + j * ld, ld, true);
-        block_product(keys, ld, q.rows, ds, BQ, 1, rows, ld, x.dk + j * ld, ld, true);
-        block_product(q.rows, ld, keys, ds, 1, BQ, k.data, k.ld, dq, ld, true);
+        block_product(keys, lanes, D, k.data, k.ld, 1, qt + l, BQ, p + l, BQ, false);
+        block_product(keys, lanes, D, at(x.v, q.b, q.g, j), x.v.t, 1, dot + l, BQ, ds + l, BQ,
+                      false);
+        q.mask(p, j, keys, l);
+        score_gradients(keys, l, q.lanes, lse, delta, p, ds);
+        block_product(keys, ld, seeing, pl, BQ, 1, drows + l * ld, ld, x.dv + j * ld, ld, true);
+        block_product(keys, ld, seeing, dsl, BQ, 1, rows + l * ld, ld, x.dk + j * ld, ld, true);
+        block_product(seeing, ld, keys, dsl, 1, BQ, k.data, k.ld, dq + l * ld, ld, true);
     }
     for (long i = 0; i < q.rows * ld; i += W)
         store(dq + i, load(dq + i) * scale);  // dK has it from Q
