@@ -32,9 +32,10 @@ def add(x: Tensor, y: Tensor | float) -> Tensor:
     if not isinstance(y, Tensor) and backend.xp.ndim(y) == 0:
         return Tensor.from_op(x.data + y, (x,), lambda dout: (dout,))
     y = wrap(y)
+    shapes = x.shape, y.shape
 
     def vjp(dout):
-        return unbroadcast(dout, x.shape), unbroadcast(dout, y.shape)
+        return tuple(unbroadcast(dout, shape) for shape in shapes)
 
     alike = x.shape == y.shape
     total = backend.kernels.add(x.data, y.data) if alike else x.data + y.data
@@ -71,14 +72,15 @@ def mean(x: Tensor, axis: int | tuple[int, ...] | None = None, keepdims: bool = 
 
 def reshape(x: Tensor, *shape: int) -> Tensor:
     """The same numbers in another shape; −1 stands for what is left."""
-    return Tensor.from_op(x.data.reshape(shape), (x,), lambda dout: (dout.reshape(x.shape),))
+    before = x.shape
+    return Tensor.from_op(x.data.reshape(shape), (x,), lambda dout: (dout.reshape(before),))
 
 
 def split_heads(x: Tensor, n_head: int) -> Tensor:
     """(B, T, H·D) -> (B, H, T, D), a view."""
-    B, T, _ = x.shape
+    B, T, C = x.shape
     heads = x.data.reshape(B, T, n_head, -1).swapaxes(1, 2)
-    return Tensor.from_op(heads, (x,), lambda dout: (dout.swapaxes(1, 2).reshape(x.shape),))
+    return Tensor.from_op(heads, (x,), lambda dout: (dout.swapaxes(1, 2).reshape(B, T, C),))
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -93,7 +95,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 def split(x: Tensor, parts: int) -> tuple[Tensor, ...]:
     """Cut the last axis into equal parts, as views; their gradients are written side by side."""
-    width = x.shape[-1] // parts
+    shape, dtype, width = x.shape, x.dtype, x.shape[-1] // parts
     places = [slice(i * width, (i + 1) * width) for i in range(parts)]
     dx, missing = [], set(range(parts))
 
@@ -101,7 +103,7 @@ def split(x: Tensor, parts: int) -> tuple[Tensor, ...]:
         def vjp(dout):
             first = not dx
             if first:
-                dx.append(backend.empty(x.shape, x.dtype))
+                dx.append(backend.empty(shape, dtype))
             dx[0][..., places[i]] = dout
             missing.remove(i)
             return (dx[0] if first else None,)
@@ -136,10 +138,11 @@ def linear(
     """x Wᵀ + b.  x (..., C), weight (F, C), or (C, F) if transposed, bias (F) -> (..., F)."""
     b = None if bias is None else bias.data
     y = backend.kernels.linear_forward(x.data, weight.data, b, transposed)
+    kept = x.kept()
 
     def vjp(dy):
         has_bias = bias is not None
-        grads = backend.kernels.linear_backward(dy, x.data, weight.data, transposed, has_bias)
+        grads = backend.kernels.linear_backward(dy, kept(), weight.data, transposed, has_bias)
         return grads if has_bias else grads[:2]
 
     return Tensor.from_op(y, (x, weight) if bias is None else (x, weight, bias), vjp)
@@ -149,7 +152,7 @@ def embedding(tokens: Array, weight: Tensor) -> Tensor:
     """tokens (B, T) of int, weight (V, C) -> (B, T, C)."""
 
     def vjp(dy):
-        if weight.vjp is not None or weight.grad is None:
+        if weight.node.vjp is not None or weight.grad is None:
             return (backend.kernels.embedding_backward(dy, tokens, weight.shape[0]),)
         # a tied head has left its gradient, whose memory is the leaf's own: add a few rows to it
         backend.kernels.embedding_backward(dy, tokens, weight.shape[0], weight.grad)
@@ -163,22 +166,30 @@ def embedding(tokens: Array, weight: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last axis.  arXiv 1910.07467"""
-    y, rstd = backend.kernels.rms_norm_forward(x.data, weight.data, eps)
+    kept = x.kept()
+
+    def forward():
+        return backend.kernels.rms_norm_forward(kept(), weight.data, eps)
 
     def vjp(dy):
-        return backend.kernels.rms_norm_backward(dy, x.data, weight.data, rstd)
+        return backend.kernels.rms_norm_backward(dy, kept(), weight.data, rstd)
 
-    return Tensor.from_op(y, (x, weight), vjp)
+    y, rstd = forward()
+    return Tensor.from_op(y, (x, weight), vjp, lambda: forward()[0])
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """(x − mean) / sqrt(var + eps) · weight + bias over the last axis.  arXiv 1607.06450"""
-    y, mean, rstd = backend.kernels.layer_norm_forward(x.data, weight.data, bias.data, eps)
+    kept = x.kept()
+
+    def forward():
+        return backend.kernels.layer_norm_forward(kept(), weight.data, bias.data, eps)
 
     def vjp(dy):
-        return backend.kernels.layer_norm_backward(dy, x.data, weight.data, mean, rstd)
+        return backend.kernels.layer_norm_backward(dy, kept(), weight.data, mean, rstd)
 
-    return Tensor.from_op(y, (x, weight, bias), vjp)
+    y, mean, rstd = forward()
+    return Tensor.from_op(y, (x, weight, bias), vjp, lambda: forward()[0])
 
 
 # ---- attention ---------------------------------------------------------------------------------
@@ -220,22 +231,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor, start: Array | None = None) -> Te
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """gate · σ(gate) · up.  arXiv 2002.05202"""
-    y = backend.kernels.swiglu_forward(gate.data, up.data)
+    g, u = gate.kept(), up.kept()
+
+    def forward():
+        return backend.kernels.swiglu_forward(g(), u())
 
     def vjp(dy):
-        return backend.kernels.swiglu_backward(dy, gate.data, up.data)
+        return backend.kernels.swiglu_backward(dy, g(), u())
 
-    return Tensor.from_op(y, (gate, up), vjp)
+    return Tensor.from_op(forward(), (gate, up), vjp, forward)
 
 
 def gelu(x: Tensor, approximate: bool = True) -> Tensor:
     """x Φ(x), or its tanh approximation.  arXiv 1606.08415"""
-    y = backend.kernels.gelu_forward(x.data, approximate)
+    kept = x.kept()
+
+    def forward():
+        return backend.kernels.gelu_forward(kept(), approximate)
 
     def vjp(dy):
-        return (backend.kernels.gelu_backward(dy, x.data, approximate),)
+        return (backend.kernels.gelu_backward(dy, kept(), approximate),)
 
-    return Tensor.from_op(y, (x,), vjp)
+    return Tensor.from_op(forward(), (x,), vjp, forward)
 
 
 # ---- loss --------------------------------------------------------------------------------------

