@@ -108,14 +108,14 @@ def stream(
     limit = model.config.block_size
     rows = [list(prompt[-limit:]) for prompt in prompts]
     alive = numpy.ones(len(rows), bool)
-    cache = None
+    tokens = None
     for made in range(max_new_tokens):
-        if cache is None or cache.length == limit:
-            if cache is not None:
+        if tokens is None or cache.length == limit:
+            if tokens is not None:
                 rows = [row[-(limit - limit // 2) :] for row in rows]
             logits, padding, cache = read(model, rows, max_new_tokens - made)
         else:
-            logits = last_logits(model, new[:, None], padding, cache)
+            logits = last_logits(model, tokens, padding, cache)
         new = sample(logits, rng, temperature, top_k, top_p)
         yield numpy.where(alive, new, -1)
         alive &= ~numpy.isin(new, stop_ids)
@@ -123,6 +123,7 @@ def stream(
             return
         for row, token in zip(rows, new):
             row.append(int(token))
+        tokens = new[:, None]
 
 
 def read(
