@@ -108,10 +108,10 @@ def stream(
     limit = model.config.block_size
     rows = [list(prompt[-limit:]) for prompt in prompts]
     alive = numpy.ones(len(rows), bool)
-    tokens = None
+    cache = tokens = None
     for made in range(max_new_tokens):
-        if tokens is None or cache.length == limit:
-            if tokens is not None:
+        if cache is None or cache.length == limit:
+            if cache is not None:
                 rows = [row[-(limit - limit // 2) :] for row in rows]
             logits, padding, cache = read(model, rows, max_new_tokens - made)
         else:
