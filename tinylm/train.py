@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
-from tinylm import backend, memory
+from tinylm import backend, environment, memory
 from tinylm.checkpoint import Checkpoint, save_description, save_weights, write_text
 from tinylm.data import Batch
 from tinylm.errors import InputError
@@ -181,6 +181,7 @@ class Trainer:
         self.checkpoint = Checkpoint(folder)
         self.guard = Guard()
         self.step, self.seconds, self.results = 0, 0.0, {}
+        self.environment = environment.describe()
         self.stop_asked = False
 
     def run(self, resume: bool) -> dict:
@@ -287,6 +288,7 @@ class Trainer:
             "stage": self.stage.state(),
             "config": asdict(self.config),
             "results": self.results,
+            "environment": self.environment,
         }
         self.checkpoint.save(self.stage.model, self.optimizer, state)
         save_weights(self.stage.model, self.folder)
