@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 WIDTH, HEIGHT = 400, 230  # of a chart in its own pixels, about a phone's
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 36  # margins of the plot in it
@@ -42,11 +43,12 @@ def steps(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def decades(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten; the powers alone where that would be crowded."""
+    """1, 2 and 5 times powers of ten, the powers alone in a wide range, else equal steps."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    wide = math.log10(high / low) > 2
+    wide = high > 200 * low
     values = [m * 10.0**k for k in powers for m in ((1,) if wide else (1, 2, 5))]
-    return [value for value in values if low <= value <= high]
+    values = [value for value in values if low <= value <= high]
+    return values if len(values) > 2 else steps(low, high)
 
 
 def label(value: float) -> str:
@@ -78,7 +80,7 @@ class Chart:
     @property
     def y(self) -> Axis:
         values = [y for _, y in self.points]
-        return Axis(min(values), max(values), HEIGHT - BOTTOM, TOP, self.log)
+        return Axis(min(values), max(values), HEIGHT - BOTTOM, TOP, self.log and min(values) > 0)
 
     def paths(self) -> list[tuple[str, str]]:
         """(CSS class, the `d` of an SVG path) of each line."""
@@ -95,9 +97,10 @@ def thinned(points: Points, most: int = 250) -> Points:
 
 
 def smooth(points: Points) -> Points:
-    """Running mean over about a fiftieth of the run."""
-    weight, mean, smoothed = min(1.0, 50 / max(1, len(points))), None, []
-    for x, y in points:
-        mean = y if mean is None else mean + weight * (y - mean)
-        smoothed.append((x, mean))
+    """Means over windows of about a twenty-fifth of the run, each centred on its point."""
+    sums, n = [0.0, *accumulate(y for _, y in points)], len(points)
+    smoothed = []
+    for i, (x, _) in enumerate(points):
+        w = min(n // 50, i, n - 1 - i)
+        smoothed.append((x, (sums[i + w + 1] - sums[i - w]) / (2 * w + 1)))
     return smoothed

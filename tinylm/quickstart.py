@@ -111,7 +111,10 @@ def compare(out: Path, world: Almanac) -> tuple[dict, list]:
         [(asked[i][0], asked[i][1].text) for i in shown],
         {name: [answers[i] for i in shown] for name, answers in said.items()},
     )
-    asked = [{"set": PARTS[asked[i][0]], "question": asked[i][1].text} for i in shown]
+    asked = [
+        {"set": PARTS[part], "question": q.text, "answer": next(iter(q.accepted), None)}
+        for part, q in (asked[i] for i in shown)
+    ]
     results = {"sets": PARTS, "stages": stages, "asked": asked}
     return results, [samples, verdicts(stages)]
 
