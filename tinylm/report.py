@@ -41,7 +41,7 @@ def charts(run: Run, runs: list[Run]) -> list[Chart]:
     by = lambda key, of=run: smooth(of.points(key))
     if run.stage == "feedback":
         main = Chart("Reward", "step", "mean score of the sampled answers; dots: of held-out ones")
-        paid = Chart("Reward bought with drift", "√KL from the fine-tuned model, nats per token")
+        paid = Chart("Reward by drift", "√KL from the fine-tuned model, nats per token")
         paid.lines = [("other", drift(other)) for other in others] + [("run", drift(run))]
         share = Chart("Scores", "step", "share of answers above zero (line) and below it (dashed)")
         share.lines = [("run", by("positive")), ("dashed", by("negative"))]
@@ -64,12 +64,13 @@ def charts(run: Run, runs: list[Run]) -> list[Chart]:
     return [chart for chart in (main, *more, rate, speed) if chart.points]
 
 
-def drift(run: Run, blocks: int = 30) -> Points:
-    """(√KL, reward), each the mean of a block of steps (arXiv 2210.10760)."""
-    kl, reward = ([value for _, value in run.points(key)] for key in ("kl", "reward"))
-    size = max(1, len(kl) // blocks)
-    parts = [slice(i, i + size) for i in range(0, len(kl), size)]
-    return [(math.sqrt(max(0.0, fmean(kl[of]))), fmean(reward[of])) for of in parts]
+def drift(run: Run, blocks: int = 20) -> Points:
+    """Mean reward at each √KL, of equally many steps each (the axes of arXiv 2210.10760)."""
+    steps = zip(run.points("kl"), run.points("reward"))
+    pairs = sorted((math.sqrt(max(0.0, kl)), reward) for (_, kl), (_, reward) in steps)
+    size = max(1, len(pairs) // blocks)
+    parts = [[*zip(*pairs[i : i + size])] for i in range(0, len(pairs), size)]
+    return [(fmean(kl), fmean(reward)) for kl, reward in parts]
 
 
 def speed_note(run: Run) -> str:
