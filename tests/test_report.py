@@ -122,6 +122,7 @@ def test_evaluations_refused_updates_and_resumes_are_marked(runs):
     rows = metrics(runs / "base")
     skipped = {"step": 4, "loss": None, "lr": 0.1, "grad_norm": None, "event": "skip"}
     rows[3] = skipped | {"reason": "gradient norm <9> spiked"}
+    rows[4] |= {"event": "skip", "reason": "nothing to learn"}  # as where all answers score alike
     rows.insert(4, {"step": 4, "event": "resume"})
     path = runs / "base" / "training" / "metrics.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

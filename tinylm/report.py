@@ -25,6 +25,7 @@ from tinylm.progress import Progress, clock
 from tinylm.runs import Run, facts, find_runs, finite
 
 GREETING = "Hello!"
+CLAIM = ("title", "says", "holds", "measures")
 READ = 140  # tokens of held-out text that are shown
 FIGURES = (  # the number that sums up a run of each stage: what is needed for it, itself, its name
     ("bits_per_byte", "{bits_per_byte:.3f}",
@@ -42,6 +43,7 @@ def charts(run: Run, runs: list[Run]) -> list[Chart]:
     if run.stage == "feedback":
         main = Chart("Reward", "step", "mean score of the sampled answers; dots: of held-out ones")
         paid = Chart("Reward by drift", "√KL from the fine-tuned model, nats per token")
+        paid.note = f"means of {len(drift(run))} parts of the run, in turn"
         paid.lines = [("other", drift(other)) for other in others] + [("run", drift(run))]
         share = Chart("Scores", "step", "share of answers above zero (line) and below it (dashed)")
         share.lines = [("run", by("positive")), ("dashed", by("negative"))]
@@ -52,11 +54,7 @@ def charts(run: Run, runs: list[Run]) -> list[Chart]:
     main.lines = [("other", by(key, other)) for other in others]
     main.lines += [("raw", run.points(key)), ("run", by(key))]
     main.dots = [(x, y, f"step {x}: {y:.4g}") for x, y in run.points(held, evaluations=True)]
-    main.marks = [
-        (row["step"], row["event"], row.get("reason", "resumed"))
-        for row in run.rows
-        if row.get("event") in ("skip", "resume")
-    ]
+    main.marks = run.marks()
     rate = Chart("Learning rate", "step", "in thousandths")
     rate.lines = [("run", [(step, 1000 * lr) for step, lr in run.points("lr")])]
     speed = Chart("Tokens per second", "step", speed_note(run))
@@ -64,13 +62,12 @@ def charts(run: Run, runs: list[Run]) -> list[Chart]:
     return [chart for chart in (main, *more, rate, speed) if chart.points]
 
 
-def drift(run: Run, blocks: int = 20) -> Points:
-    """Mean reward at each √KL, of equally many steps each (the axes of arXiv 2210.10760)."""
-    steps = zip(run.points("kl"), run.points("reward"))
-    pairs = sorted((math.sqrt(max(0.0, kl)), reward) for (_, kl), (_, reward) in steps)
-    size = max(1, len(pairs) // blocks)
-    parts = [[*zip(*pairs[i : i + size])] for i in range(0, len(pairs), size)]
-    return [(fmean(kl), fmean(reward)) for kl, reward in parts]
+def drift(run: Run, blocks: int = 12) -> Points:
+    """(√KL, reward), each the mean of a block of steps (the axes of arXiv 2210.10760)."""
+    kl, reward = ([value for _, value in run.points(key)] for key in ("kl", "reward"))
+    size = max(1, len(kl) // blocks)
+    parts = [slice(i, i + size) for i in range(0, len(kl), size)]
+    return [(math.sqrt(max(0.0, fmean(kl[of]))), fmean(reward[of])) for of in parts]
 
 
 def speed_note(run: Run) -> str:
@@ -106,26 +103,28 @@ def verdicts(results: dict[Path, dict]) -> list[dict]:
     for folder, content in results.items():
         for stage, found in content.get("stages", {}).items():
             name = f"{folder.name}/{stage}" if len(results) > 1 else stage
-            for part, shares in found.items():
-                if isinstance(shares, dict):
-                    about, n = content.get("sets", {}).get(part, part), shares["n"]
-                    sets.setdefault((about, n), {})[name] = [
-                        (v, shares[v], *wilson(shares[v], n)) for v in ("right", "wrong", "idk")
-                    ]
+            for part, about in content.get("sets", {}).items():
+                n = found[part]["n"]
+                sets.setdefault((about, n), {})[name] = [
+                    (v, found[part][v], *wilson(found[part][v], n))
+                    for v in ("right", "wrong", "idk")
+                ]
     return [{"name": about, "n": n, "stages": stages} for (about, n), stages in sets.items()]
 
 
 def read_claims(path: Path) -> list[dict]:
+    """claims.json of a lab, each with the `top` of its scale. Raises InputError where it is not."""
+    if not path.exists():
+        return []
     try:
-        claims = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        claims = json.loads(path.read_text(encoding="utf-8"))
+        claims = [{key: claim[key] for key in CLAIM} for claim in claims]
         for claim in claims:
-            values = [v for m in claim["measures"] for v in (m["high"], m["value"]) if finite(v)]
-            claim["top"] = max([1.0, *values])
-            claim["title"], claim["says"], claim["holds"]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: not a list of claims ({type(error).__name__}: {error})"
-        ) from None
+            ends = [m.get(end) for m in claim["measures"] for end in ("value", "high")]
+            claim["top"] = max([1.0, *filter(finite, ends)])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: not a list of claims ({why})") from None
     return claims
 
 
@@ -179,9 +178,6 @@ def content(folders: list[Path], ask: list[str]) -> dict:
         ],
         "verdicts": verdicts(results),
         "claims": [c for folder in folders for c in read_claims(folder / "claims.json")],
-        "masks": [
-            (run, run.state["stage"]["mask"]) for run in runs if "mask" in run.state["stage"]
-        ],
         "reading": [(run, text) for run in runs if (text := heldout_text(run))],
     }
 

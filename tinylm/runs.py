@@ -17,7 +17,7 @@ from tinylm.checkpoint import Checkpoint
 from tinylm.data import Corpus
 from tinylm.errors import InputError
 from tinylm.progress import clock
-from tinylm.train import read_metrics
+from tinylm.train import NOTHING, read_metrics
 
 STAGES = {"objective": "pretrain", "epochs": "sft", "judge": "feedback"}  # by a setting of its own
 HASHED = 1 << 28  # bytes: what is larger is not hashed, for a report must not take minutes
@@ -55,9 +55,14 @@ class Run:
         return self.state.get("environment", {})
 
     def points(self, key: str, evaluations: bool = False) -> Points:
-        """(step, number) of all steps, or of all evaluations, that have such a number."""
-        rows = [row for row in self.rows if ("lr" not in row) == evaluations]
+        """(step, number) of all updates made, or of all evaluations, that have such a number."""
+        rows = [row for row in self.rows if ("lr" not in row) == evaluations and not refused(row)]
         return [(row["step"], row[key]) for row in rows if finite(row.get(key))]
+
+    def marks(self) -> list[tuple[float, str, str]]:
+        """(step, event, what happened) of updates that were refused, and of resumes."""
+        rows = [row for row in self.rows if refused(row) or row.get("event") == "resume"]
+        return [(row["step"], row["event"], row.get("reason", "resumed")) for row in rows]
 
     def utilisation(self) -> float | None:
         """Share of what its threads can multiply and add, at the median speed.
@@ -91,6 +96,10 @@ def find_runs(folders: list[Path]) -> list[Run]:
         for path, run in found.items():
             run.name = f"{path.resolve().parent.name}/{path.name}"
     return sorted(found.values(), key=lambda run: [*STAGES.values()].index(run.stage))
+
+
+def refused(row: dict) -> bool:
+    return row.get("event") == "skip" and row.get("reason") != NOTHING
 
 
 def finite(value) -> bool:

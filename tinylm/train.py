@@ -33,6 +33,7 @@ def setting(default, help: str, free: bool = False, choices: tuple[str, ...] = (
 
 
 OPTIMIZERS = ("adamw", "muon")
+NOTHING = "nothing to learn"  # why an update was skipped without being refused
 
 
 @dataclass
@@ -241,7 +242,7 @@ class Trainer:
                 loss.backward(backend.xp.full(loss.shape, 1 / n, loss.dtype))
         norm = backend.kernels.global_norm(self.optimizer.gradients())
         empty = not any(batch.learns() for batch in batches)
-        refusal = "nothing to learn" if empty else self.guard.reason(total, norm)
+        refusal = NOTHING if empty else self.guard.reason(total, norm)
         c = self.config
         lr = c.learning_rate * schedule(self.share_done(1), c.warmup, c.floor)
         if not refusal:
