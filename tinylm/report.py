@@ -42,8 +42,8 @@ def charts(run: Run, runs: list[Run]) -> list[Chart]:
     by = lambda key, of=run: smooth(of.points(key))
     if run.stage == "feedback":
         main = Chart("Reward", "step", "mean score of the sampled answers; dots: of held-out ones")
-        paid = Chart("Reward by drift", "√KL from the fine-tuned model, nats per token")
-        paid.note = f"means of {len(drift(run))} parts of the run, in turn"
+        across = "√KL from the fine-tuned model, nats per token"
+        paid = Chart("Reward by drift", across, "by twelfths of the run")
         paid.lines = [("other", drift(other)) for other in others] + [("run", drift(run))]
         share = Chart("Scores", "step", "share of answers above zero (line) and below it (dashed)")
         share.lines = [("run", by("positive")), ("dashed", by("negative"))]
@@ -62,10 +62,10 @@ def charts(run: Run, runs: list[Run]) -> list[Chart]:
     return [chart for chart in (main, *more, rate, speed) if chart.points]
 
 
-def drift(run: Run, blocks: int = 12) -> Points:
-    """(√KL, reward), each the mean of a block of steps (the axes of arXiv 2210.10760)."""
+def drift(run: Run) -> Points:
+    """(√KL, reward), each the mean of a twelfth of the run (the axes of arXiv 2210.10760)."""
     kl, reward = ([value for _, value in run.points(key)] for key in ("kl", "reward"))
-    size = max(1, len(kl) // blocks)
+    size = max(1, math.ceil(len(kl) / 12))
     parts = [slice(i, i + size) for i in range(0, len(kl), size)]
     return [(math.sqrt(max(0.0, fmean(kl[of]))), fmean(reward[of])) for of in parts]
 
