@@ -115,6 +115,11 @@ def test_the_machine_is_recorded_with_the_run(trained):
     assert 0 < run.utilisation() < 1.5
 
 
+def test_feedback_records_which_answers_were_right_and_wrong(trained):
+    for row in metrics(trained / "feedback")[:2]:  # +1, 0 and −1 are all its scores
+        assert row["reward"] == pytest.approx(row["positive"] - row["negative"])
+
+
 def test_evaluations_refused_updates_and_resumes_are_marked(runs):
     html = drawn(runs / "base")
     assert html.count('class="dot"') == 2
