@@ -22,7 +22,7 @@ from tinylm.data import Corpus
 from tinylm.errors import InputError
 from tinylm.evaluate import wilson
 from tinylm.progress import Progress, clock
-from tinylm.runs import Run, facts, find_runs, finite
+from tinylm.runs import SPEED, Run, facts, find_runs, finite
 
 GREETING = "Hello!"
 CLAIM = ("title", "says", "holds", "measures")
@@ -39,27 +39,32 @@ FIGURES = (  # the number that sums up a run of each stage: what is needed for i
 def charts(run: Run, runs: list[Run]) -> list[Chart]:
     """What happened in a run; the other runs of its stage in grey."""
     others = [other for other in runs if other.stage == run.stage and other is not run]
-    by = lambda key, of=run: smooth(of.points(key))
     if run.stage == "feedback":
+        key, held, more = "reward", "held_out_reward", of_feedback(run, others)
         main = Chart("Reward", "step", "mean score of the sampled answers; dots: of held-out ones")
-        across = "√KL from the fine-tuned model, nats per token"
-        paid = Chart("Reward by drift", across, "by twelfths of the run")
-        paid.lines = [("other", drift(other)) for other in others] + [("run", drift(run))]
-        share = Chart("Scores", "step", "share of answers above zero (line) and below it (dashed)")
-        share.lines = [("run", by("positive")), ("dashed", by("negative"))]
-        key, held, more = "reward", "held_out_reward", [paid, share]
     else:
-        main = Chart("Loss", "step", "nats per token; dots: held out", log=True)
         key, held, more = "loss", "loss", []
-    main.lines = [("other", by(key, other)) for other in others]
-    main.lines += [("raw", run.points(key)), ("run", by(key))]
+        main = Chart("Loss", "step", "nats per token; dots: held out", log=True)
+    main.lines = [("other", smooth(other.points(key))) for other in others]
+    main.lines += [("raw", run.points(key)), ("run", smooth(run.points(key)))]
     main.dots = [(x, y, f"step {x}: {y:.4g}") for x, y in run.points(held, evaluations=True)]
     main.marks = run.marks()
     rate = Chart("Learning rate", "step", "in thousandths")
     rate.lines = [("run", [(step, 1000 * lr) for step, lr in run.points("lr")])]
-    speed = Chart("Tokens per second", "step", speed_note(run))
-    speed.lines = [("raw", run.points("tokens_per_second")), ("run", by("tokens_per_second"))]
+    speed, speeds = Chart("Tokens per second", "step", speed_note(run)), run.points(SPEED)
+    speed.lines = [("raw", speeds), ("run", smooth(speeds))]
     return [chart for chart in (main, *more, rate, speed) if chart.points]
+
+
+def of_feedback(run: Run, others: list[Run]) -> list[Chart]:
+    """What the reward was bought with, and what it was made of."""
+    paid = Chart("Reward by drift", "√KL from the fine-tuned model, nats per token")
+    paid.note = "by twelfths of the run"
+    paid.lines = [("other", drift(other)) for other in others] + [("run", drift(run))]
+    scores = Chart("Scores", "step", "share of answers above zero (line) and below it (dashed)")
+    above, below = (smooth(run.points(key)) for key in ("positive", "negative"))
+    scores.lines = [("run", above), ("dashed", below)]
+    return [paid, scores]
 
 
 def drift(run: Run) -> Points:

@@ -20,6 +20,7 @@ from tinylm.progress import clock
 from tinylm.train import NOTHING, read_metrics
 
 STAGES = {"objective": "pretrain", "epochs": "sft", "judge": "feedback"}  # by a setting of its own
+SPEED = "tokens_per_second"
 HASHED = 1 << 28  # bytes: what is larger is not hashed, for a report must not take minutes
 
 
@@ -69,7 +70,7 @@ class Run:
 
         Of next-word training alone: elsewhere a row is only partly learned from.
         """
-        peak, speeds = self.environment.get("peak_gflops"), self.points("tokens_per_second")
+        peak, speeds = self.environment.get("peak_gflops"), self.points(SPEED)
         if self.config.get("objective") != "next" or not peak or not speeds:
             return None
         flops = flops_per_token(self.loaded[0].config, self.config["block_size"])
