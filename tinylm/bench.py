@@ -6,10 +6,8 @@ multiply-adds that the chip can do, whatever else a kernel does by the memory's 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import numpy
@@ -17,6 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from tinylm import backend, data, memory
+from tinylm.environment import fma_peak, seconds_of
 from tinylm.errors import InputError
 from tinylm.model import ModelConfig, Transformer
 from tinylm.optim import AdamW
@@ -52,16 +51,6 @@ def run(progress: Progress, corpus: list[Path] = ()) -> dict[str, Any]:
     return found
 
 
-def seconds_of(run: Callable[[], object], repeats: int = 5, take=median) -> float:
-    """The median time of run(), which is run once more before to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        tick = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - tick)
-    return take(times[1:])
-
-
 # ---- the machine -------------------------------------------------------------------------------
 
 
@@ -76,12 +65,6 @@ def measure_machine() -> dict[str, Any]:
         "copy_gb_per_s": {name: copy_speed(x, n) for name, n in counts.items()},
         "barrier_us": barrier(backend.threads()),
     }
-
-
-def fma_peak(threads: int) -> float:
-    """Multiply-adds on registers only, GFLOP/s, the best of ten: what no kernel can exceed."""
-    operations = backend.kernels.peak(threads)
-    return operations / seconds_of(lambda: backend.kernels.peak(threads), 10, min) / 1e9
 
 
 def read_speed(x: Array, threads: int) -> float:

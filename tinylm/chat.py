@@ -70,9 +70,7 @@ def read_prompts(path: str | Path) -> Iterator[Row]:
     """Conversations to be answered: up to the last user turn; what follows it is dropped."""
     for line, content in read_rows(Path(path)):
         with_place = f"{path}, line {line}: "
-        messages = as_messages(content, with_place)
-        while messages and messages[-1]["role"] != "user":
-            messages = messages[:-1]
+        messages = as_prompt(as_messages(content, with_place))
         if not messages:
             raise InputError(with_place + "no user turn, so there is nothing to answer")
         yield Row(line, messages, content)
@@ -126,6 +124,13 @@ def as_messages(row: dict, where: str = "") -> list[dict]:
             f'"completion"; found {", ".join(map(repr, row)) or "an empty object"}'
         )
     check_messages(messages, where)
+    return messages
+
+
+def as_prompt(messages: list[dict]) -> list[dict]:
+    """Up to the last user turn, which is to be answered."""
+    while messages and messages[-1]["role"] != "user":
+        messages = messages[:-1]
     return messages
 
 

@@ -193,10 +193,7 @@ def pretrain(context, paths, out, preset, resume, as_json, **values):
     config = pretraining.PretrainConfig(**{**values, **chosen, **named})
     given |= set(chosen if preset else ())
     results = pretraining.run(list(paths), out, config, given, resume, Progress())
-    if as_json:
-        print_json(results)
-    else:
-        click.echo(f'{out}: try  tinylm generate {out} "Once upon a time"', err=True)
+    done(out, results, as_json, f'tinylm generate {out} "Once upon a time"')
 
 
 def named_by_user(context: click.Context, values: dict) -> set[str]:
@@ -208,6 +205,17 @@ def preset_values(name: str | None, presets: dict) -> dict:
     if name is not None and name not in presets:
         raise InputError(f"--preset {name}: no such preset." + nearest(name, presets))
     return presets[name or "small"]
+
+
+def done(out: Path, results: dict, as_json: bool, then: str) -> None:
+    """A stage has ended: draw its report, and tell what it found or what to try."""
+    from tinylm import report
+
+    report.attempt([out], Progress())
+    if as_json:
+        print_json(results)
+    else:
+        click.echo(f"{out}: try  {then}", err=True)
 
 
 @cli.command()
@@ -233,10 +241,7 @@ def sft(context, base, data, out, resume, show_mask, as_json, **values):
     config = fine_tuning.SFTConfig(**values)
     given = named_by_user(context, values)
     results = fine_tuning.run(base, data, out, config, given, resume, Progress())
-    if as_json:
-        print_json(results)
-    else:
-        click.echo(f"{out}: try  tinylm chat {out}", err=True)
+    done(out, results, as_json, f"tinylm chat {out}")
 
 
 @cli.command()
@@ -255,10 +260,7 @@ def feedback(context, model, prompts, out, resume, as_json, **values):
     config = improving.FeedbackConfig(**values)
     given = named_by_user(context, values)
     results = improving.run(model, prompts, out, config, given, resume, Progress())
-    if as_json:
-        print_json(results)
-    else:
-        click.echo(f"{out}: try  tinylm chat {out}", err=True)
+    done(out, results, as_json, f"tinylm chat {out}")
 
 
 @cli.command()
@@ -435,6 +437,25 @@ def evaluate(model, paths, document_separator, block_size, batch_size, as_json):
     click.echo(f"bits per byte  {found['bits_per_byte']:.3f} ({found['bytes']:,} bytes)")
     if found.get("xz_bits_per_byte"):
         click.echo(f"xz             {found['xz_bits_per_byte']:.3f} bits per byte")
+
+
+@cli.command("report")
+@click.argument("directories", nargs=-1, required=True, type=Path, metavar="DIR...")
+@click.option("--out", type=Path, help="File to write.  [default: report.html in the first DIR]")
+@click.option("--ask", multiple=True, metavar="TEXT", help="Ask the models this too.")
+@common
+def draw_report(directories, out, ask, as_json):
+    """One HTML file of what runs have learned, and what it took.
+
+    DIR is a run, or a directory of runs such as a quickstart's; several are compared.
+    """
+    from tinylm import report
+
+    out = report.write([*directories], out, [*ask])
+    if as_json:
+        print_json({"report": str(out)})
+    else:
+        click.echo(f"{out}: open it in a browser", err=True)
 
 
 @cli.command()

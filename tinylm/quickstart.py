@@ -5,13 +5,16 @@ are asked of the three models. Everything lies in one directory:
 
     almanac/        text, conversations, prompts and questions, as JSON lines
     base/ sft/ feedback/    the run directories
-    results.json, curves.svg
+    results.json    what the test found, and a few of its questions
+    report.html     all of it, to be looked at
 """
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
+
+from rich.table import Table
 
 from tinylm import backend, checkpoint, evaluate, report
 from tinylm.almanac import Almanac
@@ -32,6 +35,12 @@ FEEDBACK = {
     "answers": 4, "batch_size": 128, "learning_rate": 2e-4, "max_steps": 400, "eval_every": 100,
 }  # fmt: skip
 STAGES = ("base", "sft", "feedback")
+PARTS = {
+    "known": "known things, never asked about",
+    "reworded": "the same, in a wording never used",
+    "withheld": "real things, never read about",
+    "invented": "things that do not exist",
+}
 
 
 def run(out: Path, progress: Progress, seed: int = 0) -> dict:
@@ -61,19 +70,12 @@ def run(out: Path, progress: Progress, seed: int = 0) -> dict:
     results, tables = compare(out, world)
     results = {"seconds": round(time.monotonic() - began, 1), **results}
     write_json(out / "results.json", results)
-    report.curves(
-        [
-            ("Pre-training: loss", out / "base", "loss"),
-            ("Fine-tuning: loss", out / "sft", "loss"),
-            ("Feedback: reward", out / "feedback", "reward"),
-        ],
-        out / "curves.svg",
-    )
+    report.attempt([out], progress)
     for table in tables:
         progress.console.print(table)
     progress.say(
-        f"{results['seconds']:.0f} seconds. The curves are in {out}/curves.svg. Now talk with "
-        f"each of them:\n  tinylm chat {out}/base\n  tinylm chat {out}/sft\n"
+        f"{results['seconds']:.0f} seconds. Look at {out}/report.html, and talk with each "
+        f"of them:\n  tinylm chat {out}/base\n  tinylm chat {out}/sft\n"
         f"  tinylm chat {out}/feedback"
     )
     return results
@@ -83,6 +85,7 @@ def stage(run, *arguments) -> None:
     """Run one stage, or what is left of it."""
     *arguments, folder, config, progress = arguments
     run(*arguments, folder, config, set(), Checkpoint(folder).exists(), progress)
+    report.attempt([folder], progress)
 
 
 def seconds_so_far(out: Path) -> float:
@@ -104,14 +107,49 @@ def compare(out: Path, world: Almanac) -> tuple[dict, list]:
             pairs = [(a, q.accepted) for (of, q), a in zip(asked, said[name]) if of == part]
             stages[name][part] = evaluate.verdict_shares(pairs)
     shown = [i for name in ("known", "withheld", "invented") for i in evenly(asked, name, 2)]
-    samples = report.side_by_side(
+    samples = side_by_side(
         [(asked[i][0], asked[i][1].text) for i in shown],
         {name: [answers[i] for i in shown] for name, answers in said.items()},
     )
-    return {"stages": stages}, [samples, report.verdicts(stages)]
+    asked = [
+        {"set": PARTS[part], "question": q.text, "answer": next(iter(q.accepted), None)}
+        for part, q in (asked[i] for i in shown)
+    ]
+    results = {"sets": PARTS, "stages": stages, "asked": asked}
+    return results, [samples, verdicts(stages)]
 
 
 def evenly(asked: list, name: str, n: int) -> list[int]:
     """n places of the questions of one set, evenly spread: samples that nobody chose."""
     places = [i for i, (of, _) in enumerate(asked) if of == name]
     return [places[(2 * k + 1) * len(places) // (2 * n)] for k in range(n)]
+
+
+def verdicts(stages: dict[str, dict]) -> Table:
+    """The share of right, wrong and "I don't know" by kind of question and stage, in percent."""
+    table = Table(title="The same questions asked of each stage")
+    for heading in ("questions about", "n", "stage", "right", "wrong", "don't know"):
+        words = heading in ("questions about", "stage")
+        table.add_column(heading, justify="left" if words else "right")
+    for part in (name for name in next(iter(stages.values())) if name != "directory"):
+        for i, (stage, found) in enumerate(stages.items()):
+            shares = [f"{100 * found[part][v]:.1f} %" for v in ("right", "wrong", "idk")]
+            about = (PARTS[part], str(found[part]["n"])) if i == 0 else ("", "")
+            table.add_row(*about, stage, *shares, end_section=i == len(stages) - 1)
+    table.caption = "right: equal to an accepted answer after normalisation"
+    return table
+
+
+def side_by_side(asked: list[tuple[str, str]], said: dict[str, list[str]]) -> Table:
+    """(set, question) and what each stage answered."""
+    table = Table(title="What they say", show_lines=True)
+    for heading in ("", "question", *said):
+        table.add_column(heading)
+    for i, (name, question) in enumerate(asked):
+        table.add_row(name, question, *(shortened(answers[i]) for answers in said.values()))
+    return table
+
+
+def shortened(text: str, most: int = 70) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"

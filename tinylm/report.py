@@ -1,95 +1,208 @@
-"""What a run shows to the eye: learning curves as a picture, verdicts and answers as tables."""
+"""The report card: one HTML file of what runs have learned and what it took, to be read offline.
+
+Everything is read from run directories (runs.py) and results.json and claims.json beside them, and
+asked of the models there (xray.py); charts.py makes paths of curves, and templates/ lay it all out.
+No HTML is made here.
+"""
 
 from __future__ import annotations
 
-import re
+import json
+import math
 from pathlib import Path
+from statistics import fmean
 
-import pygal
-from pygal.style import Style
-from rich.table import Table
+from jinja2 import Environment, PackageLoader
 
-from tinylm.checkpoint import write_text
-from tinylm.train import read_metrics
+from tinylm import xray
+from tinylm.charts import Chart, Points, smooth
+from tinylm.chat import template_of, turn
+from tinylm.checkpoint import read_json, write_text
+from tinylm.data import Corpus
+from tinylm.errors import InputError
+from tinylm.evaluate import wilson
+from tinylm.progress import Progress, clock
+from tinylm.runs import SPEED, Run, facts, find_runs, finite
 
-WIDTH, HEIGHT = 460, 320  # of one panel, in pixels
-STYLE = Style(
-    background="white", plot_background="white", colors=("#b5c9dd", "#1d4e89"), opacity=1,
-    foreground="#555", foreground_strong="#222", foreground_subtle="#ddd", title_font_size=16,
-    guide_stroke_color="#e8e8e8", major_guide_stroke_color="#e8e8e8", guide_stroke_dasharray="0",
-    major_guide_stroke_dasharray="0", font_family="sans-serif", label_font_size=11,
-    major_label_font_size=11,
+GREETING = "Hello!"
+CLAIM = ("title", "says", "holds", "measures")
+READ = 140  # tokens of held-out text that are shown
+FIGURES = (  # the number that sums up a run of each stage: what is needed for it, itself, its name
+    ("bits_per_byte", "{bits_per_byte:.3f}",
+     "bits per byte of held-out text; xz needs {xz_bits_per_byte:.3f}"),
+    ("held_out_reward", "{reward_before:.2f} → {held_out_reward:.2f}",
+     "mean score on held-out prompts, before and after"),
+    ("loss", "{loss:.3f}", "nats per token of held-out answers"),
 )  # fmt: skip
-PARTS = {
-    "known": "known things, never asked about",
-    "reworded": "the same, in a wording never used",
-    "withheld": "real things, never read about",
-    "invented": "things that do not exist",
-}
 
 
-def curves(panels: list[tuple[str, Path, str]], path: Path) -> None:
-    """Write an SVG picture with one panel side by side for each (title, run directory, number).
+def charts(run: Run, runs: list[Run]) -> list[Chart]:
+    """What happened in a run; the other runs of its stage in grey."""
+    others = [other for other in runs if other.stage == run.stage and other is not run]
+    if run.stage == "feedback":
+        key, held, more = "reward", "held_out_reward", of_feedback(run, others)
+        main = Chart("Reward", "step", "mean score of the sampled answers; dots: of held-out ones")
+    else:
+        key, held, more = "loss", "loss", []
+        main = Chart("Loss", "step", "nats per token; dots: held out", log=True)
+    main.lines = [("other", smooth(other.points(key))) for other in others]
+    main.lines += [("raw", run.points(key)), ("run", smooth(run.points(key)))]
+    main.dots = [(x, y, f"step {x}: {y:.4g}") for x, y in run.points(held, evaluations=True)]
+    main.marks = run.marks()
+    rate = Chart("Learning rate", "step", "in thousandths")
+    rate.lines = [("run", [(step, 1000 * lr) for step, lr in run.points("lr")])]
+    speed, speeds = Chart("Tokens per second", "step", speed_note(run)), run.points(SPEED)
+    speed.lines = [("raw", speeds), ("run", smooth(speeds))]
+    return [chart for chart in (main, *more, rate, speed) if chart.points]
 
-    The number is a key of metrics.jsonl; pale: every step, dark: its running mean.
+
+def of_feedback(run: Run, others: list[Run]) -> list[Chart]:
+    """What the reward was bought with, and what it was made of."""
+    paid = Chart("Reward by drift", "√KL from the fine-tuned model, nats per token")
+    paid.note = "by twelfths of the run"
+    paid.lines = [("other", drift(other)) for other in others] + [("run", drift(run))]
+    scores = Chart("Scores", "step", "share of answers above zero (line) and below it (dashed)")
+    above, below = (smooth(run.points(key)) for key in ("positive", "negative"))
+    scores.lines = [("run", above), ("dashed", below)]
+    return [paid, scores]
+
+
+def drift(run: Run) -> Points:
+    """(√KL, reward), each the mean of a twelfth of the run (the axes of arXiv 2210.10760)."""
+    kl, reward = ([value for _, value in run.points(key)] for key in ("kl", "reward"))
+    size = max(1, math.ceil(len(kl) / 12))
+    parts = [slice(i, i + size) for i in range(0, len(kl), size)]
+    return [(math.sqrt(max(0.0, fmean(kl[of]))), fmean(reward[of])) for of in parts]
+
+
+def speed_note(run: Run) -> str:
+    share = run.utilisation()
+    if share is None:
+        return "of answers" if run.stage == "feedback" else ""
+    peak = run.environment["peak_gflops"]
+    return f"at {100 * share:.0f} % of the {peak:,.0f} GFLOP/s that its threads can do"
+
+
+def figures(runs: list[Run]) -> list[tuple[str, str]]:
+    """The few numbers that sum it up: (number, what it is)."""
+    found = []
+    for run in runs:
+        numbers = {k: v for k, v in run.state["results"].items() if finite(v)}
+        numbers.setdefault("xz_bits_per_byte", math.nan)
+        for key, number, what in FIGURES:
+            if key in numbers:
+                found.append((number.format(**numbers), f"{run.name}: {what.format(**numbers)}"))
+                break
+    if runs:
+        sizes = sorted({run.loaded[0].n_parameters() for run in runs})
+        shown = " – ".join(f"{n:,}" for n in [*sizes[:1], *sizes[1:][-1:]])
+        found.insert(0, (shown, "parameters"))
+        seconds = sum(run.state["seconds"] for run in runs)
+        found.append((clock(seconds), "of training" + (", all runs together" if runs[1:] else "")))
+    return found
+
+
+def verdicts(results: dict[Path, dict]) -> list[dict]:
+    """results.json of quickstarts: for each set of questions, every stage's shares."""
+    sets: dict[tuple, dict] = {}
+    for folder, content in results.items():
+        for stage, found in content.get("stages", {}).items():
+            name = f"{folder.name}/{stage}" if len(results) > 1 else stage
+            for part, about in content.get("sets", {}).items():
+                n = found[part]["n"]
+                sets.setdefault((about, n), {})[name] = [
+                    (v, found[part][v], *wilson(found[part][v], n))
+                    for v in ("right", "wrong", "idk")
+                ]
+    return [{"name": about, "n": n, "stages": stages} for (about, n), stages in sets.items()]
+
+
+def read_claims(path: Path) -> list[dict]:
+    """claims.json of a lab, each with the `top` of its scale. Raises InputError where it is not."""
+    if not path.exists():
+        return []
+    try:
+        claims = json.loads(path.read_text(encoding="utf-8"))
+        claims = [{key: claim[key] for key in CLAIM} for claim in claims]
+        for claim in claims:
+            ends = [m.get(end) for m in claim["measures"] for end in ("value", "high")]
+            claim["top"] = max([1.0, *filter(finite, ends)])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: not a list of claims ({why})") from None
+    return claims
+
+
+def prompts(runs: list[Run], results: dict, ask: list[str]) -> list[tuple[str, list[dict]]]:
+    """(what it is, conversation) of everything that the models are asked.
+
+    That is what the quickstart's test has picked, or else what the runs themselves held out.
     """
-    charts = []
-    for i, (title, folder, key) in enumerate(panels):
-        rows = [r for r in read_metrics(folder) if "lr" in r and r.get(key) is not None]
-        points = [(row["step"], row[key]) for row in rows]
-        chart = pygal.XY(
-            title=title, style=STYLE, js=[], width=WIDTH, height=HEIGHT, show_dots=False,
-            show_legend=False, x_title="step", stroke_style={"width": 1.5}, truncate_label=9,
-        )  # fmt: skip
-        chart.add(key, thinned(points))
-        chart.add("mean", thinned(smooth(points)))
-        svg = chart.render(is_unicode=True)
-        svg = svg[svg.index("<svg") :].replace("<svg", f'<svg x="{i * WIDTH}"', 1)
-        charts.append(svg.replace("viewBox", f'width="{WIDTH}" height="{HEIGHT}" viewBox', 1))
-    size = f'viewBox="0 0 {len(panels) * WIDTH} {HEIGHT}" width="{len(panels) * WIDTH}"'
-    superfluous = re.compile(r"<!--.*?-->|<script.*?</script>", re.DOTALL)
-    charts = [superfluous.sub("", chart) for chart in charts]
-    write_text(path, f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(charts)}</svg>\n')
+    found: list[tuple[str, list[dict]]] = []
+    for row in next((content["asked"] for content in results.values() if "asked" in content), []):
+        about = " · ".join(filter(None, (row["set"], row.get("answer"))))
+        found.append((about, [turn("user", row["question"])]))
+    if not found:
+        rows = [messages for run in runs for messages in run.state["stage"].get("prompts", [])]
+        found = [("held out from training", m) for i, m in enumerate(rows) if m not in rows[:i]][:6]
+    chats = any(template_of(run.loaded[1]) for run in runs)
+    own = [*([GREETING] if chats else []), *ask]
+    return [*found, *(("", [turn("user", text)]) for text in own)]
 
 
-def thinned(points: list, most: int = 300) -> list:
-    return points[:: max(1, len(points) // most)]
+def heldout_text(run: Run) -> list[xray.Piece]:
+    """The beginning of what pre-training held out, as its model reads it."""
+    tokens = run.folder / "training" / "tokens"
+    corpus, (model, tokenizer) = Corpus.load(tokens), run.loaded
+    shards = corpus.shards(tokens, "heldout") if corpus else []
+    text = shards[0][: min(READ, model.config.block_size)] if shards else []
+    return xray.reading(model, tokenizer, text.astype("int64")) if len(text) > 1 else []
 
 
-def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Running mean over about a hundredth of the run."""
-    weight, mean, smoothed = min(1.0, 100 / max(1, len(points))), None, []
-    for step, value in points:
-        mean = value if mean is None else mean + weight * (value - mean)
-        smoothed.append((step, mean))
-    return smoothed
+# ---- the page ----------------------------------------------------------------------------------
 
 
-def verdicts(stages: dict[str, dict]) -> Table:
-    """The share of right, wrong and "I don't know" by kind of question and stage, in percent."""
-    table = Table(title="The same questions asked of each stage")
-    for heading in ("questions about", "n", "stage", "right", "wrong", "don't know"):
-        words = heading in ("questions about", "stage")
-        table.add_column(heading, justify="left" if words else "right")
-    for part in (name for name in next(iter(stages.values())) if name != "directory"):
-        for i, (stage, found) in enumerate(stages.items()):
-            shares = [f"{100 * found[part][v]:.1f} %" for v in ("right", "wrong", "idk")]
-            about = (PARTS[part], str(found[part]["n"])) if i == 0 else ("", "")
-            table.add_row(*about, stage, *shares, end_section=i == len(stages) - 1)
-    table.caption = "right: equal to an accepted answer after normalisation"
-    return table
+def content(folders: list[Path], ask: list[str]) -> dict:
+    """Everything that templates/report.html shows."""
+    runs = find_runs(folders)
+    paths = [folder / "results.json" for folder in folders]
+    results = {path.parent.resolve(): read_json(path) for path in paths if path.exists()}
+    asked = prompts(runs, results, ask)
+    said = [xray.answers(*run.loaded, [m for _, m in asked]) if asked else [] for run in runs]
+    return {
+        "title": " · ".join(folder.resolve().name for folder in folders),
+        "runs": runs,
+        "compared": len({run.stage for run in runs}) < len(runs),
+        "figures": figures(runs),
+        "settings": list(dict.fromkeys(key for run in runs for key in run.config)),
+        "facts": [facts(run) for run in runs],
+        "charts": [charts(run, runs) for run in runs],
+        "xray": [
+            (about, messages[-1]["content"], [of_run[i] for of_run in said])
+            for i, (about, messages) in enumerate(asked)
+        ],
+        "verdicts": verdicts(results),
+        "claims": [c for folder in folders for c in read_claims(folder / "claims.json")],
+        "reading": [(run, text) for run in runs if (text := heldout_text(run))],
+    }
 
 
-def side_by_side(asked: list[tuple[str, str]], said: dict[str, list[str]]) -> Table:
-    """(set, question) and what each stage answered."""
-    table = Table(title="What they say", show_lines=True)
-    for heading in ("", "question", *said):
-        table.add_column(heading)
-    for i, (name, question) in enumerate(asked):
-        table.add_row(name, question, *(shortened(answers[i]) for answers in said.values()))
-    return table
+def write(folders: list[Path], out: Path | None = None, ask: list[str] = ()) -> Path:
+    """Draw the report card of some run directories; returns its path.
+
+    Raises InputError naming the file (and line) that is missing or broken.
+    """
+    out = out or folders[0] / "report.html"
+    templates = Environment(
+        loader=PackageLoader("tinylm"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    write_text(out, templates.get_template("report.html").render(content(folders, [*ask])))
+    return out
 
 
-def shortened(text: str, most: int = 70) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= most else text[: most - 1] + "…"
+def attempt(folders: list[Path], progress: Progress) -> None:
+    """`write` at the end of a run, which a picture that fails must not spoil."""
+    try:
+        write(folders)
+    except Exception as error:
+        progress.say(f"the report could not be drawn: {error}", "yellow")

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
-from tinylm import backend, memory
+from tinylm import backend, environment, memory
 from tinylm.checkpoint import Checkpoint, save_description, save_weights, write_text
 from tinylm.data import Batch
 from tinylm.errors import InputError
@@ -33,6 +33,7 @@ def setting(default, help: str, free: bool = False, choices: tuple[str, ...] = (
 
 
 OPTIMIZERS = ("adamw", "muon")
+NOTHING = "nothing to learn"  # why an update was skipped without being refused
 
 
 @dataclass
@@ -181,6 +182,7 @@ class Trainer:
         self.checkpoint = Checkpoint(folder)
         self.guard = Guard()
         self.step, self.seconds, self.results = 0, 0.0, {}
+        self.environment = environment.describe()
         self.stop_asked = False
 
     def run(self, resume: bool) -> dict:
@@ -240,7 +242,7 @@ class Trainer:
                 loss.backward(backend.xp.full(loss.shape, 1 / n, loss.dtype))
         norm = backend.kernels.global_norm(self.optimizer.gradients())
         empty = not any(batch.learns() for batch in batches)
-        refusal = "nothing to learn" if empty else self.guard.reason(total, norm)
+        refusal = NOTHING if empty else self.guard.reason(total, norm)
         c = self.config
         lr = c.learning_rate * schedule(self.share_done(1), c.warmup, c.floor)
         if not refusal:
@@ -287,6 +289,7 @@ class Trainer:
             "stage": self.stage.state(),
             "config": asdict(self.config),
             "results": self.results,
+            "environment": self.environment,
         }
         self.checkpoint.save(self.stage.model, self.optimizer, state)
         save_weights(self.stage.model, self.folder)

@@ -183,10 +183,12 @@ class Feedback:
             for g, group in enumerate(scores)
         ]
         A = numpy.concatenate([advantages(group) for group in rewards])
-        judged = [r for group in scores for r in group if r is not None]
+        judged = numpy.array([r for group in scores for r in group if r is not None] or [0.0])
         ended = numpy.isin(batch.targets, self.stop_ids).any(1)
         notes = {
-            "reward": float(numpy.mean(judged)) if judged else 0.0,
+            "reward": float(judged.mean()),
+            "positive": float((judged > 0).mean()),
+            "negative": float((judged < 0).mean()),
             "kl": kl,
             "answer_tokens": batch.trained_tokens() / len(A),
             "truncated": float(1 - ended.mean()),
@@ -241,6 +243,7 @@ class Feedback:
 
     def state(self) -> dict:
         state = {"drawn": self.drawn, "source": self.source, "left": self.left}
+        state["prompts"] = [row.messages for row in (self.heldout or self.prompts)[:4]]
         if self.left:  # floats survive JSON to the bit
             p = self.pending
             state["pending"] = [p.tokens, p.targets, p.start, p.old_logp, p.advantages]

@@ -14,7 +14,7 @@ import numpy
 from rich.text import Text
 
 from tinylm import checkpoint
-from tinylm.chat import ChatFormat, Row, read_conversations
+from tinylm.chat import ChatFormat, Row, as_prompt, read_conversations
 from tinylm.data import Batch, Example, Packed, packed_batch, source_of
 from tinylm.errors import InputError
 from tinylm.generate import answers
@@ -58,6 +58,8 @@ class SFT:
         train = [example for i, example in enumerate(examples, 1) if i % every]
         self.n_train = len(train)
         self.packed = Packed(train, config.block_size, config.seed, model.config.stop_ids[0])
+        asked = [as_prompt(row.messages) for row in (self.heldout_rows or rows)[:4]]
+        self.shown = {"mask": masked(tokenizer, *examples[0]), "prompts": asked}  # by the report
 
     def draw(self) -> Batch:
         return self.packed.draw(self.config.batch_size)
@@ -76,14 +78,13 @@ class SFT:
             with no_grad():
                 total += float(self.loss(batch).data.sum(dtype="float64"))
             tokens += batch.trained_tokens()
-        asked = self.heldout_rows[0].messages
-        while asked[-1]["role"] != "user":
-            asked = asked[:-1]
+        asked = as_prompt(self.heldout_rows[0].messages)
         (said,) = answers(self.model, self.tokenizer, [asked], max_new_tokens=60)
         return {"loss": total / tokens, "sample": f"{asked[-1]['content']} -> {said}"}
 
     def state(self) -> dict:
-        return {"epoch": self.packed.epoch, "row": self.packed.row, "source": self.source}
+        place = {"epoch": self.packed.epoch, "row": self.packed.row, "source": self.source}
+        return {**place, **self.shown}
 
     def restore(self, state: dict) -> None:
         if state["source"] != self.source:
@@ -163,12 +164,18 @@ def masks(base: Path, data: Path, n: int, progress: Progress) -> list[Text]:
     _, examples = read_examples(data, tokenizer, model.config.block_size, progress)
     shown = []
     for ids, learned in examples[:n]:
-        text, edges = Text(), numpy.flatnonzero(numpy.diff([-1, *learned, -1]))
-        for first, end in zip(edges, edges[1:]):
-            style = "bold green" if learned[first] else "dim"
-            text.append(tokenizer.decode(ids[first:end], continues=first > 0), style)
-        shown.append(text)
+        parts = masked(tokenizer, ids, learned)
+        shown.append(Text.assemble(*((t, "bold green" if on else "dim") for t, on in parts)))
     return shown
+
+
+def masked(tokenizer: Tokenizer, ids: list[int], learned: list[bool]) -> list[tuple[str, bool]]:
+    """An example cut where what is learned begins and ends: (text, whether it is learned)."""
+    edges = numpy.flatnonzero(numpy.diff([-1, *learned, -1]))
+    return [
+        (tokenizer.decode(ids[first:end], continues=bool(first > 0)), learned[first])
+        for first, end in zip(edges, edges[1:])
+    ]
 
 
 def model_card(stage: SFT, results: dict) -> str:

@@ -1,0 +1,268 @@
+"""The report card: what stands in it, that it needs nothing else, and that no text becomes HTML."""
+
+import json
+import math
+import re
+import shutil
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy
+import pytest
+from commands import SMALL, metrics
+
+import tinylm
+from tinylm import checkpoint, cli, evaluate, report, xray
+from tinylm.charts import Chart, smooth
+from tinylm.checkpoint import Checkpoint
+from tinylm.runs import Run
+
+STAGES = ("base", "sft", "feedback")
+EVIL = "<script>alert('é')</script>"
+QUICK = ["--max-steps", "6", "--eval-every", "3", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def trained(text_file, tmp_path_factory):
+    """A directory with a tiny run of each stage, as the commands leave it."""
+    out = tmp_path_factory.mktemp("runs")
+    rows = [
+        {"prompt": f"{EVIL} {i} + 1?", "completion": f"{EVIL}, {i + 1}", "accepted": [str(i + 1)]}
+        for i in range(60)
+    ]
+    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = str(out / "rows.jsonl")
+    for command in (
+        ["pretrain", str(text_file), "--out", str(out / "base"), *SMALL, "--block-size", "96"],
+        ["sft", str(out / "base"), "--data", data, "--out", str(out / "sft")],
+        ["feedback", str(out / "sft"), "--prompts", data, "--out", str(out / "feedback"),
+         "--batch-size", "4", "--answers", "2", "--max-new-tokens", "4", "--held-out", "4"],
+    ):  # fmt: skip
+        assert cli.run([*command, *QUICK]) == 0
+    return out
+
+
+@pytest.fixture
+def runs(trained, tmp_path):
+    """A copy of it that a test may spoil."""
+    return shutil.copytree(trained, tmp_path / "runs")
+
+
+class Page(HTMLParser):
+    """Which tags a page opens, which attributes they have, and whether all are closed in turn."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags, self.attributes, self.open, self.text = [], [], [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+        if tag not in {"meta", "br"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def drawn(*arguments) -> str:
+    out = report.write([*arguments])
+    return out.read_text()
+
+
+def test_the_page_is_whole_and_loads_nothing(trained):
+    html = drawn(trained)
+    page = Page(html)
+    assert page.open == []
+    loading = {"src", "href", "srcset", "action", "data", "xlink:href"}
+    assert not [a for a in page.attributes if a[1] in loading or a[1].startswith("on")]
+    assert not {"script", "link", "iframe", "img", "object"} & set(page.tags)
+    assert not re.search(r"https?:|@import|url\(", html)
+    assert "prefers-color-scheme: dark" in html
+    for heading in ("What they say", "How they learned", "What they learn from", "What it took"):
+        assert heading in page.text
+
+
+def test_what_models_and_data_say_is_never_html(runs):
+    claim = {"title": EVIL, "says": EVIL, "holds": None, "measures": []}
+    (runs.parent / "lab").mkdir()
+    (runs.parent / "lab" / "claims.json").write_text(json.dumps([claim]))
+    out = report.write([runs, runs.parent / "lab"], ask=[EVIL])
+    page = Page(out.read_text())
+    assert "script" not in page.tags
+    assert page.text.count(EVIL) >= 8  # claim, the question asked, held-out questions, the mask
+
+
+def test_every_stage_leaves_a_report_of_its_own(trained):
+    base, sft, feedback = ((trained / n / "report.html").read_text() for n in STAGES)
+    assert "Text that base had never seen" in base
+    assert "GFLOP/s" in base
+    assert "<mark>&lt;script&gt;" in sft  # the answer alone is learned
+    assert "0 + 1?" in Page(sft).text.partition("A conversation that")[2]
+    assert "Reward by drift" in feedback
+    assert "core-minutes" in feedback
+
+
+def test_the_machine_is_recorded_with_the_run(trained):
+    where = Checkpoint(trained / "sft").state()["environment"]
+    assert where["threads"] == 1
+    assert where["peak_gflops"] > 0.1
+    run = Run(trained / "base", "base")
+    assert 0 < run.utilisation() < 1.5
+
+
+def test_feedback_records_which_answers_were_right_and_wrong(trained):
+    for row in metrics(trained / "feedback")[:2]:  # +1, 0 and −1 are all its scores
+        assert row["reward"] == pytest.approx(row["positive"] - row["negative"])
+
+
+def test_evaluations_refused_updates_and_resumes_are_marked(runs):
+    html = drawn(runs / "base")
+    assert html.count('class="dot"') == 2
+    assert 'class="mark' not in html
+    rows = metrics(runs / "base")
+    skipped = {"step": 4, "loss": None, "lr": 0.1, "grad_norm": None, "event": "skip"}
+    rows[3] = skipped | {"reason": "gradient norm <9> spiked"}
+    rows[4] |= {"event": "skip", "reason": "nothing to learn"}  # as where all answers score alike
+    rows.insert(4, {"step": 4, "event": "resume"})
+    path = runs / "base" / "training" / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    html = drawn(runs / "base")
+    assert "step 4: gradient norm &lt;9&gt; spiked" in html
+    assert html.count('class="mark skip"') == 1
+    assert html.count('class="mark resume"') == 1
+
+
+def test_runs_are_compared(runs):
+    assert 'class="line other"' not in drawn(runs)
+    shutil.copytree(runs / "base", runs / "wider")
+    html = drawn(runs / "base", runs / "wider")
+    assert html.count('class="line other"') == 2  # each one's loss has the other's beside it
+    shutil.copytree(runs / "base", runs.parent / "again" / "base")
+    html = drawn(runs, runs.parent / "again")
+    assert "runs/base" in html
+    assert "again/base" in html
+
+
+def test_verdicts_have_intervals(runs):
+    shares = {"right": 0.5, "wrong": 0.3, "idk": 0.2, "n": 10}
+    results = {
+        "sets": {"known": "known things"},
+        "stages": {"sft": {"directory": "x", "known": shares}},
+    }
+    asked = [{"set": "known things", "question": "1 + 1?", "answer": "zwei"}]
+    (runs / "results.json").write_text(json.dumps({**results, "asked": asked}))
+    text = Page(drawn(runs)).text
+    assert "right (24–76)" in text  # Wilson (1927) of 5 in 10: 0.2366 to 0.7634
+    assert "known things · zwei" in text
+
+
+def test_wilson_intervals():
+    assert evaluate.wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert evaluate.wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert evaluate.wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+
+
+def test_an_interrupted_run_can_be_looked_at(runs, capsys):
+    path = runs / "base" / "training" / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 7, "lo')  # killed while it wrote
+    assert "What it took" in drawn(runs / "base")
+    path.write_text("")
+    assert "What it took" in drawn(runs / "base")
+    assert cli.run(["report", str(runs / "base"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"report": str(runs / "base" / "report.html")}
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"loss": 1}'])
+def test_a_broken_line_is_named(runs, capsys, line):
+    path = runs / "base" / "training" / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    lines[2] = line
+    path.write_text("\n".join(lines) + "\n")
+    assert cli.run(["report", str(runs)]) == 2
+    said = capsys.readouterr().err
+    assert said == f"tinylm: {path}, line 3: not a JSON object with a step\n"
+
+
+@pytest.mark.parametrize("content", ["{", "[{}]", "3", '[{"measures": 1}]'])
+def test_broken_claims_are_named(tmp_path, capsys, content):
+    (tmp_path / "claims.json").write_text(content)
+    assert cli.run(["report", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"tinylm: {tmp_path}/claims.json: not a list of claims")
+    assert said.count("\n") == 1
+
+
+def test_a_directory_without_runs_is_refused(tmp_path, capsys):
+    for folder, why in ((tmp_path, "no run in it"), (tmp_path / "x", "no such directory")):
+        assert cli.run(["report", str(folder)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"tinylm: {folder}: {why}")
+        assert said.count("\n") == 1
+
+
+def test_a_report_that_fails_loses_no_run(trained, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(report, "content", fail)
+    data, out = str(trained / "rows.jsonl"), str(tmp_path / "sft")
+    command = ["sft", str(trained / "base"), "--data", data, "--out", out, *QUICK]
+    assert cli.run([*command, "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["steps"] == 6
+    assert "the report could not be drawn: no ink" in told.err
+    assert tinylm.load(out)
+
+
+def test_probabilities_are_the_model_s(trained):
+    model, tokenizer = checkpoint.load(trained / "base")
+    (said,) = xray.answers(model, tokenizer, [[{"content": "The cat"}]], longest=5)
+    ids = tokenizer.encode("The cat")
+    for piece in said:
+        logits = model([ids]).data[0, -1].astype("float64")
+        p = numpy.exp(logits - logits.max())
+        assert piece.probability == pytest.approx(p.max() / p.sum(), rel=1e-4)  # greedy
+        ids.append(int(logits.argmax()))
+        assert tokenizer.token_bytes(ids[-1]).decode() == piece.text
+
+    text = numpy.array(tokenizer.encode("The cat saw a bird."))
+    read = xray.reading(model, tokenizer, text)
+    loss = model.loss(text[None, :-1], text[None, 1:]).data.sum()
+    assert -sum(math.log(p.probability) for p in read) == pytest.approx(float(loss), rel=1e-4)
+    assert (
+        tokenizer.decode(text[:1].tolist()) + "".join(p.text for p in read) == "The cat saw a bird."
+    )
+
+
+def test_a_character_of_several_tokens_is_one_piece():
+    tokens = [b"a", b"\xc3", b"\xa9", b"\xff", b"<|end|>", b"\xe2"]
+    tokenizer = SimpleNamespace(special={"<|end|>": 4}, token_bytes=tokens.__getitem__)
+    found = [*xray.pieces(tokenizer, range(6), [0.5, 0.5, 0.5, 1, 1, 1])]
+    assert found == [("a", 0.5, False), ("é", 0.25, False), ("\ufffd", 1, False),
+                     ("<|end|>", 1, True), ("\ufffd", 1, False)]  # fmt: skip
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("values", [[3.0], [0.0, 1e-7], [2.0, 2.5], [1e-3, 40.0], [-1e4, 1e5]])
+def test_ticks_lie_on_the_chart(values, log):
+    chart = Chart("", "", lines=[("run", [*enumerate(values)])], log=log)
+    for axis in (chart.x, chart.y):
+        low, high = sorted((axis.start, axis.end))
+        assert all(low - 0.1 <= at <= high + 0.1 for at, _ in axis.ticks())
+        labels = [text for _, text in axis.ticks()]
+        assert len(set(labels)) == len(labels) <= 7
+    assert len(chart.y.ticks()) >= (2 if len(values) > 1 else 1)
+    ((_, path),) = chart.paths()
+    assert path.count("L") == len(values) - 1
+
+
+def test_a_running_mean_keeps_a_straight_line():
+    line = [(i, 3.0 * i) for i in range(500)]
+    assert [x for x, _ in smooth(line)] == [x for x, _ in line]
+    assert [y for _, y in smooth(line)] == pytest.approx([y for _, y in line])
+    assert smooth([]) == []
