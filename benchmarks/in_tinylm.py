@@ -64,9 +64,9 @@ class Contestant:
 
     # ---- text
 
-    def write(self, streams: int) -> dict:
-        """Continue so many prompts at once, greedily; also returns what it wrote."""
-        rows, rng = tasks.prompts(streams).tolist(), numpy.random.default_rng(0)
+    def write(self, prompts: int, answers: int) -> dict:
+        """Continue so many prompts so many times, at once and greedily; returns what it wrote."""
+        rows, rng = tasks.prompts(prompts, answers).tolist(), numpy.random.default_rng(0)
         tick = time.perf_counter()
         text = [*stream(self.model, rows, tasks.NEW, rng, temperature=0)]
         return {"seconds": time.perf_counter() - tick, "text": numpy.transpose(text).tolist()}

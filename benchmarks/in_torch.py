@@ -70,9 +70,9 @@ class Contestant:
         logging.disable_progress_bar()
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=self.dtype)
 
-    def write(self, streams: int) -> dict:
-        """Continue so many prompts at once, greedily; also returns what it wrote."""
-        rows = torch.from_numpy(tasks.prompts(streams))
+    def write(self, prompts: int, answers: int) -> dict:
+        """Continue so many prompts so many times, at once and greedily; returns what it wrote."""
+        rows = torch.from_numpy(tasks.prompts(prompts, answers))
         settings = {"max_new_tokens": tasks.NEW, "min_new_tokens": tasks.NEW, "do_sample": False}
         tick = time.perf_counter()
         text = self.model.generate(rows, attention_mask=torch.ones_like(rows), **settings)

@@ -112,9 +112,10 @@ WRITER = dict(vocab_size=65, n_layer=6, n_head=6, n_embd=384, block_size=256)  #
 PROMPT, NEW = 64, 64  # tokens
 
 
-def prompts(streams: int) -> numpy.ndarray:
-    """(streams, PROMPT) token ids."""
-    return numpy.random.default_rng(0).integers(0, WRITER["vocab_size"], (streams, PROMPT))
+def prompts(n: int, answers: int) -> numpy.ndarray:
+    """(n answers, PROMPT) token ids: n prompts, each to be answered so many times."""
+    rows = numpy.random.default_rng(0).integers(0, WRITER["vocab_size"], (n, PROMPT))
+    return rows.repeat(answers, axis=0)
 
 
 def documents(file: str) -> list[str]:

@@ -37,6 +37,13 @@ def refused(capfd, *arguments, saying: str):
     assert captured.out == ""
 
 
+def test_an_instruction_set_that_the_machine_lacks_is_named():
+    ran = tinylm("selfcheck", TINYLM_ISA="mmx")
+    assert ran.returncode == 2
+    assert "TINYLM_ISA" in ran.stderr and "mmx" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
 def test_files_that_cannot_be_read(capfd, tmp_path, text_file):
     out = ("--out", tmp_path / "r", "--max-steps", 1)
     refused(capfd, "pretrain", "nowhere.txt", *out, saying="nowhere.txt: no such file")

@@ -111,6 +111,10 @@ def common(command):
             backends.use(backend)
         if threads:
             backends.set_threads(threads)
+        try:
+            backends.describe()  # the first look at the kernels chooses their instruction set
+        except ValueError as error:
+            raise InputError(str(error)) from None
         return command(*args, **kwargs)
 
     return wrapped

@@ -26,7 +26,7 @@ class LayerCache:
     """Keys and values that one layer has computed, (B, G, block_size, D) each; grows in place."""
 
     def __init__(self, shape: tuple[int, ...], dtype):
-        self.k, self.v = backend.xp.empty(shape, dtype), backend.xp.empty(shape, dtype)
+        self.k, self.v = backend.empty(shape, dtype), backend.empty(shape, dtype)
         self.length = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,9 @@ class LayerCache:
 
     def take(self, rows: list[int]) -> None:
         """Go on with these rows of the batch; one may be taken several times."""
-        self.k, self.v = self.k[rows], self.v[rows]
+        old, n = (self.k, self.v), self.length
+        self.k, self.v = (backend.empty((len(rows), *x.shape[1:]), x.dtype) for x in old)
+        self.k[:, :, :n], self.v[:, :, :n] = (x[rows, :, :n] for x in old)
 
 
 class KVCache:
