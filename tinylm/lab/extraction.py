@@ -1,0 +1,95 @@
+"""Knowledge extraction: reading is not enough to answer ("Physics of Language Models 3.1",
+arXiv 2309.14316).
+
+Expected  A model that has read one and the same text about each person can say it word for word,
+          and yet not answer a question about it. It can if it read the facts in ever other words
+          and order, and better still if questions about other people stood among the texts.
+Varied    only what is read in pre-training; its length, the model, and the fine-tuning are equal.
+Measured  questions about the people of a registry that never lived, whom no question in any
+          training was about, after fine-tuning on questions about the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+from tinylm.almanac import WORDINGS, Almanac
+from tinylm.lab.workshop import (
+    Claim,
+    Measure,
+    Workshop,
+    as_conversations,
+    chance,
+    right_answers,
+    share,
+)  # fmt: skip
+
+FACTS = 4
+PASSES = 40  # tellings of everything, each another; the fixed text is told in another order
+TOGETHER = 6  # people in a document
+PRETRAIN = {
+    "objective": "next", "vocab_size": 1024, "n_layer": 3, "n_head": 2, "n_embd": 64,
+    "block_size": 128, "batch_size": 16, "learning_rate": 4e-3, "max_steps": 2000,
+    "held_out": 0.02, "eval_every": 1000, "save_every": 500,
+}  # fmt: skip
+SFT = {"epochs": 4.0, "learning_rate": 1e-3, "eval_every": 100, "save_every": 100}
+TEXTS = {
+    "fixed": "one fixed text about each person",
+    "shuffled": "ever other words and order",
+    "mixed": "the same, and questions about others",
+}
+
+
+def world_of(seed: int) -> Almanac:
+    return Almanac(seed, ("registry",), FACTS)
+
+
+def texts(world: Almanac, kind: str) -> Iterator[dict]:
+    """Documents of several people each; in the mixed text also of questions about the quizzed."""
+    rng, people = Random(world.seed + 2), [e for e in world.entities if e.part != "withheld"]
+    told = [world.description(e, rng) for e in people]
+    for _ in range(PASSES):
+        if kind != "fixed":
+            told = [world.description(e, rng) for e in people]
+        quizzes = world.quizzes(rng) if kind == "mixed" else []
+        order = rng.sample(told, len(told))
+        together = [" ".join(order[i : i + TOGETHER]) for i in range(0, len(order), TOGETHER)]
+        documents = together + quizzes
+        yield from ({"text": text} for text in rng.sample(documents, len(documents)))
+
+
+def base(workshop: Workshop, kind: str, **settings) -> Path:
+    """A model that has read this kind of text; other claims vary its settings."""
+    text = workshop.rows(f"registry/{kind}", texts(world_of(workshop.seed), kind))
+    varied = [str(value) for name, value in settings.items() if value != PRETRAIN.get(name)]
+    return workshop.pretrain(
+        "-".join([f"registry/base-{kind}", *varied]), text, **{**PRETRAIN, **settings}
+    )
+
+
+def measure(workshop: Workshop) -> list[Measure]:
+    world = world_of(workshop.seed)
+    rng = Random(workshop.seed)
+    asked = world.about(world.of("quizzed", "taught") * WORDINGS, rng)
+    data = workshop.rows("registry/questions", as_conversations(rng.sample(asked, len(asked))))
+    tested = world.about(world.of("practised", "known"), rng)
+    guess, found = chance(world, tested), []
+    for kind, title in TEXTS.items():
+        model = workshop.sft(f"registry/sft-{kind}", base(workshop, kind), data, **SFT)
+        found.append(share(title, right_answers(model, tested), guess))
+    return [*found, Measure("gap between the first and the last", found[-1].value - found[0].value)]
+
+
+def holds(value: dict[str, float]) -> bool:
+    return value["gap between the first and the last"] >= 0.6
+
+
+CLAIM = Claim(
+    "extraction",
+    "What was read can be asked for only if it was read in several wordings",
+    "Questions about people that no question in training was about, by what was read of them.",
+    measure,
+    holds,
+)
