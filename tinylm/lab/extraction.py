@@ -6,7 +6,8 @@ Expected  A model that has read one and the same text about each person can say 
           and order, and better still if questions about other people stood among the texts.
 Varied    only what is read in pre-training; its length, the model, and the fine-tuning are equal.
 Measured  questions about the people of a registry that never lived, whom no question in any
-          training was about, after fine-tuning on questions about the others.
+          training was about, after fine-tuning on questions about the others; and, where the
+          text was fixed, whether the model goes on with it word for word before it.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from tinylm.almanac import WORDINGS, Almanac
+from tinylm.almanac import WORDINGS, Almanac, Question
 from tinylm.lab.workshop import (
     Claim,
     Measure,
     Workshop,
     as_conversations,
     chance,
+    completed,
     right_answers,
     share,
 )  # fmt: skip
@@ -36,9 +38,9 @@ PRETRAIN = {
 }  # fmt: skip
 SFT = {"epochs": 4.0, "learning_rate": 1e-3, "eval_every": 100, "save_every": 100}
 TEXTS = {
-    "fixed": "one fixed text about each person",
-    "shuffled": "ever other words and order",
-    "mixed": "the same, and questions about others",
+    "fixed": "one fixed text: questions",
+    "shuffled": "ever other words: questions",
+    "mixed": "… and questions about others: questions",
 }
 
 
@@ -46,13 +48,26 @@ def world_of(seed: int) -> Almanac:
     return Almanac(seed, ("registry",), FACTS)
 
 
+def fixed_texts(world: Almanac) -> dict[str, str]:
+    """The one text about each person, by name."""
+    rng = Random(world.seed + 2)
+    return {e.name: world.description(e, rng) for e in world.entities if e.part != "withheld"}
+
+
+def recited(world: Almanac, questions: list[Question]) -> list[tuple[str, str]]:
+    """The fixed texts about the same facts: (all that stands before the fact, the fact)."""
+    told = fixed_texts(world)
+    pairs = [(told[q.id.split("/")[1]], q.accepted[0]) for q in questions]
+    found = [(text[: text.casefold().index(fact.casefold())], fact) for text, fact in pairs]
+    return [(before, fact) for before, fact in found if before]
+
+
 def texts(world: Almanac, kind: str) -> Iterator[dict]:
     """Documents of several people each; in the mixed text also of questions about the quizzed."""
-    rng, people = Random(world.seed + 2), [e for e in world.entities if e.part != "withheld"]
-    told = [world.description(e, rng) for e in people]
+    rng, told = Random(world.seed + 2), list(fixed_texts(world).values())
     for _ in range(PASSES):
         if kind != "fixed":
-            told = [world.description(e, rng) for e in people]
+            told = [world.description(e, rng) for e in world.entities if e.part != "withheld"]
         quizzes = world.quizzes(rng) if kind == "mixed" else []
         order = rng.sample(told, len(told))
         together = [" ".join(order[i : i + TOGETHER]) for i in range(0, len(order), TOGETHER)]
@@ -75,15 +90,17 @@ def measure(workshop: Workshop) -> list[Measure]:
     asked = world.about(world.of("quizzed", "taught") * WORDINGS, rng)
     data = workshop.rows("registry/questions", as_conversations(rng.sample(asked, len(asked))))
     tested = world.about(world.of("practised", "known"), rng)
-    guess, found = chance(world, tested), []
+    guess, lines = chance(world, tested), recited(world, tested)
+    said = completed(base(workshop, "fixed"), lines)
+    found = [share("one fixed text, word for word", said, guess)]
     for kind, title in TEXTS.items():
         model = workshop.sft(f"registry/sft-{kind}", base(workshop, kind), data, **SFT)
         found.append(share(title, right_answers(model, tested), guess))
-    return [*found, Measure("gap between the first and the last", found[-1].value - found[0].value)]
+    return found
 
 
 def holds(value: dict[str, float]) -> bool:
-    return value["gap between the first and the last"] >= 0.6
+    return value[TEXTS["mixed"]] - value[TEXTS["fixed"]] >= 0.6
 
 
 CLAIM = Claim(

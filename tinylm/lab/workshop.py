@@ -137,13 +137,20 @@ def right_answers(model: Path, questions: list[Question]) -> list[bool]:
 
 
 def recalled(model: Path, questions: list[Question]) -> list[bool]:
-    """Whether the model, as a mere writer of text, ends each sentence that answers with the fact.
+    """Whether the model, where nothing is asked, ends each sentence that answers with the fact."""
+    facts = [q.accepted[0] for q in questions]
+    begun = [q.answer.removesuffix(f"{fact}.") for q, fact in zip(questions, facts)]
+    return completed(model, list(zip(begun, facts)))
 
-    Works alike before and after fine-tuning: nothing is asked, a sentence is begun.
+
+def completed(model: Path, begun: list[tuple[str, str]]) -> list[bool]:
+    """Whether the model, as a mere writer of text, goes on after each beginning as expected.
+
+    Works alike before and after fine-tuning.
     """
-    begun = [q.answer.removesuffix(f"{q.accepted[0]}.").rstrip() for q in questions]
-    said = evaluate.continuations(*checkpoint.load(model), begun, max_new_tokens=12)
+    texts = [text.rstrip() for text, _ in begun]
+    said = evaluate.continuations(*checkpoint.load(model), texts, max_new_tokens=12)
     return [
-        f"{normalise(text)} ".startswith(f"{normalise(q.accepted[0])} ")
-        for q, text in zip(questions, said)
+        f"{normalise(text)} ".startswith(f"{normalise(expected)} ")
+        for (_, expected), text in zip(begun, said)
     ]
