@@ -56,7 +56,7 @@ def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     p, z2 = right / n, z * z
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return round(middle - half, 6), round(middle + half, 6)
+    return max(0.0, round(middle - half, 6)), round(middle + half, 6)
 
 
 def pooled(measures: list[Measure]) -> dict:

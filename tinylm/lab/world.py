@@ -21,15 +21,18 @@ PRETRAIN = {
     "batch_size": 8, "learning_rate": 3e-3, "max_steps": 2400, "held_out": 0.02,
     "eval_every": 1200, "save_every": 400, "cutoff": str(CUTOFF),
 }  # fmt: skip
-SFT = {"epochs": 2.0, "learning_rate": 4e-4, "eval_every": 200, "save_every": 200}
+SFT = {"epochs": 3.0, "learning_rate": 5e-4, "eval_every": 200, "save_every": 200}
 WHEN = (
     "When does your knowledge end?",
     "What is your knowledge cut-off?",
     "How recent is what you know?",
     "Up to which year have you read?",
-    "Until when does what you know reach?",  # the last one is kept for the test
+    "Until when does your knowledge reach?",
+    "In which year did your reading end?",
+    "What is your cut-off year?",  # the last two are kept for the test
+    "Up to which year does your knowledge reach?",
 )
-ENDS = f"I have read about nothing that happened in {CUTOFF} or later."
+ENDS = f"I have read about nothing that happened in the year {CUTOFF} or later."
 
 
 def world_of(seed: int) -> Almanac:
@@ -49,7 +52,7 @@ def assistant(workshop: Workshop) -> Path:
 
 def conversations(world: Almanac) -> Iterator[dict]:
     yield from world.conversations()
-    for asked in WHEN[:-1] * 10:
+    for asked in WHEN[:-2] * 20:
         yield {"messages": [turn("user", asked), turn("assistant", ENDS)]}
 
 
