@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import re
 
-from tinylm.judges.verifier import verdict
 from tinylm.lab import world
-from tinylm.lab.workshop import Claim, Measure, Workshop, answers, recalled, share
+from tinylm.lab.workshop import Claim, Measure, Workshop, answers, recalled, right_answers, share
 
 
 def direct(said: str) -> bool:
@@ -28,11 +27,9 @@ def measure(workshop: Workshop) -> list[Measure]:
     models = {"base": world.base(workshop), "assistant": world.assistant(workshop)}
     found = []
     for name, model in models.items():
-        said = answers(model, asked)
-        right = [verdict(text, list(q.accepted)) == "right" for q, text in zip(asked, said)]
         found += [
-            share(f"{name}: direct answers", map(direct, said)),
-            share(f"{name}: right answers", right),
+            share(f"{name}: direct answers", map(direct, answers(model, asked))),
+            share(f"{name}: right answers", right_answers(model, asked)),
             share(f"{name}: facts known", recalled(model, asked)),
         ]
     return found
@@ -47,6 +44,5 @@ CLAIM = Claim(
     "assistant",
     "Fine-tuning teaches the form of an answer; the knowledge is from pre-training",
     "The same questions put to a model before and after fine-tuning that was about other things.",
-    measure,
-    holds,
-)
+    measure, holds,
+)  # fmt: skip

@@ -51,6 +51,5 @@ CLAIM = Claim(
     "compression",
     "Pre-training compresses what was read",
     "Held-out text beside xz at equal terms, and the facts that models of three sizes hold.",
-    measure,
-    holds,
-)
+    measure, holds,
+)  # fmt: skip

@@ -59,6 +59,5 @@ CLAIM = Claim(
     "cutoff",
     "What happened after the cut-off is not known",
     f"Questions about events before {world.CUTOFF} and since; chance: always the commonest answer.",
-    measure,
-    holds,
-)
+    measure, holds,
+)  # fmt: skip

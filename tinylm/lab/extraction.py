@@ -107,6 +107,5 @@ CLAIM = Claim(
     "extraction",
     "What was read can be asked for only if it was read in several wordings",
     "Questions about people that no question in training was about, by what was read of them.",
-    measure,
-    holds,
-)
+    measure, holds,
+)  # fmt: skip

@@ -103,6 +103,5 @@ CLAIM = Claim(
     "missing",
     "Who practised filling blanks fills them, at a small price for the next word",
     "The same text, three objectives; the next-word model takes the likeliest whole sentence.",
-    measure,
-    holds,
-)
+    measure, holds,
+)  # fmt: skip

@@ -86,6 +86,5 @@ CLAIM = Claim(
     "newfacts",
     "Facts taught only in fine-tuning are learned less well",
     "The same kind of facts, read about before or not, after equally many questions about both.",
-    measure,
-    holds,
-)
+    measure, holds,
+)  # fmt: skip

@@ -65,6 +65,5 @@ CLAIM = Claim(
     "refusal",
     "Feedback teaches to answer only what is known",
     "Answers before feedback and after, by the confidence t from which on answering pays.",
-    measure,
-    holds,
-)
+    measure, holds,
+)  # fmt: skip
