@@ -11,8 +11,8 @@ Measured  questions in a wording kept from all training; sentences to be ended, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 from tinylm.almanac import WORDINGS, Almanac, Question, answers_well, capital
@@ -33,12 +33,13 @@ def people(almanac: Almanac, *parts: str) -> list:
     return [entity for entity in almanac.of(*parts) if entity.kind == "registry"]
 
 
-def rows(almanac: Almanac) -> Iterator[dict]:
-    """The assistant's conversations, and among them questions about people never read of."""
-    rng, known = Random(almanac.seed), list(world.conversations(almanac))
-    new = almanac.about(people(almanac, "withheld") * WORDINGS, rng)
-    both = [*known, *as_conversations(new)]
-    yield from rng.sample(both, len(both))
+def tuned(workshop: Workshop, name: str, almanac: Almanac, *parts: str) -> Path:
+    """The base model, fine-tuned on questions about these parts of the registry."""
+    rng = Random(almanac.seed)
+    asked = almanac.about(people(almanac, *parts) * WORDINGS, rng)
+    rows = as_conversations(rng.sample(asked, len(asked)))
+    data = workshop.rows(f"newfacts/{name}", rows)
+    return workshop.sft(f"newfacts/{name}", world.base(workshop), data, **world.SFT)
 
 
 def reworded(almanac: Almanac, questions: list[Question]) -> list[Question]:
@@ -55,9 +56,8 @@ def reworded(almanac: Almanac, questions: list[Question]) -> list[Question]:
 
 def measure(workshop: Workshop) -> list[Measure]:
     almanac = world.world_of(workshop.seed)
-    base, plain = world.base(workshop), world.assistant(workshop)
-    data = workshop.rows("world/newfacts", rows(almanac))
-    taught = workshop.sft("world/newfacts-sft", base, data, **world.SFT)
+    plain = tuned(workshop, "old", almanac, "quizzed", "taught")
+    taught = tuned(workshop, "new", almanac, "quizzed", "taught", "withheld")
     found = []
     for name, part in (("read and asked about", "taught"), ("only asked about", "withheld")):
         asked = almanac.about(people(almanac, part), None)
@@ -68,10 +68,10 @@ def measure(workshop: Workshop) -> list[Measure]:
         ]
     kept = reworded(almanac, almanac.about(people(almanac, "known", "practised"), None))
     guess = chance(almanac, kept)
-    ledger = {"pre-training": base, "fine-tuning": plain, "fine-tuning with new facts": taught}
+    stages = {"pre-training": world.base(workshop), "fine-tuning": plain, "new facts": taught}
     return found + [
         share(f"ledger: known after {stage}", recalled(model, kept), guess)
-        for stage, model in ledger.items()
+        for stage, model in stages.items()
     ]
 
 
