@@ -57,7 +57,9 @@ def test_a_claim_goes_on_where_it_stopped_and_keeps_the_others(small, tmp_path):
     shutil.rmtree(runs / "sft-mixed")  # as if it had been killed there
     assert lab.run("extraction", tmp_path, Progress(), seeds=1, **TINY) == before
     assert weights(runs / "sft-mixed") == told
-    resumed = [row for row in read_metrics(runs / "base-shuffled") if row.get("event") == "resume"]
+    resumed = [
+        row for row in read_metrics(runs / "base-shuffled-64") if row.get("event") == "resume"
+    ]
     assert not resumed  # it was finished, and served both claims
     claims = json.loads((tmp_path / "claims.json").read_text())
     assert [row["claim"] for row in claims] == ["compression", "extraction"]

@@ -16,7 +16,7 @@ from tinylm import checkpoint
 from tinylm.lab import extraction
 from tinylm.lab.workshop import Claim, Measure, Workshop, chance, recalled, results_of, share
 
-WIDTHS = (16, 32, 64)
+WIDTHS = (16, 32, extraction.WIDTH)
 
 
 def measure(workshop: Workshop) -> list[Measure]:
@@ -25,7 +25,7 @@ def measure(workshop: Workshop) -> list[Measure]:
     facts = almanac.about(read, Random(workshop.seed))
     guess, found = chance(almanac, facts), []
     for width in WIDTHS:
-        folder = extraction.base(workshop, "shuffled", n_embd=width)
+        folder = extraction.base(workshop, "shuffled", width)
         results = results_of(folder)
         thousands = checkpoint.load(folder)[0].n_parameters() / 1000
         known = share(f"{width} wide: facts known", recalled(folder, facts), guess)

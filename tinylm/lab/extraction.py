@@ -31,10 +31,11 @@ from tinylm.lab.workshop import (
 FACTS = 4
 PASSES = 40  # tellings of everything, each another; the fixed text is told in another order
 TOGETHER = 6  # people in a document
+WIDTH = 64  # of the model
 PRETRAIN = {
-    "objective": "next", "vocab_size": 1024, "n_layer": 3, "n_head": 2, "n_embd": 64,
-    "block_size": 128, "batch_size": 16, "learning_rate": 4e-3, "max_steps": 2000,
-    "held_out": 0.02, "eval_every": 1000, "save_every": 500,
+    "vocab_size": 1024, "n_layer": 3, "n_head": 2, "block_size": 128, "batch_size": 16,
+    "learning_rate": 4e-3, "max_steps": 2000, "held_out": 0.02, "eval_every": 1000,
+    "save_every": 500,
 }  # fmt: skip
 SFT = {"epochs": 4.0, "learning_rate": 1e-3, "eval_every": 100, "save_every": 100}
 TEXTS = {
@@ -75,13 +76,10 @@ def texts(world: Almanac, kind: str) -> Iterator[dict]:
         yield from ({"text": text} for text in rng.sample(documents, len(documents)))
 
 
-def base(workshop: Workshop, kind: str, **settings) -> Path:
-    """A model that has read this kind of text; other claims vary its settings."""
+def base(workshop: Workshop, kind: str, width: int = WIDTH) -> Path:
+    """A model that has read this kind of text."""
     text = workshop.rows(f"registry/{kind}", texts(world_of(workshop.seed), kind))
-    varied = [str(value) for name, value in settings.items() if value != PRETRAIN.get(name)]
-    return workshop.pretrain(
-        "-".join([f"registry/base-{kind}", *varied]), text, **{**PRETRAIN, **settings}
-    )
+    return workshop.pretrain(f"registry/base-{kind}-{width}", text, **PRETRAIN, n_embd=width)
 
 
 def measure(workshop: Workshop) -> list[Measure]:

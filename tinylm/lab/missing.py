@@ -80,7 +80,7 @@ def measure(workshop: Workshop) -> list[Measure]:
     asked, rows = blanks(almanac), workshop.rows("missing/text", text(almanac))
     found, bits = [], []
     for objective in OBJECTIVES:
-        settings = {**extraction.PRETRAIN, "objective": objective}
+        settings = {**extraction.PRETRAIN, "n_embd": extraction.WIDTH, "objective": objective}
         folder = workshop.pretrain(f"missing/{objective}", rows, **settings)
         model, tokenizer = checkpoint.load(folder)
         filled = [(likeliest(model, tokenizer, t, c, objective) == v, t, c) for t, v, c in asked]

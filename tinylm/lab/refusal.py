@@ -34,7 +34,7 @@ def verdicts(model: Path, tests: dict[str, list]) -> dict[str, list[str]]:
 
 def measures(title: str, found: dict[str, list[str]]) -> list[Measure]:
     every = [verdict for verdicts in found.values() for verdict in verdicts]
-    answered = [verdict for verdict in every if verdict != "idk"] or ["right"]
+    answered = [verdict for verdict in every if verdict != "idk"] or ["right"]  # no answer, no risk
     return [
         share(f"{title}: known, right", [v == "right" for v in found["known"]]),
         share(f"{title}: withheld, wrong", [v == "wrong" for v in found["withheld"]]),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinylm.almanac import Almanac, Question
+from tinylm.almanac import Almanac
 from tinylm.chat import turn
 from tinylm.lab.workshop import Workshop
 
@@ -54,7 +54,3 @@ def conversations(world: Almanac) -> Iterator[dict]:
     yield from world.conversations()
     for asked in WHEN[:-2] * 20:
         yield {"messages": [turn("user", asked), turn("assistant", ENDS)]}
-
-
-def of_kind(kind: str, questions: list[Question]) -> list[Question]:
-    return [question for question in questions if question.id.startswith(f"{kind}/")]
