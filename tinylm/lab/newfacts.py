@@ -4,9 +4,10 @@ Expected  A fact met only in the answers of fine-tuning can be told in answer to
           were practised, less well to others, and hardly when a sentence about it is to be ended.
 Varied    whether people's descriptions were read in pre-training; questions about both kinds of
           people are asked equally often in fine-tuning.
-Measured  questions in a wording kept from all training; sentences to be ended, in a wording that
-          no answer has. The ledger: facts known of people that fine-tuning never mentions, by
-          sentences to be ended, after each stage, with and without new facts.
+Measured  questions in a wording that was practised, and in one kept from all training; sentences
+          to be ended, in a wording that no answer has. The ledger: facts known of people that
+          fine-tuning never mentions, by sentences to be ended, after each stage, with and without
+          new facts.
 """
 
 from __future__ import annotations
@@ -60,9 +61,11 @@ def measure(workshop: Workshop) -> list[Measure]:
     taught = tuned(workshop, "new", almanac, "quizzed", "taught", "withheld")
     found = []
     for name, part in (("read and asked about", "taught"), ("only asked about", "withheld")):
+        practised = almanac.about(people(almanac, part), Random(workshop.seed))
         asked = almanac.about(people(almanac, part), None)
         guess = chance(almanac, asked)
         found += [
+            share(f"{name}: practised question", right_answers(taught, practised), guess),
             share(f"{name}: other question", right_answers(taught, asked), guess),
             share(f"{name}: sentence ended", recalled(taught, reworded(almanac, asked)), guess),
         ]
