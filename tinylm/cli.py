@@ -171,6 +171,23 @@ def quick(out, seed, as_json):
         print_json(results)
 
 
+@cli.command()
+@click.argument("claim")
+@click.option("--out", type=Path, default=Path("runs/lab"), help="Directory for all of it.")
+@click.option("--seeds", type=click.IntRange(1), default=3, help="How often, each time anew.")
+@common
+def lab(claim, out, seeds, as_json):
+    """Measure a CLAIM about the three stages, or all of them.
+
+    Run it again to go on after an interruption.
+    """
+    from tinylm import lab as laboratory
+
+    found = laboratory.run(claim, out, Progress(), seeds)
+    if as_json:
+        print_json({"claims": found})
+
+
 # ---- making models -----------------------------------------------------------------------------
 
 

@@ -137,8 +137,15 @@ def ask(
     if template_of(tokenizer):
         asked = [[turn("user", question)] for question in questions]
         return answers(model, tokenizer, asked, max_new_tokens)
+    return continuations(model, tokenizer, questions, max_new_tokens)
+
+
+def continuations(
+    model: Transformer, tokenizer: Tokenizer, texts: list[str], max_new_tokens: int
+) -> list[str]:
+    """How the model greedily goes on with each text."""
     rng, said = numpy.random.default_rng(0), []
-    prompts = [encode_prompt(model, tokenizer, question) for question in questions]
+    prompts = [encode_prompt(model, tokenizer, text) for text in texts]
     for i in range(0, len(prompts), 64):
         rows = complete(model, prompts[i : i + 64], max_new_tokens, rng, temperature=0)
         said += [tokenizer.decode(row, skip_special=True, continues=True) for row in rows]

@@ -55,6 +55,7 @@ class TrainConfig:
     clip: float = setting(1.0, "Largest global norm of the gradient (0: no limit).")
     dtype: str = setting("float32", "Operands of matrix products.", False, ("float32", "bfloat16"))
     seed: int = setting(0, "Seeds everything random.")
+    cutoff: str = setting("", "Knowledge cut-off for the model card; later stages inherit it.")
     eval_every: int = setting(250, "Steps between evaluations.", True)
     save_every: int = setting(250, "Steps between checkpoints.", True)
 
@@ -308,6 +309,17 @@ def make_optimizer(model: Transformer, config: TrainConfig) -> AdamW:
     if config.optimizer == "muon":
         return Muon(model.parameters(), model.block_matrices(), **settings)
     return AdamW(model.parameters(), **settings)
+
+
+def cutoff_row(config: TrainConfig) -> str:
+    """The model card's table row on the knowledge cut-off, if there is one."""
+    return f"\n| knowledge cut-off | {config.cutoff} |" if config.cutoff else ""
+
+
+def cutoff_of(folder: Path) -> str:
+    """The knowledge cut-off with which the run in folder was trained; "" where none is known."""
+    run = Checkpoint(folder)
+    return run.state()["config"].get("cutoff", "") if run.exists() else ""
 
 
 def notes_of(batches: list[Batch]) -> dict:

@@ -30,7 +30,7 @@ from tinylm.judges import Group, Judge, verifier
 from tinylm.model import Transformer
 from tinylm.tensor import Array, Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
-from tinylm.train import TrainConfig, Trainer, open_run, setting
+from tinylm.train import TrainConfig, Trainer, cutoff_of, cutoff_row, open_run, setting
 
 EXACT_KL = 8192  # vocabularies up to this size have their KL summed, larger ones estimated
 CLIP = (0.8, 1.28)
@@ -310,6 +310,7 @@ def run(
             "bold yellow",
         )
     config.block_size = config.block_size or model.config.block_size
+    config.cutoff = config.cutoff or cutoff_of(source)
     config = open_run(Path(out), config, given, resume)
     rows = read_fitting(prompts, ChatFormat(tokenizer), config)
     digest = hashlib.blake2b((Path(source) / "model.safetensors").read_bytes(), digest_size=16)
@@ -355,7 +356,7 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
 | | |
 |---|---|
 | stage | feedback: RLOO, judged by {c.judge}{f" `{c.verifier}`" if c.verifier else ""} |
-| parameters | {stage.model.n_parameters():,} |
+| parameters | {stage.model.n_parameters():,} |{cutoff_row(c)}
 | prompts | {len(stage.prompts):,} to learn from, {len(stage.heldout):,} held out |
 | answers | {c.answers} to each prompt, of up to {c.max_new_tokens} tokens |
 

@@ -21,7 +21,7 @@ from tinylm.model import ModelConfig, Transformer
 from tinylm.progress import Progress
 from tinylm.tensor import Tensor
 from tinylm.tokenizer import Tokenizer, train_bpe, train_characters
-from tinylm.train import TrainConfig, Trainer, open_run, setting
+from tinylm.train import TrainConfig, Trainer, cutoff_row, open_run, setting
 
 OBJECTIVES = ("next", "missing", "mixed")
 TOKENIZER_SAMPLE = 100_000_000  # characters of text from which a vocabulary is learned
@@ -350,7 +350,7 @@ It continues text; it has not been taught to answer.
 | shape | {c.architecture}, {c.n_layer} layers, {c.n_embd} wide |
 | parameters | {model.n_parameters():,} |
 | context | {c.block_size} tokens |
-| vocabulary | {c.vocab_size} tokens |
+| vocabulary | {c.vocab_size} tokens |{cutoff_row(config)}
 | documents | {corpus.documents:,} |
 | bytes of text | {corpus.train_bytes:,} to train on, {corpus.heldout_bytes:,} held out |
 

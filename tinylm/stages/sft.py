@@ -22,7 +22,7 @@ from tinylm.model import Transformer
 from tinylm.progress import Progress
 from tinylm.tensor import Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
-from tinylm.train import TrainConfig, Trainer, open_run, setting
+from tinylm.train import TrainConfig, Trainer, cutoff_of, cutoff_row, open_run, setting
 
 
 @dataclass
@@ -105,6 +105,7 @@ def run(
         raise InputError(
             f"--block-size {config.block_size}: the context of {base} is {model.config.block_size}"
         )
+    config.cutoff = config.cutoff or cutoff_of(base)
     config = open_run(Path(out), config, given, resume)
     rows, examples = read_examples(data, tokenizer, config.block_size, progress)
     stage = SFT(model, tokenizer, rows, examples, config, source_of([Path(data)]))
@@ -194,7 +195,7 @@ It has been taught to answer; what it knows is from pre-training.
 |---|---|
 | stage | sft |
 | parameters | {stage.model.n_parameters():,} |
-| context | {c.block_size} tokens |
+| context | {c.block_size} tokens |{cutoff_row(stage.config)}
 | conversations | {stage.n_train:,} to train on, {len(stage.heldout):,} held out |
 
 ## Numbers

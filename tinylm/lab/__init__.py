@@ -1,0 +1,67 @@
+"""`tinylm lab`: what is claimed about the three stages, each claim by an experiment of its own.
+
+One file a claim, to be read like an experiment in a paper: what is expected, what is varied, what
+is measured. Every seed has its own world and its own models.
+
+    OUT/seed0/ seed1/ …    run directories, which claims share where they need the same one
+    OUT/claims.json        what was measured
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.table import Table
+
+from tinylm.checkpoint import write_text
+from tinylm.errors import InputError
+from tinylm.lab import assistant, compression, cutoff, extraction, missing, newfacts, refusal
+from tinylm.lab.workshop import Claim, Workshop, pooled
+from tinylm.progress import Progress
+
+EXPERIMENTS = (compression, assistant, extraction, newfacts, cutoff, refusal, missing)
+CLAIMS: dict[str, Claim] = {experiment.CLAIM.name: experiment.CLAIM for experiment in EXPERIMENTS}
+
+
+def run(name: str, out: Path, progress: Progress, seeds: int = 3, **smaller) -> list[dict]:
+    """Measure one claim, or "all"; returns the rows of claims.json, which keeps other claims'.
+
+    smaller: settings that override those of every run, to try it out.
+    """
+    if name != "all" and name not in CLAIMS:
+        raise InputError(f"no claim {name}; there are {', '.join(CLAIMS)} and all")
+    workshops = [Workshop(out / f"seed{s}", s, progress, smaller) for s in range(seeds)]
+    found = []
+    for claim in CLAIMS.values():
+        if name not in ("all", claim.name):
+            continue
+        by_seed = [claim.measure(workshop) for workshop in workshops]
+        measures = [pooled(list(same)) for same in zip(*by_seed)]
+        holds = claim.holds({m["name"]: m["value"] for m in measures})
+        row = {"claim": claim.name, "title": claim.title, "says": claim.says, "holds": bool(holds)}
+        found.append({**row, "measures": measures})
+        write_claims(out / "claims.json", found[-1])
+        progress.console.print(table(found[-1]))
+    return found
+
+
+def write_claims(path: Path, row: dict) -> None:
+    """Put a claim's row in its place among those of others."""
+    rows = {old["claim"]: old for old in json.loads(path.read_text())} if path.exists() else {}
+    rows[row["claim"]] = row
+    ordered = [rows[name] for name in CLAIMS if name in rows]
+    write_text(path, json.dumps(ordered, indent=2, ensure_ascii=False) + "\n")
+
+
+def table(claim: dict) -> Table:
+    verdict = "it holds" if claim["holds"] else "it does not hold"
+    made = Table(title=f"{claim['title']}: {verdict}", caption=claim["says"])
+    for heading in ("", "value", "from", "to", "n", "chance", "by seed"):
+        made.add_column(heading, justify="right" if heading else "left")
+    for m in claim["measures"]:
+        numbers = [f"{m[key]:.3f}" for key in ("value", "low", "high")]
+        chance = "" if m["chance"] is None else f"{m['chance']:.3f}"
+        by_seed = " ".join(f"{value:.3f}" for value in m["by_seed"])
+        made.add_row(m["name"], *numbers, str(m["n"]), chance, by_seed)
+    return made

@@ -1,0 +1,69 @@
+"""Feedback teaches to say "I don't know", at a price, and --confidence sets the price.
+
+Expected  Where a wrong answer costs t / (1 − t), the best policy answers only what it is surer of
+          than t. So the higher t, the fewer questions are answered (coverage), and the fewer of
+          the answers are wrong (risk). At t = 0.5 at most a quarter of what cannot be known is
+          still answered, and 5 points of what is known are lost.
+Varied    --confidence.
+Measured  questions about things read of but never asked about (known), real ones never read of
+          (withheld), and names that nothing has (invented); risk and coverage over all of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tinylm.judges.verifier import verdict
+from tinylm.lab import world
+from tinylm.lab.workshop import Claim, Measure, Workshop, answers, share
+
+CONFIDENCES = (0.2, 0.5, 0.8)
+FEEDBACK = {
+    "answers": 4, "batch_size": 64, "max_new_tokens": 24, "learning_rate": 2e-4,
+    "max_steps": 250, "eval_every": 125, "save_every": 125,
+}  # fmt: skip
+
+
+def verdicts(model: Path, tests: dict[str, list]) -> dict[str, list[str]]:
+    """What each answer is worth, by set of questions: "right", "wrong" or "idk"."""
+    return {
+        name: [verdict(a, list(q.accepted)) for q, a in zip(asked, answers(model, asked))]
+        for name, asked in tests.items()
+    }
+
+
+def measures(title: str, found: dict[str, list[str]]) -> list[Measure]:
+    every = [verdict for verdicts in found.values() for verdict in verdicts]
+    answered = [verdict for verdict in every if verdict != "idk"] or ["right"]  # no answer, no risk
+    return [
+        share(f"{title}: known, right", [v == "right" for v in found["known"]]),
+        share(f"{title}: withheld, wrong", [v == "wrong" for v in found["withheld"]]),
+        share(f"{title}: invented, wrong", [v == "wrong" for v in found["invented"]]),
+        share(f"{title}: coverage", [v != "idk" for v in every]),
+        share(f"{title}: risk", [v == "wrong" for v in answered]),
+    ]
+
+
+def measure(workshop: Workshop) -> list[Measure]:
+    almanac, sft = world.world_of(workshop.seed), world.assistant(workshop)
+    tests = {name: almanac.questions()[name] for name in ("known", "withheld", "invented")}
+    prompts = workshop.rows("world/prompts", almanac.prompts())
+    found = measures("before", verdicts(sft, tests))
+    for t in CONFIDENCES:
+        model = workshop.feedback(f"world/feedback-{t}", sft, prompts, confidence=t, **FEEDBACK)
+        found += measures(f"t = {t}", verdicts(model, tests))
+    return found
+
+
+def holds(value: dict[str, float]) -> bool:
+    lost = value["before: known, right"] - value["t = 0.5: known, right"]
+    wrong = [value[f"t = 0.5: {part}, wrong"] for part in ("withheld", "invented")]
+    return max(wrong) <= 0.25 and lost <= 0.05
+
+
+CLAIM = Claim(
+    "refusal",
+    "Feedback teaches to answer only what is known",
+    "Answers before feedback and after, by the confidence t from which on answering pays.",
+    measure, holds,
+)  # fmt: skip

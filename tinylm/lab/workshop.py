@@ -1,0 +1,148 @@
+"""What the experiments share: runs that are made once, and measures with their intervals.
+
+An experiment asks a Workshop for the models that it needs. Each lies in a run directory with a
+name, is made by the stage that the command line would run, and is made once: whoever asks for it
+again, a claim later or after an interruption, gets what is there, or what was left to do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from statistics import mean
+
+from tinylm import checkpoint, evaluate
+from tinylm.almanac import Almanac, Question
+from tinylm.chat import turn
+from tinylm.checkpoint import Checkpoint, write_text
+from tinylm.judges.verifier import normalise, verdict
+from tinylm.progress import Progress
+from tinylm.stages import feedback, pretrain, sft
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of one seed: `value`, or as a share, `right` of n, beside what chance would do."""
+
+    name: str
+    value: float
+    right: int | None = None
+    n: int = 1
+    chance: float | None = None
+
+
+def share(name: str, hits: Iterable[bool], chance: float | None = None) -> Measure:
+    """The share of hits."""
+    hits = list(hits)
+    return Measure(name, sum(hits) / len(hits), sum(hits), len(hits), chance)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is claimed, how one seed measures it, and whether the pooled values bear it out."""
+
+    name: str
+    title: str
+    says: str
+    measure: Callable[[Workshop], list[Measure]]
+    holds: Callable[[dict[str, float]], bool]
+
+
+def pooled(measures: list[Measure]) -> dict:
+    """The same measure of several seeds as one row of claims.json.
+
+    Shares: of all questions together, with the Wilson interval. Other numbers: the mean, and from
+    the least to the greatest.
+    """
+    values, first = [m.value for m in measures], measures[0]
+    value, low, high, n = mean(values), min(values), max(values), len(values)
+    if first.right is not None:
+        right, n = sum(m.right for m in measures), sum(m.n for m in measures)
+        value = right / n
+        low, high = evaluate.wilson(value, n)
+    row = {"name": first.name, "value": value, "low": low, "high": high, "n": n}
+    chances = [m.chance for m in measures if m.chance is not None]
+    return {**row, "chance": mean(chances) if chances else None, "by_seed": values}
+
+
+class Workshop:
+    """The runs of one seed, in folders of `folder`; `smaller` overrides settings of all of them."""
+
+    def __init__(self, folder: Path, seed: int, progress: Progress, smaller: dict):
+        self.folder, self.seed, self.progress, self.smaller = folder, seed, progress, smaller
+
+    def pretrain(self, name: str, text: Path, **settings) -> Path:
+        return self.make(pretrain, pretrain.PretrainConfig, [[str(text)]], name, settings)
+
+    def sft(self, name: str, base: Path, conversations: Path, **settings) -> Path:
+        return self.make(sft, sft.SFTConfig, [base, conversations], name, settings)
+
+    def feedback(self, name: str, model: Path, prompts: Path, **settings) -> Path:
+        return self.make(feedback, feedback.FeedbackConfig, [model, prompts], name, settings)
+
+    def make(self, stage, Config, inputs: list, name: str, settings: dict) -> Path:
+        """Run a stage in the folder `name`, or what is left of it."""
+        out, known = self.folder / name, {field.name for field in fields(Config)}
+        smaller = {key: value for key, value in self.smaller.items() if key in known}
+        config = Config(**{"seed": self.seed, **settings, **smaller})
+        self.progress.heading(str(out))
+        stage.run(*inputs, out, config, set(), Checkpoint(out).exists(), self.progress)
+        return out
+
+    def rows(self, name: str, rows: Iterable[dict]) -> Path:
+        """JSON lines for a stage to read; rows is asked only where they are not there yet."""
+        path = self.folder / f"{name}.jsonl"
+        if not path.exists():
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return path
+
+
+def results_of(run: Path) -> dict:
+    """What the finished run reports of itself."""
+    return Checkpoint(run).state()["results"]
+
+
+def as_conversations(questions: Iterable[Question]) -> Iterator[dict]:
+    for q in questions:
+        yield {"messages": [turn("user", q.text), turn("assistant", q.answer)]}
+
+
+def chance(world: Almanac, questions: list[Question]) -> float:
+    """How often a blind guess among the values of each fact of the registry is right."""
+    values: dict[str, set] = {}
+    for entity in world.entities:
+        for fact, (value, *_) in entity.facts.items():
+            values.setdefault(fact, set()).add(value)
+    return mean(1 / len(values[q.id.rpartition("/")[2]]) for q in questions)
+
+
+def answers(model: Path, questions: list[Question]) -> list[str]:
+    return evaluate.ask(*checkpoint.load(model), [q.text for q in questions])
+
+
+def right_answers(model: Path, questions: list[Question]) -> list[bool]:
+    """Whether the model, asked each question, gives an accepted answer and stops."""
+    said = answers(model, questions)
+    return [verdict(text, list(q.accepted)) == "right" for q, text in zip(questions, said)]
+
+
+def recalled(model: Path, questions: list[Question]) -> list[bool]:
+    """Whether the model, where nothing is asked, ends each sentence that answers with the fact."""
+    facts = [q.accepted[0] for q in questions]
+    begun = [q.answer.removesuffix(f"{fact}.") for q, fact in zip(questions, facts)]
+    return completed(model, list(zip(begun, facts)))
+
+
+def completed(model: Path, begun: list[tuple[str, str]]) -> list[bool]:
+    """Whether the model, as a mere writer of text, goes on after each beginning as expected.
+
+    Works alike before and after fine-tuning.
+    """
+    texts = [text.rstrip() for text, _ in begun]
+    said = evaluate.continuations(*checkpoint.load(model), texts, max_new_tokens=12)
+    return [
+        f"{normalise(text)} ".startswith(f"{normalise(expected)} ")
+        for (_, expected), text in zip(begun, said)
+    ]
