@@ -162,6 +162,8 @@ def test_verdicts_have_intervals(runs):
 
 
 def test_wilson_intervals():
+    newcombe = evaluate.wilson(81 / 263, 263)  # his example (Statistics in Medicine 17, 1998)
+    assert newcombe == pytest.approx((0.2553, 0.3662), abs=1e-4)
     assert evaluate.wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert evaluate.wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
     assert evaluate.wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
