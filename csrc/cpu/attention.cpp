@@ -5,10 +5,9 @@
 // Scores are held transposed, one row per key and one lane per query:
 //
 //                 BQ queries
-//               ┌────────────┐     the maximum and the sum of a query are lane-wise operations down
-//       BK keys │ K_j Qᵀ/√D  │     the rows; K is read as it lies in memory (any stride), and only
-//       the
-//               └────────────┘     queries are transposed, once per block.
+//               ┌────────────┐   the maximum and the sum of a query are lane-wise,
+//       BK keys │ K_j Qᵀ/√D  │   down the rows; K is read as it lies in memory,
+//               └────────────┘   and queries are transposed, once per block.
 //
 //   forward:   S = K Qᵀ; P = exp(S - max); O = O fade + Pᵀ V                      (online softmax)
 //   backward:  P = exp(K Qᵀ - lse); dV += P dO; dS = P (V dOᵀ - delta); dK += dS Q; dQ += dSᵀ K
