@@ -35,11 +35,16 @@ def test_a_batch_of_unequal_prompts_gives_what_each_gives_alone(model, each_back
 
 def test_equal_prompts_are_read_once_and_answered_each(model, each_backend, monkeypatch):
     sizes, hidden = [], model.hidden
-    watched = lambda tokens, *rest: (sizes.append(tokens.shape), hidden(tokens, *rest))[1]
-    monkeypatch.setattr(model, "hidden", watched)
+
+    def watched(tokens, *rest):
+        sizes.append(tokens.shape)
+        return hidden(tokens, *rest)
+
     prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[0], PROMPTS[0]]
-    steps = stream(model, prompts, 20, numpy.random.default_rng(0), temperature=0)
-    rows = numpy.array(list(steps)).T.tolist()
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "hidden", watched)
+        steps = stream(model, prompts, 20, numpy.random.default_rng(0), temperature=0)
+        rows = numpy.array(list(steps)).T.tolist()
     assert sizes == [(2, 6)] + [(4, 1)] * 19
     assert rows == [greedy(model, prompt, 20) for prompt in prompts]
 

@@ -163,7 +163,8 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """The 95 % interval of a share that was seen in n trials (Wilson 1927)."""
     centre, width = share + z * z / (2 * n), share * (1 - share) / n + z * z / (4 * n * n)
     low, high = (centre + sign * z * math.sqrt(width) for sign in (-1, 1))
-    return max(0.0, low / (1 + z * z / n)), min(1.0, high / (1 + z * z / n))
+    low, high = (round(bound / (1 + z * z / n), 9) for bound in (low, high))
+    return max(0.0, low), min(1.0, high)
 
 
 def evaluate_directory(
