@@ -27,8 +27,8 @@ FACTS = 4  # of each kind
 PASSES = 20  # descriptions of every entity in the text
 PRETRAIN = {
     "vocab_size": 2048, "n_layer": 3, "n_head": 3, "n_embd": 96, "block_size": 256,
-    "batch_size": 8, "learning_rate": 3e-3, "max_steps": 4200, "held_out": 0.02,
-    "eval_every": 1000, "save_every": 500,
+    "batch_size": 8, "optimizer": "muon", "learning_rate": 1e-2, "floor": 0.0, "max_steps": 2400,
+    "held_out": 0.02, "eval_every": 600, "save_every": 400,
 }  # fmt: skip
 SFT = {"epochs": 2.0, "learning_rate": 3e-4, "eval_every": 100, "save_every": 100}
 FEEDBACK = {
