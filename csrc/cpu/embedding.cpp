@@ -3,6 +3,8 @@
 // Backward sorts the places by token (a counting sort, stable), so that each row of dweight is
 // written once, by one thread, and adds its gradients in the order of the text. With `add`, rows of
 // tokens that do not occur are not touched.
+//
+// 27 / 30 GB/s, forward / backward, where copying reaches 37 (Zen 4).
 #include "simd.h"
 
 namespace ISA {

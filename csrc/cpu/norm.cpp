@@ -6,6 +6,8 @@
 //
 //   xhat = (x - mean) rstd          dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat))
 //   y = xhat weight + bias          where dxhat = dy weight; RMSNorm is the same with mean = 0
+//
+// Layer norm 91 / 98 % of the speed of copying memory, RMS norm 101 / 73 % (Zen 4).
 #include "simd.h"
 
 namespace ISA {
