@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import mkdtemp
 
-from tinylm.bench import fma_peak
+from tinylm.environment import fma_peak
 
 HERE = Path(__file__).parent
 OURS = ("float32", "bfloat16")

@@ -14,11 +14,11 @@ def activation_floats(c: ModelConfig) -> int:
     """Floats that one token leaves for the backward pass, over all layers."""
     heads, groups = c.n_head * c.head_size, c.n_kv_head * c.head_size
     if c.is_llama:
-        # norm, q, k, v, turned q and k, out, sum; norm, gate, up, their product, sum
-        layer = 4 * c.n_embd + 3 * heads + 3 * groups + 3 * c.n_inner
+        # turned q and k, v, out, sum; gate, up, sum (norms and products are computed again)
+        layer = 2 * c.n_embd + 2 * heads + 2 * groups + 2 * c.n_inner
     else:
-        # norm, q k v, out, sum; norm, up, gelu, sum
-        layer = 4 * c.n_embd + 4 * c.n_embd + 2 * c.n_inner
+        # q k v, out, sum; up, sum
+        layer = 6 * c.n_embd + c.n_inner
     return c.n_layer * layer + 2 * c.n_embd
 
 

@@ -340,16 +340,15 @@ static void backward_block(const Queries& q, const Gradients& x, float* scratch)
     for (long j = q.begin, keys; j < q.end; j += keys) {
         keys = q.keys(j);
         const long l = q.blind(j), lanes = q.lanes - l, seeing = q.rows - l;
-        const float *pl = p + l, *dsl = ds + l;
         const Matrix k = whole_vectors(x.k, q.b, q.g, j, keys, D, copy);
         block_product(keys, lanes, D, k.data, k.ld, 1, qt + l, BQ, p + l, BQ, false);
         block_product(keys, lanes, D, at(x.v, q.b, q.g, j), x.v.t, 1, dot + l, BQ, ds + l, BQ,
                       false);
         q.mask(p, j, keys, l);
         score_gradients(keys, l, q.lanes, lse, delta, p, ds);
-        block_product(keys, ld, seeing, pl, BQ, 1, drows + l * ld, ld, x.dv + j * ld, ld, true);
-        block_product(keys, ld, seeing, dsl, BQ, 1, rows + l * ld, ld, x.dk + j * ld, ld, true);
-        block_product(seeing, ld, keys, dsl, 1, BQ, k.data, k.ld, dq + l * ld, ld, true);
+        block_product(keys, ld, seeing, p + l, BQ, 1, drows + l * ld, ld, x.dv + j * ld, ld, true);
+        block_product(keys, ld, seeing, ds + l, BQ, 1, rows + l * ld, ld, x.dk + j * ld, ld, true);
+        block_product(seeing, ld, keys, ds + l, 1, BQ, k.data, k.ld, dq + l * ld, ld, true);
     }
     for (long i = 0; i < q.rows * ld; i += W)
         store(dq + i, load(dq + i) * scale);  // dK has it from Q
