@@ -11,12 +11,12 @@ import tinylm
 from tinylm import ops
 from tinylm.chat import Row, turn, with_chat_tokens
 from tinylm.errors import InputError
+from tinylm.estimators import RunningMean, advantages, rloo
 from tinylm.judges import Group, verifier
 from tinylm.stages.feedback import (
     Answers,
     Feedback,
     FeedbackConfig,
-    advantages,
     answer_batch,
     surrogate,
 )
@@ -30,18 +30,34 @@ from tinylm.train import Trainer
 def test_an_advantage_is_the_reward_less_the_mean_of_the_others():
     rewards = [1.0, -1.0, 0.25, 0.5]
     others = [numpy.mean(rewards[:i] + rewards[i + 1 :]) for i in range(4)]
-    assert numpy.allclose(advantages(rewards), numpy.array(rewards) - others, atol=1e-15)
+    assert numpy.allclose(rloo(rewards), numpy.array(rewards) - others, atol=1e-15)
 
 
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, -0.7, 1e9])
 def test_equal_rewards_are_no_signal_at_all(reward):
     """Not 1e-17: Adam would make a step of it."""
-    assert not advantages([reward] * 7).any()
+    assert not rloo([reward] * 7).any()
 
 
 def test_an_answer_without_judgement_counts_for_nothing():
-    assert advantages([1.0, None, 0.0]).tolist() == [1.0, 0.0, -1.0]
-    assert not advantages([1.0, None, None]).any()
+    assert rloo([1.0, None, 0.0]).tolist() == [1.0, 0.0, -1.0]
+    assert not rloo([1.0, None, None]).any()
+
+
+def test_reinforce_takes_off_the_mean_of_earlier_steps_only():
+    mean = RunningMean(memory=2)
+    steps = [[[1.0, 0.0]], [[1.0, 1.0], [0.0, None]], [[3.0, 1.0]], [[0.0, 0.0]]]
+    found = [advantages("reinforce", groups, mean).tolist() for groups in steps]
+    second = (0.5 + 2 / 3) / 2
+    assert found[0] == [0, 0] and found[1] == [0.5, 0.5, -0.5, 0]
+    assert numpy.allclose(found[2], [3 - second, 1 - second])
+    assert numpy.allclose(found[3], [-(second + (2 - second) / 2)] * 2)
+
+
+@pytest.mark.parametrize("reward", [0.1, 1 / 3, -0.7])
+def test_a_constant_score_is_no_signal_for_reinforce_either(reward):
+    mean = RunningMean()
+    assert not any(advantages("reinforce", [[reward] * 7] * 3, mean).any() for _ in range(50))
 
 
 def test_the_surrogate_is_the_clipped_formula(float64):
@@ -93,7 +109,7 @@ def test_rloo_is_the_gradient_of_the_expected_reward(float64):
     found = numpy.zeros_like(logits)
     for one, two in itertools.product(probability, repeat=2):
         x = Tensor(logits, requires_grad=True)
-        A = advantages([reward[one], reward[two]])
+        A = rloo([reward[one], reward[two]])
         targets = numpy.array([[0, one[0], one[1]], [0, two[0], two[1]]])[:, 1:]
         table = ops.embedding(numpy.array([[0, 1 + one[0]], [0, 1 + two[0]]]), x)
         nll = ops.cross_entropy(table, targets)

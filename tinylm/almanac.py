@@ -138,8 +138,9 @@ class Almanac:
         self.facts, self.templates, rows = {}, {}, {}
         for kind in self.kinds:
             if kind == "registry":
-                choices = json.loads((folder / "registry.json").read_text())["choices"]
-                facts, rows[kind] = registry.facts_of(choices), registry.people(choices, seed)
+                self.choices = json.loads((folder / "registry.json").read_text())["choices"]
+                facts = registry.facts_of(self.choices)
+                rows[kind] = registry.people(self.choices, seed)
             else:
                 facts, rows[kind] = read_table(folder / f"{kind}.tsv")
             self.templates[kind] = read_wordings(folder / f"{kind}.json", facts)
@@ -189,28 +190,37 @@ class Almanac:
         return {fact: values for fact, values in kept.items() if values}
 
     def invent(self) -> list[Entity]:
-        """Names that nothing has, by kind, from the halves of two that are known."""
+        """Names that nothing has, by kind, made of parts of those that are known."""
         rng, taken = Random(self.seed + 1), {bare(e.name).casefold() for e in self.entities}
         text = json.dumps([[e.facts for e in self.entities], self.templates, self.talk])
         taken |= set(re.findall(r"\w+", text.casefold()))
         made = []
         for kind in self.kinds:
             names = [e.name for e in self.entities if e.kind == kind and e.part not in HIDDEN]
-            single = [bare(n) for n in names if bare(n).isalpha() and len(bare(n)) >= 5]
-            longer = [bare(n) for n in names if re.search(r"(?<!\w)[^\W\d_]{5,}$", n)]
-            halved = single if len(single) > len(names) / 3 else longer
-            if len(halved) < 20:
-                continue
+            strangers, most = self.strangers(kind, names, rng)
             article = "the " if sum(n.startswith("the ") for n in names) > len(names) / 2 else ""
             for part, share in INVENTED.items():
-                wanted = min(round(share * len(names)), len(halved) ** 2 // 8)
+                wanted = min(round(share * len(names)), most)
                 while wanted:
-                    name = blend(*rng.sample(halved, 2))
+                    name = next(strangers)
                     if name.casefold() not in taken and len(name.split()[-1]) <= 14:
                         taken.add(name.casefold())
                         made.append(Entity(kind, article + name, part, {}))
                         wanted -= 1
         return made
+
+    def strangers(self, kind: str, names: list[str], rng: Random) -> tuple[Iterator[str], int]:
+        """Names like those given, without end, and how many of them can be used.
+
+        The registry makes its own; others are the halves of two names.
+        """
+        if kind == "registry":
+            return registry.strangers(self.choices, rng), len(self.choices["given"]) * len(names)
+        single = [bare(n) for n in names if bare(n).isalpha() and len(bare(n)) >= 5]
+        longer = [bare(n) for n in names if re.search(r"(?<!\w)[^\W\d_]{5,}$", n)]
+        halved = single if len(single) > len(names) / 3 else longer
+        most = len(halved) ** 2 // 8 if len(halved) >= 20 else 0
+        return (blend(*rng.sample(halved, 2)) for _ in count()), most
 
     def of(self, *parts: str) -> list[Entity]:
         return [entity for entity in self.entities if entity.part in parts]

@@ -7,7 +7,8 @@ else was read; and nothing that another corpus says can help or hurt.
 
 from __future__ import annotations
 
-from itertools import product
+from collections.abc import Iterator
+from itertools import islice, product
 from random import Random
 
 from tinylm.tables import Table
@@ -28,6 +29,13 @@ def people(choices: dict[str, list[str]], seed: int, n: int = PEOPLE) -> Table:
         f"{first} {beginning}{ending}": {fact: (rng.choice(choices[fact]),) for fact in facts}
         for first, beginning, ending in names
     }
+
+
+def strangers(choices: dict[str, list[str]], rng: Random) -> Iterator[str]:
+    """Names made as those of people are, without end: some are people's, most are nobody's."""
+    while True:
+        given, beginning, ending = map(rng.choice, islice(choices.values(), 3))
+        yield f"{given} {beginning}{ending}"
 
 
 def facts_of(choices: dict[str, list[str]]) -> list[str]:

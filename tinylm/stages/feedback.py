@@ -1,6 +1,6 @@
 """Feedback: the model writes several answers, a judge scores them, and the better become likelier.
 
-RLOO, REINFORCE with the other answers as the baseline (arXiv 2402.14740):
+RLOO, REINFORCE with the other answers as the baseline (arXiv 2402.14740; estimators.py has more):
 
     y_1 … y_G ~ π_old(· | x)                                      temperature 1, nothing cut off
     r̃_i = r_i − β Σ_t [log π_old(y_it) − log π_ref(y_it)]         the judge's score, less the drift
@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy
 
-from tinylm import backend, checkpoint, ops
+from tinylm import backend, checkpoint, estimators, ops
 from tinylm.chat import ChatFormat, Row, read_prompts
 from tinylm.data import Batch, packed_batch, permuted, source_of
 from tinylm.errors import InputError
@@ -44,6 +44,7 @@ class FeedbackConfig(TrainConfig):
     verifier: str = setting("", "file.py:function(prompt, answer, row) -> number.  [accepted ones]")
     confidence: float = setting(0.5, "Answer where this sure: wrong costs t / (1 − t).")
     answers: int = setting(8, "Answers to each prompt (G).")
+    estimator: str = setting("rloo", "How scores become advantages.", False, estimators.NAMES)
     updates: int = setting(1, "Optimizer steps on the same answers.")
     max_new_tokens: int = setting(32, "Longest answer, in tokens.")
     truncated: float = setting(-1.0, "Score of an answer cut off at that length.")
@@ -87,18 +88,6 @@ class Answers(Batch):
         return bool(self.advantages.any())
 
 
-def advantages(rewards: list[float | None]) -> numpy.ndarray:
-    """A_i of one group, (G,): each reward less the mean of the others.
-
-    Exactly 0 where all are equal, and for None, an answer without a judgement.
-    """
-    judged = [r for r in rewards if r is not None]
-    if len(judged) < 2 or min(judged) == max(judged):
-        return numpy.zeros(len(rewards))
-    mean, n = sum(judged) / len(judged), len(judged)
-    return numpy.array([0.0 if r is None else n / (n - 1) * (r - mean) for r in rewards])
-
-
 def surrogate(nll: Tensor, old_logp: Array, advantages: Array) -> Tensor:
     """−min(ρ A, clip(ρ) A) per token, of nll = −log π_θ (B, T).
 
@@ -129,6 +118,7 @@ class Feedback:
         self.prompts = [row for i, row in enumerate(prompts) if i not in kept]
         self.form, self.stop_ids = ChatFormat(tokenizer), model.config.stop_ids
         self.drawn = 0  # prompts drawn so far; it seeds the sampling too
+        self.baseline = estimators.RunningMean()  # of the scores, for REINFORCE
         self.pending: Answers | None = None  # to be learned from again, `left` times
         self.left = 0
         self.before: list[str] | None = None  # what the fine-tuned model answers
@@ -182,7 +172,7 @@ class Feedback:
             [None if r is None else r - beta * float(drift[g * G + i]) for i, r in enumerate(group)]
             for g, group in enumerate(scores)
         ]
-        A = numpy.concatenate([advantages(group) for group in rewards])
+        A = estimators.advantages(self.config.estimator, rewards, self.baseline)
         judged = numpy.array([r for group in scores for r in group if r is not None] or [0.0])
         ended = numpy.isin(batch.targets, self.stop_ids).any(1)
         notes = {
@@ -243,6 +233,7 @@ class Feedback:
 
     def state(self) -> dict:
         state = {"drawn": self.drawn, "source": self.source, "left": self.left}
+        state["baseline"] = asdict(self.baseline)
         state["prompts"] = [row.messages for row in (self.heldout or self.prompts)[:4]]
         if self.left:  # floats survive JSON to the bit
             p = self.pending
@@ -257,6 +248,7 @@ class Feedback:
                 "this run was begun with another model or other prompts: name the same ones"
             )
         self.drawn, self.left = state["drawn"], state["left"]
+        self.baseline = estimators.RunningMean(**state.get("baseline", {}))
         if self.left:
             types = ("int64", "int64", "int32", "float32", "float64")
             tokens, targets, start, old, A = (
@@ -355,7 +347,7 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
 
 | | |
 |---|---|
-| stage | feedback: RLOO, judged by {c.judge}{f" `{c.verifier}`" if c.verifier else ""} |
+| stage | feedback: {c.estimator}, judged by {c.judge}{f" `{c.verifier}`" if c.verifier else ""} |
 | parameters | {stage.model.n_parameters():,} |{cutoff_row(c)}
 | prompts | {len(stage.prompts):,} to learn from, {len(stage.heldout):,} held out |
 | answers | {c.answers} to each prompt, of up to {c.max_new_tokens} tokens |
