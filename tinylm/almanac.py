@@ -210,12 +210,13 @@ class Almanac:
         return made
 
     def strangers(self, kind: str, names: list[str], rng: Random) -> tuple[Iterator[str], int]:
-        """Names like those given, without end, and how many of them can be used.
+        """Names like those given, and how many of them each part may have.
 
         The registry makes its own; others are the halves of two names.
         """
         if kind == "registry":
-            return registry.strangers(self.choices, rng), len(self.choices["given"]) * len(names)
+            every = registry.all_names(self.choices)
+            return iter(rng.sample(every, len(every))), len(every) // 4
         single = [bare(n) for n in names if bare(n).isalpha() and len(bare(n)) >= 5]
         longer = [bare(n) for n in names if re.search(r"(?<!\w)[^\W\d_]{5,}$", n)]
         halved = single if len(single) > len(names) / 3 else longer

@@ -7,13 +7,13 @@ else was read; and nothing that another corpus says can help or hurt.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice, product
+from itertools import product
 from random import Random
 
 from tinylm.tables import Table
 
 PEOPLE = 300
+NAME = ("given", "beginning", "ending")
 
 
 def people(choices: dict[str, list[str]], seed: int, n: int = PEOPLE) -> Table:
@@ -22,21 +22,17 @@ def people(choices: dict[str, list[str]], seed: int, n: int = PEOPLE) -> Table:
     choices: "given", "beginning" and "ending" of names; all others are facts and their k values.
     """
     rng = Random(f"registry {seed}")
-    given, beginnings, endings = (choices[part] for part in ("given", "beginning", "ending"))
-    facts = facts_of(choices)
-    names = rng.sample(list(product(given, beginnings, endings)), n)
+    names = rng.sample(all_names(choices), n)
     return {
-        f"{first} {beginning}{ending}": {fact: (rng.choice(choices[fact]),) for fact in facts}
-        for first, beginning, ending in names
+        name: {fact: (rng.choice(choices[fact]),) for fact in facts_of(choices)} for name in names
     }
 
 
-def strangers(choices: dict[str, list[str]], rng: Random) -> Iterator[str]:
-    """Names made as those of people are, without end: some are people's, most are nobody's."""
-    while True:
-        given, beginning, ending = map(rng.choice, islice(choices.values(), 3))
-        yield f"{given} {beginning}{ending}"
+def all_names(choices: dict[str, list[str]]) -> list[str]:
+    """Every name that people could have; most are nobody's."""
+    parts = (choices[part] for part in NAME)
+    return [f"{given} {beginning}{ending}" for given, beginning, ending in product(*parts)]
 
 
 def facts_of(choices: dict[str, list[str]]) -> list[str]:
-    return [name for name in choices if name not in ("given", "beginning", "ending")]
+    return [name for name in choices if name not in NAME]
