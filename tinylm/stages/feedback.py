@@ -15,7 +15,9 @@ L_max is --max-new-tokens: a constant, because a length of its own would favour 
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from tinylm.chat import ChatFormat, Row, read_prompts
 from tinylm.data import Batch, packed_batch, permuted, source_of
 from tinylm.errors import InputError
 from tinylm.generate import answers, complete
-from tinylm.judges import Group, Judge, verifier
+from tinylm.judges import Group, Judge, human, verifier
 from tinylm.judges.reward import RewardModel
 from tinylm.model import Transformer
 from tinylm.tensor import Array, Tensor, no_grad
@@ -35,13 +37,15 @@ from tinylm.train import TrainConfig, Trainer, cutoff_of, cutoff_row, open_run, 
 
 EXACT_KL = 8192  # vocabularies up to this size have their KL summed, larger ones estimated
 CLIP = (0.8, 1.28)
+WHO = ("verifier", "reward-model", "human")
+PAGES = ("auto", "serve", "none")
 
 
 @dataclass
 class FeedbackConfig(TrainConfig):
     """Feedback: who judges, how many answers, how far the model may drift."""
 
-    judge: str = setting("verifier", "Who judges.", False, ("verifier", "reward-model"))
+    judge: str = setting("verifier", "Who judges.", False, WHO)
     verifier: str = setting("", "file.py:function(prompt, answer, row) -> number.  [accepted ones]")
     reward_model: str = setting("", "Directory of the reward model.")
     confidence: float = setting(0.5, "Answer where this sure: wrong costs t / (1 − t).")
@@ -59,6 +63,10 @@ class FeedbackConfig(TrainConfig):
     eval_every: int = setting(50, "Steps between evaluations.", True)
     save_every: int = setting(50, "Steps between checkpoints.", True)
     held_out: int = setting(32, "Prompts held out for evaluation, of at least ten times as many.")
+    comparisons: int = setting(1, "Blind comparisons with the fine-tuned model, to a person's round.")
+    page: str = setting("auto", "A person's page; auto: in a terminal.", True, PAGES)
+    host: str = setting("127.0.0.1", "Address at which the page is served.", True)
+    port: int = setting(0, "Its port (0: any that is free).", True)
 
     def check(self) -> None:
         super().check()
@@ -71,6 +79,8 @@ class FeedbackConfig(TrainConfig):
             raise InputError(
                 f"--batch-size {self.batch_size}: not a multiple of --answers {self.answers}"
             )
+        if self.judge == "human" and self.answers > 4:
+            raise InputError(f"--answers {self.answers}: a person compares up to 4")
         if not 0 <= self.confidence < 1:
             raise InputError(f"--confidence: expected 0 or more, below 1, got {self.confidence}")
 
@@ -123,6 +133,7 @@ class Feedback:
         self.baseline = estimators.RunningMean()  # of the scores, for REINFORCE
         self.pending: Answers | None = None  # to be learned from again, `left` times
         self.left = 0
+        self.drift = 0.0  # KL per token of the latest answers
         self.before: list[str] | None = None  # what the fine-tuned model answers
 
     def draw(self) -> Answers:
@@ -137,23 +148,30 @@ class Feedback:
         rows = [self.prompt(self.drawn + i) for i in range(self.config.batch_size // G)]
         prompts = [self.form.ids(row.messages, True) for row in rows for _ in range(G)]
         rng = numpy.random.default_rng((self.config.seed, self.drawn))
-        said = complete(self.model, prompts, self.config.max_new_tokens, rng)
-        scores = self.scores(rows, said)
+        begin, heard = (getattr(self.judge, name, None) for name in ("begin", "hear"))
+        said = begin(self.drawn, rows) if begin else None
+        if said is None:
+            said = complete(self.model, prompts, self.config.max_new_tokens, rng, heard=heard)
         batch = answer_batch(prompts, said, self.stop_ids[0])
+        known = self.log_probabilities(batch)
+        scores = self.scores(rows, said, by_answer(batch, known[0]))
         self.drawn += len(rows)
-        return self.weighed(batch, scores)
+        return self.weighed(batch, scores, *known)
 
     def prompt(self, i: int) -> Row:
         """Prompt i of an endless stream: each epoch all of them, in an order of its own."""
         epoch, i = divmod(i, len(self.prompts))
         return self.prompts[permuted(i, len(self.prompts), self.config.seed * 1_000_003 + epoch)]
 
-    def scores(self, rows: list[Row], said: list[list[int]]) -> list[list[float | None]]:
+    def scores(
+        self, rows: list[Row], said: list[list[int]], logp: list[list[float]] = ()
+    ) -> list[list[float | None]]:
         """The judge's score of every answer, by prompt; one cut off has its fixed score."""
         G = self.config.answers
         by_prompt = [said[i : i + G] for i in range(0, len(said), G)]
         groups = [
-            Group(row, [self.text(ids) for ids in ids_of]) for row, ids_of in zip(rows, by_prompt)
+            Group(row, [self.text(ids) for ids in ids_of], self.drawn + g, ids_of, logp[g * G :][:G])
+            for g, (row, ids_of) in enumerate(zip(rows, by_prompt))
         ]
         return [
             [
@@ -163,12 +181,14 @@ class Feedback:
             for of_group, ids_of in zip(self.judge(groups), by_prompt)
         ]
 
+    def judge_notes(self) -> dict[str, float]:
+        return self.judge.notes() if hasattr(self.judge, "notes") else {}
+
     def text(self, ids: list[int]) -> str:
         return self.tokenizer.decode([i for i in ids if i not in self.stop_ids]).strip()
 
-    def weighed(self, batch: Batch, scores: list[list[float | None]]) -> Answers:
+    def weighed(self, batch: Batch, scores: list, old: Array, drift: Array, kl: float) -> Answers:
         """The batch with log π_old, and advantages from scores and drift."""
-        old, drift, kl = self.log_probabilities(batch)
         G, beta = self.config.answers, self.config.kl
         rewards = [
             [None if r is None else r - beta * float(drift[g * G + i]) for i, r in enumerate(group)]
@@ -185,6 +205,7 @@ class Feedback:
             "answer_tokens": batch.trained_tokens() / len(A),
             "truncated": float(1 - ended.mean()),
             "equal_groups": float(numpy.mean([len(set(group)) == 1 for group in scores])),
+            **self.judge_notes(),
         }
         return Answers(
             batch.tokens, batch.targets, batch.start, notes,
@@ -208,7 +229,8 @@ class Feedback:
             kl = exact_kl(logits, other)
         else:  # k3 of arXiv 2402.03300: e^x − 1 − x
             kl = numpy.expm1(ratio[known]) - ratio[known]
-        return old, -ratio.sum(1), float(kl.mean())
+        self.drift = float(kl.mean())
+        return old, -ratio.sum(1), self.drift
 
     def loss(self, batch: Answers) -> Tensor:
         nll = self.model.loss(batch.tokens, batch.targets, batch.start, even=False)
@@ -227,11 +249,11 @@ class Feedback:
         for name, said in (("reward_before", self.before), ("held_out_reward", after)):
             groups = [Group(row, [answer]) for row, answer in zip(self.heldout, said)]
             scores = [score for (score,) in self.judge(groups) if score is not None]
-            found[name] = float(numpy.mean(scores)) if scores else 0.0
+            found |= {name: float(numpy.mean(scores))} if scores else {}
         changed = [i for i, pair in enumerate(zip(self.before, after)) if pair[0] != pair[1]]
         i = changed[0] if changed else 0
         question = asked[i][-1]["content"]
-        return {**found, "sample": f"{question} -> {self.before[i]} -> {after[i]}"}
+        return {**found, **self.judge_notes(), "sample": f"{question} -> {self.before[i]} -> {after[i]}"}
 
     def state(self) -> dict:
         state = {"drawn": self.drawn, "source": self.source, "left": self.left}
@@ -274,6 +296,12 @@ def answer_batch(prompts: list[list[int]], said: list[list[int]], padding: int) 
     return packed_batch(rows, padding)
 
 
+def by_answer(batch: Batch, logp: Array) -> list[list[float]]:
+    """Of logp (B, T), what belongs to each answer's own tokens."""
+    logp, known = backend.to_numpy(logp), batch.targets >= 0
+    return [row[which].tolist() for row, which in zip(logp, known)]
+
+
 def exact_kl(logits: Array, other: Array) -> Array:
     """KL(p ‖ q) of p = softmax(logits) and q = softmax(other), (N, V) each -> (N,).
 
@@ -288,7 +316,19 @@ JUDGES: dict[str, Callable[[FeedbackConfig], Judge]] = {
         verifier.load(config.verifier) if config.verifier else verifier.exact(config.confidence)
     ),
     "reward-model": lambda config: RewardModel(config.reward_model),
+    "human": lambda config: human.Person(asker(config)),
 }
+
+
+def asker(config: FeedbackConfig):
+    """What a person is asked on."""
+    if config.page == "none":
+        return human.Terminal()
+    if config.page == "auto" and not sys.stderr.isatty():
+        return human.Nobody()
+    from tinylm.page import Page
+
+    return Page(config.host, config.port)
 
 
 def run(
@@ -306,6 +346,9 @@ def run(
         )
     config.block_size = config.block_size or model.config.block_size
     config.cutoff = config.cutoff or cutoff_of(source)
+    if config.judge == "human":
+        for name in human.DEFAULTS.keys() - given:
+            setattr(config, name, human.DEFAULTS[name])
     config = open_run(Path(out), config, given, resume)
     rows = read_fitting(prompts, ChatFormat(tokenizer), config)
     digest = hashlib.blake2b((Path(source) / "model.safetensors").read_bytes(), digest_size=16)
@@ -317,7 +360,10 @@ def run(
         f"{len(stage.prompts):,} prompts to learn from, {len(stage.heldout):,} held out; "
         f"{config.answers} answers to each, judged by: {config.judge}"
     )
-    results = Trainer(stage, config, Path(out), progress).run(resume)
+    trainer = Trainer(stage, config, Path(out), progress)
+    attended = getattr(judge, "attending", lambda *_: nullcontext())
+    with attended(stage, Path(out), progress):
+        results = trainer.run(resume)
     return {"directory": str(out), "prompts": len(stage.prompts), **results}
 
 
