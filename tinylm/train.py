@@ -395,7 +395,8 @@ def cutoff_of(folder: Path) -> str:
 
 def notes_of(batches: list[Batch]) -> dict:
     """The mean of each number that the batches of one step bring for the log."""
-    return {k: sum(b.notes[k] for b in batches) / len(batches) for k in batches[0].notes}
+    names = [k for k in batches[0].notes if all(k in b.notes for b in batches)]
+    return {k: sum(b.notes[k] for b in batches) / len(batches) for k in names}
 
 
 def open_run(folder: Path, config: TrainConfig, given: set[str], resume: bool) -> TrainConfig:
