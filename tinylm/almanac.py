@@ -140,7 +140,7 @@ class Almanac:
             if kind == "registry":
                 self.choices = json.loads((folder / "registry.json").read_text())["choices"]
                 facts = registry.facts_of(self.choices)
-                rows[kind] = registry.people(self.choices, seed)
+                rows[kind] = self.people = registry.people(self.choices, seed)
             else:
                 facts, rows[kind] = read_table(folder / f"{kind}.tsv")
             self.templates[kind] = read_wordings(folder / f"{kind}.json", facts)
@@ -215,8 +215,8 @@ class Almanac:
         The registry makes its own; others are the halves of two names.
         """
         if kind == "registry":
-            every = registry.all_names(self.choices)
-            return iter(rng.sample(every, len(every))), len(every) // 4
+            made = registry.strangers(self.choices, self.people, rng)
+            return iter(made), len(made)
         single = [bare(n) for n in names if bare(n).isalpha() and len(bare(n)) >= 5]
         longer = [bare(n) for n in names if re.search(r"(?<!\w)[^\W\d_]{5,}$", n)]
         halved = single if len(single) > len(names) / 3 else longer
