@@ -32,6 +32,7 @@ FIGURES = (  # the number that sums up a run of each stage: what is needed for i
      "bits per byte of held-out text; xz needs {xz_bits_per_byte:.3f}"),
     ("held_out_reward", "{reward_before:.2f} → {held_out_reward:.2f}",
      "mean score on held-out prompts, before and after"),
+    ("accuracy", "{accuracy:.1%}", "of {pairs:,} pairs of held-out answers told apart"),
     ("loss", "{loss:.3f}", "nats per token of held-out answers"),
 )  # fmt: skip
 
@@ -168,7 +169,7 @@ def content(folders: list[Path], ask: list[str]) -> dict:
     paths = [folder / "results.json" for folder in folders]
     results = {path.parent.resolve(): read_json(path) for path in paths if path.exists()}
     asked = prompts(runs, results, ask)
-    said = [xray.answers(*run.loaded, [m for _, m in asked]) if asked else [] for run in runs]
+    said = [run.answers([m for _, m in asked]) for run in runs]
     return {
         "title": " · ".join(folder.resolve().name for folder in folders),
         "runs": runs,

@@ -10,7 +10,7 @@ from itertools import takewhile
 from pathlib import Path
 from statistics import median
 
-from tinylm import checkpoint
+from tinylm import checkpoint, xray
 from tinylm.bench import flops_per_token
 from tinylm.charts import Points
 from tinylm.checkpoint import Checkpoint
@@ -19,7 +19,8 @@ from tinylm.errors import InputError
 from tinylm.progress import clock
 from tinylm.train import NOTHING, read_metrics
 
-STAGES = {"objective": "pretrain", "epochs": "sft", "judge": "feedback"}  # by a setting of its own
+# by a setting of its own
+STAGES = {"objective": "pretrain", "center": "reward", "epochs": "sft", "judge": "feedback"}
 SPEED = "tokens_per_second"
 HASHED = 1 << 28  # bytes: what is larger is not hashed, for a report must not take minutes
 
@@ -46,6 +47,11 @@ class Run:
     @cached_property
     def stage(self) -> str:
         return next(name for key, name in STAGES.items() if key in self.config)
+
+    def answers(self, asked: list[list[dict]]) -> list[list[xray.Piece]]:
+        """What its model says in each conversation; a reward model says nothing."""
+        writes = asked and not self.loaded[0].config.scores
+        return xray.answers(*self.loaded, asked) if writes else [[] for _ in asked]
 
     @property
     def config(self) -> dict:

@@ -27,6 +27,7 @@ from tinylm.data import Batch, packed_batch, permuted, source_of
 from tinylm.errors import InputError
 from tinylm.generate import answers, complete
 from tinylm.judges import Group, Judge, verifier
+from tinylm.judges.reward import RewardModel
 from tinylm.model import Transformer
 from tinylm.tensor import Array, Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
@@ -40,8 +41,9 @@ CLIP = (0.8, 1.28)
 class FeedbackConfig(TrainConfig):
     """Feedback: who judges, how many answers, how far the model may drift."""
 
-    judge: str = setting("verifier", "Who judges.", False, ("verifier",))
+    judge: str = setting("verifier", "Who judges.", False, ("verifier", "reward-model"))
     verifier: str = setting("", "file.py:function(prompt, answer, row) -> number.  [accepted ones]")
+    reward_model: str = setting("", "Directory of the reward model.")
     confidence: float = setting(0.5, "Answer where this sure: wrong costs t / (1 − t).")
     answers: int = setting(8, "Answers to each prompt (G).")
     estimator: str = setting("rloo", "How scores become advantages.", False, estimators.NAMES)
@@ -284,7 +286,8 @@ def exact_kl(logits: Array, other: Array) -> Array:
 JUDGES: dict[str, Callable[[FeedbackConfig], Judge]] = {
     "verifier": lambda config: verifier.judge(
         verifier.load(config.verifier) if config.verifier else verifier.exact(config.confidence)
-    )
+    ),
+    "reward-model": lambda config: RewardModel(config.reward_model),
 }
 
 
