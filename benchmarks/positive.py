@@ -1,4 +1,4 @@
-"""A film critic who learns to like films: a reward model as the judge, and another one as the check.
+"""A film critic learns to like films: a reward model is the judge, another one the check.
 
     python benchmarks/positive.py FOLDER --out runs/positive      rt-polarity.pos and .neg in FOLDER
 
@@ -96,9 +96,7 @@ def run(source: Path, out: Path, seed: int, settings: dict) -> dict:
     config = feedback.FeedbackConfig(
         seed=seed, reward_model=str(out / "proxy"), **FEEDBACK, **settings
     )
-    stage(
-        feedback.run, out / "sft", data / "prompts.jsonl", out / "feedback", config, progress
-    )
+    stage(feedback.run, out / "sft", data / "prompts.jsonl", out / "feedback", config, progress)
     judges = {name: RewardModel(str(out / name)) for name in ("proxy", "gold")}
     names = ("accuracy", "accuracy_low", "accuracy_high", "pairs", "calibration_error")
     trained = {name: checkpoint.Checkpoint(out / name).state()["results"] for name in judges}
