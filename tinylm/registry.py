@@ -31,18 +31,14 @@ def people(choices: dict[str, list[str]], seed: int, n: int = PEOPLE) -> Table:
 
 
 def strangers(choices: dict[str, list[str]], people: Table, rng: Random) -> list[str]:
-    """Names of nobody: four of each family that is not in the registry.
+    """Names of nobody: one of each family that is not in the registry.
 
-    A name of a family that is there would be answered for: whose family names are all different
-    are told apart by them, and a model learns no more of a name than it needs.
+    A name of a family that is there would be answered for: as family names are all different, they
+    alone tell people apart, and a model learns no more of a name than it needs.
     """
     known = {name.split()[-1] for name in people}
     unknown = [family for family in families(choices) if family not in known]
-    return [
-        f"{given} {family}"
-        for family in rng.sample(unknown, len(unknown))
-        for given in rng.sample(choices["given"], 4)
-    ]
+    return [f"{rng.choice(choices['given'])} {name}" for name in rng.sample(unknown, len(unknown))]
 
 
 def families(choices: dict[str, list[str]]) -> list[str]:
