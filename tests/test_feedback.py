@@ -316,7 +316,7 @@ def test_the_drift_is_priced(tokenizer, tmp_path):
     """β pulls back: with a judge that likes everything, only the drift tells answers apart."""
     stage = make_stage(tokenizer, count_of_a, kl=0.0, truncated=0.0)
     train(stage, 8, tmp_path)
-    stage.judge, stage.config.kl, stage.config.truncated = constant, 1.0, 0.3
+    stage.judge, stage.beta, stage.config.truncated = constant, 1.0, 0.3
     stage.config.batch_size, stage.config.learning_rate = 64, 2e-3
     kl = [row["kl"] for row in train(stage, 40, tmp_path)[1]]
     assert numpy.mean(kl[-5:]) < 0.7 * numpy.mean(kl[:5])

@@ -2,7 +2,7 @@
 
 Results go to standard output (one JSON object with
 --json), everything else to standard error. Exit codes: 0 done, 2 the input is wrong (one line, no
-traceback), 130 interrupted with progress saved.
+traceback), 75 a person's judgement is waited for, 130 interrupted with progress saved.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import tinylm
 from tinylm import backend as backends
 from tinylm import data
 from tinylm.checkpoint import Checkpoint
-from tinylm.errors import InputError
+from tinylm.errors import InputError, Waiting
 from tinylm.evaluate import evaluate_directory
 from tinylm.generate import BLANK, Conversation, stream_text
 from tinylm.llama2c import load_llama2c
@@ -56,6 +56,9 @@ def run(arguments: list[str]) -> int:  # noqa: PLR0911  (one for each way to end
         return mistake(error.format_message())
     except (InputError, ImportError) as error:
         return mistake(str(error))
+    except Waiting as waits:
+        print(f"tinylm: {waits}", file=sys.stderr)
+        return 75
     except (KeyboardInterrupt, click.Abort):
         print("\ntinylm: interrupted; what was saved is intact", file=sys.stderr)
         return 130

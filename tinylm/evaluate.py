@@ -167,6 +167,21 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, low), min(1.0, high)
 
 
+def variety(texts: list[str]) -> dict[str, float]:
+    """How varied texts are, of which many were asked for.
+
+    distinct_2   different pairs of words among all pairs of words (arXiv 1510.03055)
+    repetition   pairs of words that stood in the same text before, mean over the texts
+    """
+    pairs = [[*zip(text.split(), text.split()[1:])] for text in texts]
+    every = [pair for of in pairs for pair in of]
+    again = [1 - len(set(of)) / len(of) for of in pairs if of]
+    return {
+        "distinct_2": len(set(every)) / len(every) if every else 0.0,
+        "repetition": sum(again) / len(again) if again else 0.0,
+    }
+
+
 def calibration(
     margins: numpy.ndarray, bins: int = 10
 ) -> tuple[float, list[tuple[float, float, int]]]:

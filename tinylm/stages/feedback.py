@@ -15,7 +15,10 @@ L_max is --max-new-tokens: a constant, because a length of its own would favour 
 from __future__ import annotations
 
 import hashlib
+import math
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,23 +28,35 @@ from tinylm import backend, checkpoint, estimators, ops
 from tinylm.chat import ChatFormat, Row, read_prompts
 from tinylm.data import Batch, packed_batch, permuted, source_of
 from tinylm.errors import InputError
+from tinylm.evaluate import variety
 from tinylm.generate import answers, complete
-from tinylm.judges import Group, Judge, verifier
+from tinylm.judges import Group, Judge, human, verifier
 from tinylm.judges.reward import RewardModel
 from tinylm.model import Transformer
 from tinylm.tensor import Array, Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
-from tinylm.train import TrainConfig, Trainer, cutoff_of, cutoff_row, open_run, setting
+from tinylm.train import (
+    NOT_FINITE,
+    TrainConfig,
+    Trainer,
+    cutoff_of,
+    cutoff_row,
+    open_run,
+    setting,
+)  # fmt: skip
 
 EXACT_KL = 8192  # vocabularies up to this size have their KL summed, larger ones estimated
 CLIP = (0.8, 1.28)
+LEAST_BETA = 0.01  # what a drift beyond its limit costs at least from then on
+WHO = ("verifier", "reward-model", "human")
+PAGES = ("auto", "serve", "none")
 
 
 @dataclass
 class FeedbackConfig(TrainConfig):
     """Feedback: who judges, how many answers, how far the model may drift."""
 
-    judge: str = setting("verifier", "Who judges.", False, ("verifier", "reward-model"))
+    judge: str = setting("verifier", "Who judges.", False, WHO)
     verifier: str = setting("", "file.py:function(prompt, answer, row) -> number.  [accepted ones]")
     reward_model: str = setting("", "Directory of the reward model.")
     confidence: float = setting(0.5, "Answer where this sure: wrong costs t / (1 − t).")
@@ -49,8 +64,10 @@ class FeedbackConfig(TrainConfig):
     estimator: str = setting("rloo", "How scores become advantages.", False, estimators.NAMES)
     updates: int = setting(1, "Optimizer steps on the same answers.")
     max_new_tokens: int = setting(32, "Longest answer, in tokens.")
+    resample: int = setting(0, "Times that prompts whose answers all score alike are replaced.")
     truncated: float = setting(-1.0, "Score of an answer cut off at that length.")
     kl: float = setting(0.03, "Price of a nat of drift from the fine-tuned model (β).")
+    kl_limit: float = setting(2.0, "Drift per token, nats, beyond which it goes back (0: none).")
     batch_size: int = setting(64, "Answers in one forward and backward: a multiple of --answers.")
     block_size: int = setting(0, "Tokens in a row (0: the model's context).")
     learning_rate: float = setting(1e-4, "Peak learning rate: 0.2 to 0.5 of the fine-tuning's.")
@@ -59,6 +76,12 @@ class FeedbackConfig(TrainConfig):
     eval_every: int = setting(50, "Steps between evaluations.", True)
     save_every: int = setting(50, "Steps between checkpoints.", True)
     held_out: int = setting(32, "Prompts held out for evaluation, of at least ten times as many.")
+    comparisons: int = setting(
+        1, "Blind comparisons with the fine-tuned model, to a person's round."
+    )
+    page: str = setting("auto", "A person's page; auto: in a terminal.", True, PAGES)
+    host: str = setting("127.0.0.1", "Address at which the page is served.", True)
+    port: int = setting(0, "Its port (0: any that is free).", True)
 
     def check(self) -> None:
         super().check()
@@ -71,6 +94,13 @@ class FeedbackConfig(TrainConfig):
             raise InputError(
                 f"--batch-size {self.batch_size}: not a multiple of --answers {self.answers}"
             )
+        for name in ("resample", "kl", "kl_limit"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name.replace('_', '-')}: expected at least 0")
+        if self.judge == "human" and self.resample:
+            raise InputError("--resample: a person is not asked more often for it; leave it out")
+        if self.judge == "human" and self.answers > 4:
+            raise InputError(f"--answers {self.answers}: a person compares up to 4")
         if not 0 <= self.confidence < 1:
             raise InputError(f"--confidence: expected 0 or more, below 1, got {self.confidence}")
 
@@ -107,6 +137,7 @@ class Feedback:
     """The stage: prompts, sampled answers, a judge, and the loss above."""
 
     name = "feedback"
+    cautious = True  # the loop remembers weights that were in order, to go back to
 
     def __init__(
         self, model: Transformer, reference: Transformer, tokenizer: Tokenizer,
@@ -119,10 +150,12 @@ class Feedback:
         self.heldout = [prompts[i] for i in kept][: config.held_out]
         self.prompts = [row for i, row in enumerate(prompts) if i not in kept]
         self.form, self.stop_ids = ChatFormat(tokenizer), model.config.stop_ids
+        self.beta = config.kl  # doubled where the drift was too large
         self.drawn = 0  # prompts drawn so far; it seeds the sampling too
         self.baseline = estimators.RunningMean()  # of the scores, for REINFORCE
         self.pending: Answers | None = None  # to be learned from again, `left` times
         self.left = 0
+        self.drift = 0.0  # KL per token of the latest answers
         self.before: list[str] | None = None  # what the fine-tuned model answers
 
     def draw(self) -> Answers:
@@ -133,27 +166,57 @@ class Feedback:
         return self.pending
 
     def sample(self) -> Answers:
+        """New answers. Where all to a prompt score alike, another takes its place: --resample."""
         G = self.config.answers
-        rows = [self.prompt(self.drawn + i) for i in range(self.config.batch_size // G)]
+        prompts, said, scores, batch, known = self.ask(self.config.batch_size // G)
+        causes = self.causes(said, scores)
+        for _ in range(self.config.resample):
+            alike = [g for g, group in enumerate(scores) if len(different(group)) < 2]
+            if not alike:
+                break
+            new_prompts, new_said, new_scores, *_ = self.ask(len(alike))
+            causes += self.causes(new_said, new_scores)
+            for i, g in enumerate(alike):
+                old, new = slice(g * G, (g + 1) * G), slice(i * G, (i + 1) * G)
+                prompts[old], said[old], scores[g] = new_prompts[new], new_said[new], new_scores[i]
+            batch = answer_batch(prompts, said, self.stop_ids[0])
+            known = self.log_probabilities(batch)
+        return self.weighed(batch, said, scores, known, causes)
+
+    def ask(self, n: int) -> tuple:
+        """The answers to the next n prompts: prompts and answers as ids, the scores by prompt, and
+        the batch that they make with its log-probabilities."""
+        G = self.config.answers
+        rows = [self.prompt(self.drawn + i) for i in range(n)]
         prompts = [self.form.ids(row.messages, True) for row in rows for _ in range(G)]
         rng = numpy.random.default_rng((self.config.seed, self.drawn))
-        said = complete(self.model, prompts, self.config.max_new_tokens, rng)
-        scores = self.scores(rows, said)
+        begin, heard = (getattr(self.judge, name, None) for name in ("begin", "hear"))
+        said = begin(self.drawn, rows) if begin else None
+        if said is None:
+            said = complete(self.model, prompts, self.config.max_new_tokens, rng, heard=heard)
         batch = answer_batch(prompts, said, self.stop_ids[0])
-        self.drawn += len(rows)
-        return self.weighed(batch, scores)
+        known = self.log_probabilities(batch)
+        scores = self.scores(rows, said, by_answer(batch, known[0]))
+        self.check_judged(scores)
+        self.drawn += n
+        return prompts, said, scores, batch, known
 
     def prompt(self, i: int) -> Row:
         """Prompt i of an endless stream: each epoch all of them, in an order of its own."""
         epoch, i = divmod(i, len(self.prompts))
         return self.prompts[permuted(i, len(self.prompts), self.config.seed * 1_000_003 + epoch)]
 
-    def scores(self, rows: list[Row], said: list[list[int]]) -> list[list[float | None]]:
+    def scores(
+        self, rows: list[Row], said: list[list[int]], logp: list[list[float]] = ()
+    ) -> list[list[float | None]]:
         """The judge's score of every answer, by prompt; one cut off has its fixed score."""
         G = self.config.answers
         by_prompt = [said[i : i + G] for i in range(0, len(said), G)]
         groups = [
-            Group(row, [self.text(ids) for ids in ids_of]) for row, ids_of in zip(rows, by_prompt)
+            Group(
+                row, [self.text(ids) for ids in ids_of], self.drawn + g, ids_of, logp[g * G :][:G]
+            )
+            for g, (row, ids_of) in enumerate(zip(rows, by_prompt))
         ]
         return [
             [
@@ -163,18 +226,45 @@ class Feedback:
             for of_group, ids_of in zip(self.judge(groups), by_prompt)
         ]
 
+    def check_judged(self, scores: list[list[float | None]]) -> None:
+        """Raise InputError where a judge, unless it is a person who may skip, is mostly silent."""
+        every = [score for group in scores for score in group]
+        if self.config.judge != "human" and 2 * every.count(None) > len(every):
+            why = getattr(self.judge, "trouble", "") or "it gave None"
+            raise InputError(
+                f"the judge had nothing to say on {every.count(None)} of {len(every)} answers "
+                f"({why}); what was learned is saved: see to it, then run again with --resume"
+            )
+
+    def causes(self, said: list[list[int]], scores: list[list[float | None]]) -> list[str]:
+        """Of each prompt, why its answers all score alike; "" where they do not."""
+        found = []
+        for g, group in enumerate(scores):
+            of = said[g * len(group) : (g + 1) * len(group)]
+            ended = any(ids[-1] in self.stop_ids for ids in of)
+            found.append(cause(group) if ended else "truncated")
+        return found
+
+    def judge_notes(self) -> dict[str, float]:
+        return self.judge.notes() if hasattr(self.judge, "notes") else {}
+
     def text(self, ids: list[int]) -> str:
         return self.tokenizer.decode([i for i in ids if i not in self.stop_ids]).strip()
 
-    def weighed(self, batch: Batch, scores: list[list[float | None]]) -> Answers:
+    def weighed(
+        self, batch: Batch, said: list, scores: list, known: tuple, causes: list
+    ) -> Answers:
         """The batch with log π_old, and advantages from scores and drift."""
-        old, drift, kl = self.log_probabilities(batch)
-        G, beta = self.config.answers, self.config.kl
+        (old, drift, kl), harm = known, self.harm(known[2])
+        G, beta = self.config.answers, self.beta
         rewards = [
             [None if r is None else r - beta * float(drift[g * G + i]) for i, r in enumerate(group)]
             for g, group in enumerate(scores)
         ]
-        A = estimators.advantages(self.config.estimator, rewards, self.baseline)
+        if harm:
+            A = numpy.zeros(len(said))
+        else:
+            A = estimators.advantages(self.config.estimator, rewards, self.baseline)
         judged = numpy.array([r for group in scores for r in group if r is not None] or [0.0])
         ended = numpy.isin(batch.targets, self.stop_ids).any(1)
         notes = {
@@ -184,12 +274,30 @@ class Feedback:
             "kl": kl,
             "answer_tokens": batch.trained_tokens() / len(A),
             "truncated": float(1 - ended.mean()),
-            "equal_groups": float(numpy.mean([len(set(group)) == 1 for group in scores])),
+            "entropy": -float(numpy.mean([x for logp in by_answer(batch, old) for x in logp])),
+            **variety([self.text(ids) for ids in said]),
+            "beta": beta,
+            "equal_groups": sum(map(bool, causes)) / len(causes),
+            **{f"equal_{why}": causes.count(why) / len(causes) for why in CAUSES},
+            **self.judge_notes(),
         }
         return Answers(
             batch.tokens, batch.targets, batch.start, notes,
-            backend.asarray(old), backend.asarray(A), self.config.max_new_tokens,
+            backend.asarray(old), backend.asarray(A), self.config.max_new_tokens, harm=harm,
         )  # fmt: skip
+
+    def harm(self, kl: float) -> str:
+        """Why nothing must be learned from answers at this drift, or ""."""
+        if not math.isfinite(kl):
+            return NOT_FINITE
+        limit = self.config.kl_limit
+        return f"drift of {kl:.3g} nats per token, over {limit:g}" if 0 < limit < kl else ""
+
+    def recover(self, refusal: str) -> None:
+        """The loop went back to earlier weights: answers of the later ones go, drift costs more."""
+        self.left = 0
+        if refusal != NOT_FINITE:
+            self.beta = max(2 * self.beta, LEAST_BETA)
 
     def log_probabilities(self, batch: Batch) -> tuple[Array, numpy.ndarray, float]:
         """log π_old of each target (B, T), Σ_t log π_old − log π_ref (B,), KL per token."""
@@ -208,14 +316,16 @@ class Feedback:
             kl = exact_kl(logits, other)
         else:  # k3 of arXiv 2402.03300: e^x − 1 − x
             kl = numpy.expm1(ratio[known]) - ratio[known]
-        return old, -ratio.sum(1), float(kl.mean())
+        self.drift = float(kl.mean())
+        return old, -ratio.sum(1), self.drift
 
     def loss(self, batch: Answers) -> Tensor:
         nll = self.model.loss(batch.tokens, batch.targets, batch.start, even=False)
         return surrogate(nll, batch.old_logp, batch.advantages)
 
     def evaluate(self, final: bool) -> dict:
-        """Greedy answers to held-out prompts: the mean score, and one before and after."""
+        """Greedy answers to held-out prompts, before feedback and now: scores, how often the new
+        one scores more (a tie counts half), and one such pair."""
         if not self.heldout:
             return {}
         asked = [row.messages for row in self.heldout]
@@ -223,25 +333,32 @@ class Feedback:
         if self.before is None:
             self.before = answers(self.reference, self.tokenizer, asked, **settings)
         after = answers(self.model, self.tokenizer, asked, **settings)
-        found = {}
-        for name, said in (("reward_before", self.before), ("held_out_reward", after)):
-            groups = [Group(row, [answer]) for row, answer in zip(self.heldout, said)]
-            scores = [score for (score,) in self.judge(groups) if score is not None]
-            found[name] = float(numpy.mean(scores)) if scores else 0.0
+        pairs = zip(self.heldout, self.before, after)
+        scores = self.judge([Group(row, [old, new]) for row, old, new in pairs])
+        scores = numpy.array([pair for pair in scores if None not in pair])
+        found = variety(after)
+        if len(scores):
+            old, new = scores.T
+            found |= {"reward_before": float(old.mean()), "held_out_reward": float(new.mean())}
+            found["preferred"] = float((new > old).mean() + (new == old).mean() / 2)
         changed = [i for i, pair in enumerate(zip(self.before, after)) if pair[0] != pair[1]]
         i = changed[0] if changed else 0
         question = asked[i][-1]["content"]
-        return {**found, "sample": f"{question} -> {self.before[i]} -> {after[i]}"}
+        return {
+            **found,
+            **self.judge_notes(),
+            "sample": f"{question} -> {self.before[i]} -> {after[i]}",
+        }
 
     def state(self) -> dict:
         state = {"drawn": self.drawn, "source": self.source, "left": self.left}
-        state["baseline"] = asdict(self.baseline)
+        state |= {"baseline": asdict(self.baseline), "beta": self.beta}
         state["prompts"] = [row.messages for row in (self.heldout or self.prompts)[:4]]
         if self.left:  # floats survive JSON to the bit
             p = self.pending
             state["pending"] = [p.tokens, p.targets, p.start, p.old_logp, p.advantages]
             state["pending"] = [backend.to_numpy(x).tolist() for x in state["pending"]]
-            state["notes"] = p.notes
+            state["notes"], state["harm"] = p.notes, p.harm
         return state
 
     def restore(self, state: dict) -> None:
@@ -250,6 +367,7 @@ class Feedback:
                 "this run was begun with another model or other prompts: name the same ones"
             )
         self.drawn, self.left = state["drawn"], state["left"]
+        self.beta = state.get("beta", self.config.kl)
         self.baseline = estimators.RunningMean(**state.get("baseline", {}))
         if self.left:
             types = ("int64", "int64", "int32", "float32", "float64")
@@ -259,6 +377,7 @@ class Feedback:
             self.pending = Answers(
                 tokens, targets, start, state["notes"],
                 backend.asarray(old), backend.asarray(A), self.config.max_new_tokens,
+                harm=state.get("harm", ""),
             )  # fmt: skip
 
     def card(self, results: dict) -> str:
@@ -272,6 +391,31 @@ def answer_batch(prompts: list[list[int]], said: list[list[int]], padding: int) 
         for prompt, answer in zip(prompts, said)
     ]
     return packed_batch(rows, padding)
+
+
+def by_answer(batch: Batch, logp: Array) -> list[list[float]]:
+    """Of logp (B, T), what belongs to each answer's own tokens."""
+    logp, known = backend.to_numpy(logp), batch.targets >= 0
+    return [row[which].tolist() for row, which in zip(logp, known)]
+
+
+CAUSES = ("right", "wrong", "neutral", "none", "truncated")
+
+
+def different(group: list[float | None]) -> set[float]:
+    return set(group) - {None}
+
+
+def cause(group: list[float | None]) -> str:
+    """Why a prompt's answers tell nothing apart: all right (above 0), wrong (below 0), neutral (0),
+    or none of them judged; "" where they do."""
+    scores = different(group)
+    if len(scores) > 1:
+        return ""
+    if not scores:
+        return "none"
+    (score,) = scores
+    return "right" if score > 0 else "wrong" if score < 0 else "neutral"
 
 
 def exact_kl(logits: Array, other: Array) -> Array:
@@ -288,7 +432,19 @@ JUDGES: dict[str, Callable[[FeedbackConfig], Judge]] = {
         verifier.load(config.verifier) if config.verifier else verifier.exact(config.confidence)
     ),
     "reward-model": lambda config: RewardModel(config.reward_model),
+    "human": lambda config: human.Person(asker(config)),
 }
+
+
+def asker(config: FeedbackConfig):
+    """What a person is asked on."""
+    if config.page == "none":
+        return human.Terminal()
+    if config.page == "auto" and not sys.stderr.isatty():
+        return human.Nobody()
+    from tinylm.page import Page
+
+    return Page(config.host, config.port)
 
 
 def run(
@@ -306,6 +462,9 @@ def run(
         )
     config.block_size = config.block_size or model.config.block_size
     config.cutoff = config.cutoff or cutoff_of(source)
+    if config.judge == "human":
+        for name in human.DEFAULTS.keys() - given:
+            setattr(config, name, human.DEFAULTS[name])
     config = open_run(Path(out), config, given, resume)
     rows = read_fitting(prompts, ChatFormat(tokenizer), config)
     digest = hashlib.blake2b((Path(source) / "model.safetensors").read_bytes(), digest_size=16)
@@ -317,7 +476,10 @@ def run(
         f"{len(stage.prompts):,} prompts to learn from, {len(stage.heldout):,} held out; "
         f"{config.answers} answers to each, judged by: {config.judge}"
     )
-    results = Trainer(stage, config, Path(out), progress).run(resume)
+    trainer = Trainer(stage, config, Path(out), progress)
+    attended = getattr(judge, "attending", lambda *_: nullcontext())
+    with attended(stage, Path(out), progress):
+        results = trainer.run(resume)
     return {"directory": str(out), "prompts": len(stage.prompts), **results}
 
 
