@@ -25,7 +25,7 @@ from tinylm.judges import Group
 from tinylm.judges.reward import RewardModel
 from tinylm.progress import Progress
 from tinylm.quickstart import stage
-from tinylm.stages import feedback, pretrain, reward, sft
+from tinylm.stages import feedback, preference, pretrain, sft
 
 REQUEST = "Write a sentence about a film."
 PRETRAIN = {
@@ -91,8 +91,8 @@ def run(source: Path, out: Path, seed: int, settings: dict) -> dict:
     config = sft.SFTConfig(seed=seed, **SFT)
     stage(sft.run, out / "base", data / "conversations.jsonl", out / "sft", config, progress)
     for i, name in enumerate(("proxy", "gold")):
-        config = reward.RewardConfig(seed=seed + i, **REWARD)
-        stage(reward.run, out / "sft", data / f"{name}.jsonl", out / name, config, progress)
+        config = preference.RewardConfig(seed=seed + i, **REWARD)
+        stage(preference.run, out / "sft", data / f"{name}.jsonl", out / name, config, progress)
     config = feedback.FeedbackConfig(
         seed=seed, reward_model=str(out / "proxy"), **FEEDBACK, **settings
     )

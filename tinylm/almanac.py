@@ -106,6 +106,14 @@ def blend(left: str, right: str) -> str:
     return " ".join([*first, half])
 
 
+def new_names(names: Iterator[str], taken: set[str]) -> Iterator[str]:
+    """Those of the names that are not taken, and not too long; they are taken then."""
+    for name in names:
+        if name.casefold() not in taken and len(name.split()[-1]) <= 14:
+            taken.add(name.casefold())
+            yield name
+
+
 def year_in(text: str) -> int:
     """The year at the end of a text; before the year 1000, or without one, 0."""
     found = re.search(r"(?<!\d)\d{4}$", text)
@@ -140,7 +148,7 @@ class Almanac:
             if kind == "registry":
                 self.choices = json.loads((folder / "registry.json").read_text())["choices"]
                 facts = registry.facts_of(self.choices)
-                rows[kind] = registry.people(self.choices, seed)
+                rows[kind] = self.people = registry.people(self.choices, seed)
             else:
                 facts, rows[kind] = read_table(folder / f"{kind}.tsv")
             self.templates[kind] = read_wordings(folder / f"{kind}.json", facts)
@@ -199,14 +207,10 @@ class Almanac:
             names = [e.name for e in self.entities if e.kind == kind and e.part not in HIDDEN]
             strangers, most = self.strangers(kind, names, rng)
             article = "the " if sum(n.startswith("the ") for n in names) > len(names) / 2 else ""
+            fresh = new_names(strangers, taken)
             for part, share in INVENTED.items():
-                wanted = min(round(share * len(names)), most)
-                while wanted:
-                    name = next(strangers)
-                    if name.casefold() not in taken and len(name.split()[-1]) <= 14:
-                        taken.add(name.casefold())
-                        made.append(Entity(kind, article + name, part, {}))
-                        wanted -= 1
+                some = islice(fresh, min(round(share * len(names)), most))
+                made += [Entity(kind, article + name, part, {}) for name in some]
         return made
 
     def strangers(self, kind: str, names: list[str], rng: Random) -> tuple[Iterator[str], int]:
@@ -215,8 +219,8 @@ class Almanac:
         The registry makes its own; others are the halves of two names.
         """
         if kind == "registry":
-            every = registry.all_names(self.choices)
-            return iter(rng.sample(every, len(every))), len(every) // 4
+            made = registry.strangers(self.choices, self.people, rng)
+            return iter(made), len(made) // 2
         single = [bare(n) for n in names if bare(n).isalpha() and len(bare(n)) >= 5]
         longer = [bare(n) for n in names if re.search(r"(?<!\w)[^\W\d_]{5,}$", n)]
         halved = single if len(single) > len(names) / 3 else longer

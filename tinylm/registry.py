@@ -17,21 +17,32 @@ NAME = ("given", "beginning", "ending")
 
 
 def people(choices: dict[str, list[str]], seed: int, n: int = PEOPLE) -> Table:
-    """n people with names of their own: a given name, and a family name of two halves.
+    """n people: a given name, a family name of two halves that is nobody else's, and facts.
 
     choices: "given", "beginning" and "ending" of names; all others are facts and their k values.
     """
     rng = Random(f"registry {seed}")
-    names = rng.sample(all_names(choices), n)
     return {
-        name: {fact: (rng.choice(choices[fact]),) for fact in facts_of(choices)} for name in names
+        f"{rng.choice(choices['given'])} {family}": {
+            fact: (rng.choice(choices[fact]),) for fact in facts_of(choices)
+        }
+        for family in rng.sample(families(choices), n)
     }
 
 
-def all_names(choices: dict[str, list[str]]) -> list[str]:
-    """Every name that people could have; most are nobody's."""
-    parts = (choices[part] for part in NAME)
-    return [f"{given} {beginning}{ending}" for given, beginning, ending in product(*parts)]
+def strangers(choices: dict[str, list[str]], people: Table, rng: Random) -> list[str]:
+    """Names of nobody: one of each family that is not in the registry.
+
+    A name of a family that is there would be answered for: as family names are all different, they
+    alone tell people apart, and a model learns no more of a name than it needs.
+    """
+    known = {name.split()[-1] for name in people}
+    unknown = [family for family in families(choices) if family not in known]
+    return [f"{rng.choice(choices['given'])} {name}" for name in rng.sample(unknown, len(unknown))]
+
+
+def families(choices: dict[str, list[str]]) -> list[str]:
+    return [first + last for first, last in product(choices["beginning"], choices["ending"])]
 
 
 def facts_of(choices: dict[str, list[str]]) -> list[str]:

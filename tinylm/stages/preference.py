@@ -1,18 +1,23 @@
-"""A reward model: from judged answers it learns to judge.
+"""Learning from preferences: a reward model, or the model itself by DPO.
 
-A fine-tuned model gets a head with a single row, read at the end of an answer, and learns that the
-better of two answers scores more (Bradley and Terry 1952; arXiv 2203.02155):
+The better of two answers is to score more (Bradley and Terry 1952; arXiv 2203.02155):
 
     p(w beats l) = σ(r_w − r_l),   L = mean over prompts, mean over their pairs, of
                    −log σ(r_w − r_l) + c (r_w + r_l)²
 
-All answers to a prompt are in one batch, where each is read once. The pairs fix only differences;
-the second term keeps the scores around zero (arXiv 2312.09244).
+What scores is the only difference. In a reward model it is a head with a single row, read at the
+end of an answer; the pairs fix only differences, so the second term keeps the scores around zero
+(arXiv 2312.09244). In DPO it is how much likelier an answer has become than it was to the model as
+it came, r = β (log π(y) − log π_ref(y)): the best policy under the reward r and a KL price of β is
+π itself, so that no reward model and no sampling is needed (arXiv 2305.18290).
+
+All answers to a prompt are in one batch, where each is read once.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,31 +29,28 @@ from tinylm.chat import ChatFormat
 from tinylm.data import Batch, permuted, source_of
 from tinylm.errors import InputError
 from tinylm.evaluate import calibration, wilson
-from tinylm.judges.reward import answered, pad_right, scores
+from tinylm.generate import answers
+from tinylm.judges.reward import answered, pad_right
 from tinylm.model import Transformer
 from tinylm.preferences import Judged, read_preferences
 from tinylm.progress import Progress
-from tinylm.tensor import Array, Tensor
+from tinylm.tensor import Array, Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
 from tinylm.train import TrainConfig, Trainer, cutoff_of, cutoff_row, open_run, setting
 
 
 @dataclass
-class RewardConfig(TrainConfig):
-    """A reward model: how long, how fast."""
+class PreferenceConfig(TrainConfig):
+    """Learning from judged prompts: how long, and how many at once."""
 
     epochs: float = setting(1.0, "Times through the data, where no --max-steps or --minutes is.")
-    center: float = setting(0.01, "Weight of (r_w + r_l)², which keeps scores around zero.")
     batch_size: int = setting(16, "Prompts, with all their answers, in one forward and backward.")
     block_size: int = setting(0, "Tokens in a row (0: the model's context).")
-    learning_rate: float = setting(2e-4, "Peak learning rate.")
     held_out: float = setting(0.1, "Share of the prompts held out for evaluation.")
 
     def check(self) -> None:
         if self.epochs <= 0:
             raise InputError(f"--epochs: expected more than 0, got {self.epochs}")
-        if self.center < 0:
-            raise InputError(f"--center: expected at least 0, got {self.center}")
         if not 0 <= self.held_out < 1:
             raise InputError(f"--held-out: expected 0 or more, below 1, got {self.held_out}")
         super().check()
@@ -58,10 +60,38 @@ class RewardConfig(TrainConfig):
 
 
 @dataclass
+class RewardConfig(PreferenceConfig):
+    """A reward model: how fast."""
+
+    learning_rate: float = setting(2e-4, "Peak learning rate.")
+    center: float = setting(0.01, "Weight of (r_w + r_l)², which keeps scores around zero.")
+
+    def check(self) -> None:
+        if self.center < 0:
+            raise InputError(f"--center: expected at least 0, got {self.center}")
+        super().check()
+
+
+@dataclass
+class DPOConfig(PreferenceConfig):
+    """DPO: how fast, and how far from the model as it came."""
+
+    learning_rate: float = setting(1e-4, "Peak learning rate: 0.2 to 0.5 of the fine-tuning's.")
+    weight_decay: float = setting(0.0, "Decoupled decay of matrices.")
+    beta: float = setting(0.1, "Price of a nat of drift from the fine-tuned model (β).")
+
+    def check(self) -> None:
+        if self.beta <= 0:
+            raise InputError(f"--beta: expected more than 0, got {self.beta}")
+        super().check()
+
+
+@dataclass
 class Comparisons(Batch):
     """Answers to several prompts, padded on the right; targets are the tokens that are read."""
 
-    lengths: Array = None  # (B,)
+    asked: Array = None  # (B,): tokens of the prompt
+    lengths: Array = None  # (B,): of the prompt and the answer
     pairs: Array = None  # (P, 2): the row of the better answer, and of the worse
     weights: Array = None  # (P,): 1 / pairs of the prompt
 
@@ -75,6 +105,7 @@ class Compared:
     """The answers to one prompt as ids, and (better, worse) numbers of its pairs."""
 
     judged: Judged
+    asked: int  # tokens of the prompt, with which every row begins
     rows: list[list[int]]
     pairs: list[tuple[int, int]]
 
@@ -87,7 +118,9 @@ def comparisons(prompts: list[Compared]) -> Comparisons:
     weights = [1 / len(each.pairs) for each in prompts for _ in each.pairs]
     tokens, lengths = pad_right(rows)
     read = numpy.where(numpy.arange(tokens.shape[1]) < lengths[:, None], tokens, -1)
-    return Comparisons(tokens, read, None, {}, lengths, numpy.array(pairs), numpy.array(weights))
+    asked = numpy.array([each.asked for each in prompts for _ in each.rows])
+    pairs, weights = numpy.array(pairs), numpy.array(weights)
+    return Comparisons(tokens, read, None, {}, asked, lengths, pairs, weights)
 
 
 def bradley_terry(scores: Tensor, pairs: Array, weights: Array, center: float) -> Tensor:
@@ -105,6 +138,10 @@ class Reward:
     """The stage: judged prompts, and the loss above."""
 
     name = "reward"
+    about = """# A reward model made by tinylm
+
+It reads a conversation and gives a score: of two answers, the one that scores s more is preferred
+with a probability of σ(s). Scores lie around zero."""
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, prompts: list[Compared],
@@ -113,6 +150,7 @@ class Reward:
         self.model, self.tokenizer, self.config, self.source = model, tokenizer, config, source
         self.train, self.heldout = held_out(prompts, config.held_out)
         self.drawn = 0  # prompts drawn so far
+        self.center = getattr(config, "center", 0.0)
 
     def draw(self) -> Comparisons:
         """The next prompts of an endless stream: each epoch all, in an order of its own."""
@@ -122,14 +160,17 @@ class Reward:
         self.drawn += self.config.batch_size
         return comparisons(taken)
 
+    def scores(self, batch: Comparisons) -> Tensor:
+        """r of every answer, (B,)."""
+        return self.model.scores(batch.tokens, batch.lengths)
+
     def loss(self, batch: Comparisons) -> Tensor:
-        made = self.model.scores(batch.tokens, batch.lengths)
-        return bradley_terry(made, batch.pairs, batch.weights, self.config.center)
+        return bradley_terry(self.scores(batch), batch.pairs, batch.weights, self.center)
 
     def evaluate(self, final: bool) -> dict:
         """How often the better of two held-out answers scores more, and whether σ(r_w − r_l) is
         the probability that it says; the scores' mean and spread on answers learned from."""
-        margins = self.margins(self.heldout if final else self.heldout[:256])
+        _, margins = self.scored(self.heldout if final else self.heldout[:256])
         found = {}
         if len(margins):
             right = float(((margins > 0) + 0.5 * (margins == 0)).mean())
@@ -141,28 +182,65 @@ class Reward:
                 "pairs": len(margins), "calibration_error": error,
             }  # fmt: skip
             found |= {"calibration": table} if final else {}
-        made = scores(self.model, [row for each in self.train[:256] for row in each.rows])
+        made, _ = self.scored(self.train[:256])
         return {**found, "score_mean": float(made.mean()), "score_std": float(made.std())}
 
-    def margins(self, prompts: list[Compared]) -> numpy.ndarray:
-        """r_w − r_l of every pair."""
-        made = iter(scores(self.model, [row for each in prompts for row in each.rows]))
-        found = []
-        for each in prompts:
-            r = [next(made) for _ in each.rows]
-            found += [r[i] - r[j] for i, j in each.pairs]
-        return numpy.array(found)
+    def scored(self, prompts: list[Compared]) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """r of every answer to some prompts, and r_w − r_l of every pair."""
+        scores, margins, n = [numpy.zeros(0)], [numpy.zeros(0)], self.config.batch_size
+        for batch in (comparisons(prompts[i : i + n]) for i in range(0, len(prompts), n)):
+            with no_grad():
+                r = backend.to_numpy(self.scores(batch).data).astype("float64")
+            scores.append(r)
+            margins.append(r[batch.pairs[:, 0]] - r[batch.pairs[:, 1]])
+        return numpy.concatenate(scores), numpy.concatenate(margins)
 
     def state(self) -> dict:
         return {"drawn": self.drawn, "source": self.source}
 
     def restore(self, state: dict) -> None:
         if state["source"] != self.source:
-            raise InputError("this run was begun with other preferences: name the same file")
+            raise InputError(
+                "this run was begun with another model or other preferences: name the same ones"
+            )
         self.drawn = state["drawn"]
 
     def card(self, results: dict) -> str:
         return model_card(self, results)
+
+
+class DPO(Reward):
+    """The same stage, where the model scores an answer by how much likelier it has become."""
+
+    name = "dpo"
+    about = """# An assistant improved by preferences, made by tinylm
+
+It read answers of which some had been preferred to others, and those became likelier (DPO)."""
+
+    def __init__(self, model, tokenizer, prompts, config: DPOConfig, source, reference):
+        super().__init__(model, tokenizer, prompts, config, source)
+        self.reference = reference
+
+    def scores(self, batch: Comparisons) -> Tensor:
+        """β (log π − log π_ref) of every answer, its end of turn included."""
+        tokens, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
+        at = numpy.arange(tokens.shape[1])
+        said = (at >= batch.asked[:, None] - 1) & (at < batch.lengths[:, None] - 1)
+        targets = numpy.where(said, targets, -1)
+        with no_grad():
+            before = self.reference.loss(tokens, targets).data
+        nll = self.model.loss(tokens, targets, even=False)
+        return (nll - before).sum(1) * -self.config.beta
+
+    def evaluate(self, final: bool) -> dict:
+        """As for a reward model; and what it now says to the first held-out prompt."""
+        asked = (self.heldout or self.train)[0].judged.messages
+        (said,) = answers(self.model, self.tokenizer, [asked], max_new_tokens=60)
+        return {**super().evaluate(final), "sample": f"{asked[-1]['content']} -> {said}"}
+
+    def state(self) -> dict:
+        asked = [each.judged.messages for each in (self.heldout or self.train)[:4]]
+        return {**super().state(), "prompts": asked}  # shown by the report
 
 
 def held_out(prompts: list[Compared], share: float) -> tuple[list[Compared], list[Compared]]:
@@ -181,10 +259,10 @@ def held_out(prompts: list[Compared], share: float) -> tuple[list[Compared], lis
 
 
 def run(
-    base: Path, data: Path, out: Path, config: RewardConfig, given: set[str], resume: bool,
+    base: Path, data: Path, out: Path, config: PreferenceConfig, given: set[str], resume: bool,
     progress: Progress,
 ) -> dict:  # fmt: skip
-    """Train a reward model from the model in directory base; returns the results."""
+    """Make a reward model of the model in directory base, or with a DPOConfig a better one."""
     model, tokenizer, added = checkpoint.load_for_chat(base)
     if added:
         progress.say(f"{base} has no chat tokens: added {', '.join(added)}", "yellow")
@@ -196,7 +274,12 @@ def run(
     config.cutoff = config.cutoff or cutoff_of(base)
     config = open_run(Path(out), config, given, resume)
     prompts = read_compared(data, ChatFormat(tokenizer), config.block_size, progress)
-    stage = Reward(with_score(model), tokenizer, prompts, config, source_of([Path(data)]))
+    source = [digest(base), *source_of([Path(data)])]
+    if isinstance(config, DPOConfig):
+        reference, _, _ = checkpoint.load_for_chat(base)
+        stage = DPO(model, tokenizer, prompts, config, source, reference)
+    else:
+        stage = Reward(with_score(model), tokenizer, prompts, config, source)
     if not config.max_steps and not config.minutes:
         per_step = config.batch_size * config.accumulate
         config.max_steps = max(1, round(config.epochs * len(stage.train) / per_step))
@@ -204,6 +287,12 @@ def run(
     progress.say(f"{n_train:,} pairs to learn from, {n_held:,} held out")
     results = Trainer(stage, config, Path(out), progress).run(resume)
     return {"directory": str(out), "train_pairs": n_train, **results}
+
+
+def digest(folder: Path) -> str:
+    """Of the weights in a run directory, by which a resumed run knows its model again."""
+    weights = (Path(folder) / "model.safetensors").read_bytes()
+    return hashlib.blake2b(weights, digest_size=16).hexdigest()
 
 
 def with_score(model: Transformer) -> Transformer:
@@ -221,11 +310,12 @@ def read_compared(
     """The judged prompts of a file as ids; says which have an answer that is too long."""
     found, long = [], []
     for judged in read_preferences(data):
+        asked = len(form.ids(judged.messages, True))
         rows = [answered(form, judged.messages, answer) for answer in judged.answers]
         if max(map(len, rows)) > block_size:
             long.append(judged.line)
         else:
-            found.append(Compared(judged, rows, judged.pairs()))
+            found.append(Compared(judged, asked, rows, judged.pairs()))
     progress.left_out(data, long, f"do not fit the context of {block_size} tokens")
     if not found:
         raise InputError(f"{data}: no prompt with its answers fits {block_size} tokens")
@@ -245,15 +335,12 @@ def model_card(stage: Reward, results: dict) -> str:
             f"\n- expected calibration error {results['calibration_error']:.3f}\n\n"
             "| σ of the difference | found right | pairs |\n|---|---|---|\n"
         ) + "\n".join(f"| {p:.2f} | {right:.2f} | {n} |" for p, right, n in results["calibration"])
-    (name, size) = stage.source[0]
-    return f"""# A reward model made by tinylm
-
-It reads a conversation and gives a score: of two answers, the one that scores s more is preferred
-with a probability of σ(s). Scores lie around zero.
+    (name, size) = stage.source[1]
+    return f"""{stage.about}
 
 | | |
 |---|---|
-| stage | reward: Bradley-Terry |
+| stage | {stage.name} |
 | parameters | {stage.model.n_parameters():,} |
 | context | {stage.model.config.block_size} tokens |{cutoff_row(stage.config)}
 | prompts | {len(stage.train):,} to learn from, {len(stage.heldout):,} held out |

@@ -1,4 +1,4 @@
-"""A reward model: its loss, what it learns, that it is a model directory, and that it judges."""
+"""Learning from preferences: a reward model, that it judges, and DPO."""
 
 import json
 
@@ -14,7 +14,15 @@ from tinylm.evaluate import calibration
 from tinylm.judges import Group
 from tinylm.judges.reward import RewardModel, pad_right, scores
 from tinylm.preferences import Judged
-from tinylm.stages.reward import Compared, bradley_terry, comparisons, held_out, with_score
+from tinylm.stages.preference import (
+    DPO,
+    Compared,
+    DPOConfig,
+    bradley_terry,
+    comparisons,
+    held_out,
+    with_score,
+)  # fmt: skip
 from tinylm.tensor import Tensor
 from tinylm.tokenizer import train_characters
 
@@ -42,7 +50,7 @@ def test_every_prompt_counts_once_however_many_answers():
     three = Judged([turn("user", "a")], ["x", "y", "z"], [1.0, 3.0, 2.0])
     two = Judged([turn("user", "b")], ["x", "y"], [1.0, 0.0])
     made = [
-        Compared(each, [[n, n] for n in range(len(each.answers))], each.pairs())
+        Compared(each, 1, [[n, n] for n in range(len(each.answers))], each.pairs())
         for each in (three, two)
     ]
     batch = comparisons(made)
@@ -55,7 +63,7 @@ def test_what_is_held_out_was_not_learned_from():
     """Rows with one prompt stay together; with a single prompt in the file, rows are split."""
 
     def rows(prompts):
-        return [Compared(Judged([turn("user", p)], [], [], i), [], []) for i, p in prompts]
+        return [Compared(Judged([turn("user", p)], [], [], i), 1, [], []) for i, p in prompts]
 
     many = rows((i, f"prompt {i // 3}") for i in range(120))
     train, test = held_out(many, 0.1)
@@ -200,6 +208,51 @@ def test_both_shapes_score_and_are_saved(model, tmp_path):
     assert "lm_head.weight" not in loaded.parameters()
     with pytest.raises(InputError, match="reward model"):
         loaded(rows[0])
+
+
+# ---- DPO ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compared():
+    judged = Judged([turn("user", "?")], ["x", "y", "z"], [1.0, 3.0, 2.0])
+    return [Compared(judged, 2, [[5, 6, 7, 1], [5, 6, 8, 9, 1], [5, 6, 1]], judged.pairs())]
+
+
+@pytest.mark.usefixtures("float64")
+def test_dpo_scores_how_much_likelier_an_answer_has_become(config, compared):
+    """Against probabilities worked out one by one; prompt and padding do not count."""
+    models = [package.Transformer(config, seed) for seed in (1, 2)]
+    for model in models:
+        for p in model.parameters().values():
+            p.data = p.data.astype("float64")
+    settings = DPOConfig(beta=0.3, held_out=0, max_steps=1)
+    stage = DPO(models[0], None, compared, settings, [], models[1])
+    found = stage.scores(comparisons(compared)).data
+
+    def logp(model, row):
+        logits = model(numpy.array([row[:-1]])).data[0]
+        p = logits - numpy.log(numpy.exp(logits).sum(-1, keepdims=True))
+        return sum(p[t, row[t + 1]] for t in range(1, len(row) - 1))
+
+    expected = [0.3 * (logp(models[0], row) - logp(models[1], row)) for row in compared[0].rows]
+    assert numpy.allclose(found, expected, atol=1e-12)
+    stage.model = models[1]  # as it came: no score, and the loss is that of a coin
+    batch = comparisons(compared)
+    assert numpy.allclose(stage.loss(batch).data * len(batch.pairs), numpy.log(2))
+
+
+def test_dpo_makes_the_preferred_likelier(base, preferences, tmp_path):
+    done = tinylm("dpo", base, "--data", preferences, "--out", tmp_path / "d", "--epochs", 2,
+                  "--learning-rate", "3e-3", "--batch-size", 8, "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["accuracy"] > 0.8 and found["loss"] < numpy.log(2)
+    losses = [row["loss"] for row in metrics(tmp_path / "d") if "lr" in row]
+    assert losses[0] == pytest.approx(numpy.log(2), abs=1e-6)
+    assert "(DPO)" in (tmp_path / "d" / "README.md").read_text()
+    again = tinylm("dpo", base, "--data", preferences, "--out", tmp_path / "d", "--resume")
+    assert "finished" in again.stderr and again.returncode == 0
 
 
 # ---- what can be wrong -------------------------------------------------------------------------
