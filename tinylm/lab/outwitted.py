@@ -84,8 +84,7 @@ def comparisons(almanac: Almanac, model: Path, n: int) -> Iterator[dict]:
     asked = [[turn("user", row["prompt"])] for row in rows]
     loaded = checkpoint.load(model)
     one, two = (
-        answers(*loaded, asked, max_new_tokens=100, temperature=1.0, seed=seed)
-        for seed in (1, 2)
+        answers(*loaded, asked, max_new_tokens=100, temperature=1.0, seed=seed) for seed in (1, 2)
     )
     for row, *pair in zip(rows, one, two):
         a, b = (gold(row["prompt"], answer, row) for answer in pair)
