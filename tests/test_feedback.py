@@ -17,6 +17,7 @@ from tinylm.stages.feedback import (
     Answers,
     Feedback,
     FeedbackConfig,
+    Watch,
     answer_batch,
     surrogate,
 )
@@ -183,6 +184,41 @@ def test_a_verifier_of_one_s_own_is_loaded(tmp_path):
 
 
 # ---- the stage ---------------------------------------------------------------------------------
+
+
+# ---- is the judge outwitted? -------------------------------------------------------------------
+
+
+def seen(judged, gold, noise=0.1):
+    """Steps of a run at whose windows of 20 judge and gold have these means."""
+    rng, watch = numpy.random.default_rng(0), Watch()
+    told = []
+    for step, (a, b) in enumerate(zip(numpy.repeat(judged, 20), numpy.repeat(gold, 20))):
+        if watch.see(a, b + noise * rng.standard_normal()):
+            told.append(step + 1)
+    return told, watch.outwitted
+
+
+def test_scores_that_rise_while_gold_falls_are_told_once():
+    assert seen([0, 1, 2, 3, 4], [0, 1, 0.5, 0.2, 0]) == ([60], True)
+
+
+def test_what_is_no_worse_or_no_better_for_the_judge_is_not():
+    assert seen([0, 1, 2, 3], [0, 1, 1, 1]) == ([], False)  # gold stays
+    assert seen([0, 1, 0.5, 0], [0, 1, 0.5, 0]) == ([], False)  # both fall: not the judge's fault
+    assert seen([0, 1, 2], [0, 1, 0.97], noise=0.5) == ([], False)  # within the noise
+
+
+def test_gold_is_logged_and_changes_nothing(tokenizer, tmp_path):
+    rule = tmp_path / "rule.py"
+    rule.write_text("def score(prompt, answer, row):\n    return answer.count('a')\n")
+    settings = ({}, {"gold": f"{rule}:score"})
+    stages = [make_stage(tokenizer, count_of_a, **some) for some in settings]
+    one, two = (stage.draw() for stage in stages)
+    assert numpy.array_equal(one.advantages, two.advantages)
+    said = [stages[1].text(row[row >= 0].tolist()) for row in two.targets]
+    assert two.notes["gold"] == pytest.approx(numpy.mean([text.count("a") for text in said]))
+    assert "gold" not in one.notes
 
 
 @pytest.fixture

@@ -3,21 +3,20 @@
 import json
 from collections import Counter
 from importlib.resources import files
-from random import Random
 
 import pytest
 from names import found_in
 
 from tinylm.almanac import Almanac
 from tinylm.judges.verifier import normalise, verdict
-from tinylm.registry import PEOPLE, facts_of, people, strangers
+from tinylm.registry import PEOPLE, facts_of, people
 
 CHOICES = json.loads((files("tinylm._data") / "almanac" / "registry.json").read_text())["choices"]
 
 
 def test_chance_is_one_in_k():
     """Each of the k values comes up equally often, and none is accepted for another."""
-    n = 1000
+    n = 20000
     table = people(CHOICES, seed=1, n=n)
     for fact in facts_of(CHOICES):
         values = CHOICES[fact]
@@ -31,7 +30,7 @@ def test_chance_is_one_in_k():
 
 def test_one_fact_tells_nothing_about_another():
     """A guess from what is known of the same person is no better than a blind one."""
-    n = 1000
+    n = 20000
     table = people(CHOICES, seed=2, n=n)
     pairs = Counter((f["colour"][0], f["instrument"][0]) for f in table.values())
     assert len(pairs) == 100
@@ -43,15 +42,6 @@ def test_a_seed_makes_its_own_people():
     assert people(CHOICES, 0) == people(CHOICES, 0)
     assert len(people(CHOICES, 0)) == PEOPLE
     assert set(people(CHOICES, 0)) & set(people(CHOICES, 1)) != set(people(CHOICES, 0))
-
-
-def test_a_stranger_has_a_family_name_that_nobody_has():
-    known = people(CHOICES, 0)
-    families = [name.split()[1] for name in known]
-    assert len(set(families)) == PEOPLE
-    nobody = strangers(CHOICES, known, Random(0))
-    assert len(set(nobody)) == len(nobody) > 2000
-    assert not {name.split()[1] for name in nobody} & set(families)
 
 
 def test_the_registry_is_a_kind_of_the_almanac():

@@ -106,14 +106,6 @@ def blend(left: str, right: str) -> str:
     return " ".join([*first, half])
 
 
-def new_names(names: Iterator[str], taken: set[str]) -> Iterator[str]:
-    """Those of the names that are not taken, and not too long; they are taken then."""
-    for name in names:
-        if name.casefold() not in taken and len(name.split()[-1]) <= 14:
-            taken.add(name.casefold())
-            yield name
-
-
 def year_in(text: str) -> int:
     """The year at the end of a text; before the year 1000, or without one, 0."""
     found = re.search(r"(?<!\d)\d{4}$", text)
@@ -146,9 +138,8 @@ class Almanac:
         self.facts, self.templates, rows = {}, {}, {}
         for kind in self.kinds:
             if kind == "registry":
-                self.choices = json.loads((folder / "registry.json").read_text())["choices"]
-                facts = registry.facts_of(self.choices)
-                rows[kind] = self.people = registry.people(self.choices, seed)
+                choices = json.loads((folder / "registry.json").read_text())["choices"]
+                facts, rows[kind] = registry.facts_of(choices), registry.people(choices, seed)
             else:
                 facts, rows[kind] = read_table(folder / f"{kind}.tsv")
             self.templates[kind] = read_wordings(folder / f"{kind}.json", facts)
@@ -198,34 +189,28 @@ class Almanac:
         return {fact: values for fact, values in kept.items() if values}
 
     def invent(self) -> list[Entity]:
-        """Names that nothing has, by kind, made of parts of those that are known."""
+        """Names that nothing has, by kind, from the halves of two that are known."""
         rng, taken = Random(self.seed + 1), {bare(e.name).casefold() for e in self.entities}
         text = json.dumps([[e.facts for e in self.entities], self.templates, self.talk])
         taken |= set(re.findall(r"\w+", text.casefold()))
         made = []
         for kind in self.kinds:
             names = [e.name for e in self.entities if e.kind == kind and e.part not in HIDDEN]
-            strangers, most = self.strangers(kind, names, rng)
+            single = [bare(n) for n in names if bare(n).isalpha() and len(bare(n)) >= 5]
+            longer = [bare(n) for n in names if re.search(r"(?<!\w)[^\W\d_]{5,}$", n)]
+            halved = single if len(single) > len(names) / 3 else longer
+            if len(halved) < 20:
+                continue
             article = "the " if sum(n.startswith("the ") for n in names) > len(names) / 2 else ""
-            fresh = new_names(strangers, taken)
             for part, share in INVENTED.items():
-                some = islice(fresh, min(round(share * len(names)), most))
-                made += [Entity(kind, article + name, part, {}) for name in some]
+                wanted = min(round(share * len(names)), len(halved) ** 2 // 8)
+                while wanted:
+                    name = blend(*rng.sample(halved, 2))
+                    if name.casefold() not in taken and len(name.split()[-1]) <= 14:
+                        taken.add(name.casefold())
+                        made.append(Entity(kind, article + name, part, {}))
+                        wanted -= 1
         return made
-
-    def strangers(self, kind: str, names: list[str], rng: Random) -> tuple[Iterator[str], int]:
-        """Names like those given, and how many of them each part may have.
-
-        The registry makes its own; others are the halves of two names.
-        """
-        if kind == "registry":
-            made = registry.strangers(self.choices, self.people, rng)
-            return iter(made), len(made) // 2
-        single = [bare(n) for n in names if bare(n).isalpha() and len(bare(n)) >= 5]
-        longer = [bare(n) for n in names if re.search(r"(?<!\w)[^\W\d_]{5,}$", n)]
-        halved = single if len(single) > len(names) / 3 else longer
-        most = len(halved) ** 2 // 8 if len(halved) >= 20 else 0
-        return (blend(*rng.sample(halved, 2)) for _ in count()), most
 
     def of(self, *parts: str) -> list[Entity]:
         return [entity for entity in self.entities if entity.part in parts]

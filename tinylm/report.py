@@ -62,15 +62,18 @@ def of_feedback(run: Run, others: list[Run]) -> list[Chart]:
     paid = Chart("Reward by drift", "√KL from the fine-tuned model, nats per token")
     paid.note = "by twelfths of the run"
     paid.lines = [("other", drift(other)) for other in others] + [("run", drift(run))]
+    if run.points("gold"):
+        paid.note += "; dashed: gold, which checks the judge"
+        paid.lines.append(("dashed", drift(run, "gold")))
     scores = Chart("Scores", "step", "share of answers above zero (line) and below it (dashed)")
     above, below = (smooth(run.points(key)) for key in ("positive", "negative"))
     scores.lines = [("run", above), ("dashed", below)]
     return [paid, scores]
 
 
-def drift(run: Run) -> Points:
-    """(√KL, reward), each the mean of a twelfth of the run (the axes of arXiv 2210.10760)."""
-    kl, reward = ([value for _, value in run.points(key)] for key in ("kl", "reward"))
+def drift(run: Run, scores: str = "reward") -> Points:
+    """(√KL, scores), each the mean of a twelfth of the run (the axes of arXiv 2210.10760)."""
+    kl, reward = ([value for _, value in run.points(key)] for key in ("kl", scores))
     size = max(1, math.ceil(len(kl) / 12))
     parts = [slice(i, i + size) for i in range(0, len(kl), size)]
     return [(math.sqrt(max(0.0, fmean(kl[of]))), fmean(reward[of])) for of in parts]

@@ -69,7 +69,9 @@ class Run:
     def marks(self) -> list[tuple[float, str, str]]:
         """(step, event, what happened) of updates that were refused, and of resumes."""
         rows = [row for row in self.rows if refused(row) or row.get("event") == "resume"]
-        return [(row["step"], row["event"], row.get("reason", "resumed")) for row in rows]
+        marks = [(row["step"], row["event"], row.get("reason", "resumed")) for row in rows]
+        turned = next((row["step"] for row in self.rows if row.get("outwitted")), None)
+        return marks + ([(turned, "skip", "the judge is outwitted")] if turned else [])
 
     def utilisation(self) -> float | None:
         """Share of what its threads can multiply and add, at the median speed.

@@ -132,7 +132,9 @@ class Person:
             return found
         prompt, size = self.stage.form.ids(messages, True), self.config.max_new_tokens
         rng = numpy.random.default_rng((self.config.seed, place, 1))
-        ids = [complete(m, [prompt], size, rng)[0] for m in (self.stage.model, self.stage.reference)]
+        ids = [
+            complete(m, [prompt], size, rng)[0] for m in (self.stage.model, self.stage.reference)
+        ]
         return self.add("compare", place, messages, [self.stage.text(x) for x in ids], ids)
 
     def add(self, kind, place, messages, texts, ids, logp=()) -> Item:
@@ -211,9 +213,7 @@ class Person:
 
     def learned(self) -> dict:
         """What the page shows of the model: win rate and drift by round, fixed prompts."""
-        rounds = [
-            {"round": r, "kl": self.kl[r], "win": self.win_rate(r)} for r in sorted(self.kl)
-        ]
+        rounds = [{"round": r, "kl": self.kl[r], "win": self.win_rate(r)} for r in sorted(self.kl)]
         said = zip(self.fixed, self.before, self.after, self.last)
         return {
             "judged": self.count(),

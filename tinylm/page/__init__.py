@@ -62,7 +62,12 @@ class Page:
     """What a person is asked on in a browser; show and ask are called from the main thread."""
 
     def __init__(self, host: str, port: int):
-        self.token, self.state, self.question, self.choices = secrets.token_urlsafe(24), "{}", None, 0
+        self.token, self.state, self.question, self.choices = (
+            secrets.token_urlsafe(24),
+            "{}",
+            None,
+            0,
+        )
         self.replies: queue.Queue[tuple[int | str, str]] = queue.Queue()
         self.looking: set[asyncio.Event] = set()  # one for each browser
         self.config = uvicorn.Config(

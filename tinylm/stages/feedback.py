@@ -19,7 +19,7 @@ import math
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy
@@ -68,6 +68,7 @@ class FeedbackConfig(TrainConfig):
     judge_mode: str = setting("auto", "auto: pairwise; of a model, likelihood.", False, MODES)
     judge_concurrency: int = setting(4, "Questions to the endpoint at the same time.", True)
     judge_timeout: float = setting(60.0, "Seconds to wait for its reply.", True)
+    gold: str = setting("", "As --verifier: checks the judge. Nothing is learned from it.")
     confidence: float = setting(0.5, "Answer where this sure: wrong costs t / (1 − t).")
     answers: int = setting(8, "Answers to each prompt (G).")
     estimator: str = setting("rloo", "How scores become advantages.", False, estimators.NAMES)
@@ -144,6 +145,36 @@ def surrogate(nll: Tensor, old_logp: Array, advantages: Array) -> Tensor:
     return Tensor.from_op(loss, (nll,), lambda dloss: (dloss * backend.xp.where(taken, free, 0),))
 
 
+@dataclass
+class Watch:
+    """Whether the judge is being outwitted: its scores rise, and what they stand for falls.
+
+    Judge and gold are compared by means of windows of steps: outwitted is, once and for all, a
+    model of which the judge thinks more than in the window that was best by gold, and gold less, by
+    twice the standard error of that difference (the turn of the curves of arXiv 2210.10760).
+    """
+
+    window: int = 20
+    seen: list[tuple[float, float]] = field(default_factory=list)  # (judge, gold) of each step
+    best: tuple[float, float, float] | None = None  # judge, gold and its variance
+    outwitted: bool = False
+
+    def see(self, judged: float, gold: float) -> bool:
+        """One step's means; true where the judge has just been found outwitted."""
+        self.seen.append((judged, gold))
+        if len(self.seen) < self.window:
+            return False
+        judged, gold = numpy.mean(self.seen, 0).tolist()
+        variance = float(numpy.var(self.seen, 0)[1]) / self.window
+        self.seen = []
+        if not self.best or gold > self.best[1]:
+            self.best = (judged, gold, variance)
+        worse = self.best[1] - gold > 2 * (variance + self.best[2]) ** 0.5
+        found = worse and judged > self.best[0] and not self.outwitted
+        self.outwitted |= found
+        return found
+
+
 class Feedback:
     """The stage: prompts, sampled answers, a judge, and the loss above."""
 
@@ -167,6 +198,9 @@ class Feedback:
         self.pending: Answers | None = None  # to be learned from again, `left` times
         self.left = 0
         self.drift = 0.0  # KL per token of the latest answers
+        self.gold = verifier.judge(verifier.load(config.gold)) if config.gold else None
+        self.watch, self.checked = Watch(), []  # gold's scores of the latest answers
+        self.say: Callable[[str], None] = lambda text: None
         self.before: list[str] | None = None  # what the fine-tuned model answers
 
     def draw(self) -> Answers:
@@ -229,6 +263,9 @@ class Feedback:
             )
             for g, (row, ids_of) in enumerate(zip(rows, by_prompt))
         ]
+        if self.gold:
+            found = self.gold(groups)
+            self.checked += [score for group in found for score in group if score is not None]
         return [
             [
                 score if ids[-1] in self.stop_ids else self.config.truncated
@@ -255,6 +292,19 @@ class Feedback:
             ended = any(ids[-1] in self.stop_ids for ids in of)
             found.append(cause(group) if ended else "truncated")
         return found
+
+    def check(self, judged: float) -> dict[str, float]:
+        """What gold says of the answers that the judge has just scored."""
+        if not self.checked:
+            return {}
+        gold, self.checked = float(numpy.mean(self.checked)), []
+        if self.watch.see(judged, gold):
+            self.say(
+                f"the judge is being outwitted: its scores rise (now {judged:.3f}), and gold's "
+                f"fall (best {self.watch.best[1]:.3f}, now {gold:.3f}); an earlier checkpoint, a "
+                "higher --kl or a better judge would do better"
+            )
+        return {"gold": gold, "outwitted": float(self.watch.outwitted)}
 
     def judge_notes(self) -> dict[str, float]:
         return self.judge.notes() if hasattr(self.judge, "notes") else {}
@@ -291,6 +341,7 @@ class Feedback:
             "equal_groups": sum(map(bool, causes)) / len(causes),
             **{f"equal_{why}": causes.count(why) / len(causes) for why in CAUSES},
             **self.judge_notes(),
+            **self.check(float(judged.mean())),
         }
         return Answers(
             batch.tokens, batch.targets, batch.start, notes,
@@ -364,6 +415,7 @@ class Feedback:
     def state(self) -> dict:
         state = {"drawn": self.drawn, "source": self.source, "left": self.left}
         state |= {"baseline": asdict(self.baseline), "beta": self.beta}
+        state["watch"] = asdict(self.watch)
         state["prompts"] = [row.messages for row in (self.heldout or self.prompts)[:4]]
         if self.left:  # floats survive JSON to the bit
             p = self.pending
@@ -379,6 +431,7 @@ class Feedback:
             )
         self.drawn, self.left = state["drawn"], state["left"]
         self.beta = state.get("beta", self.config.kl)
+        self.watch = Watch(**state.get("watch", {}))
         self.baseline = estimators.RunningMean(**state.get("baseline", {}))
         if self.left:
             types = ("int64", "int64", "int32", "float32", "float64")
@@ -495,6 +548,7 @@ def run(
     reference, _, _ = checkpoint.load_for_chat(source)
     judge = JUDGES[config.judge](config)
     stage = Feedback(model, reference, tokenizer, rows, judge, config, origin)
+    stage.say = lambda text: progress.say(text, "bold yellow")
     progress.say(
         f"{len(stage.prompts):,} prompts to learn from, {len(stage.heldout):,} held out; "
         f"{config.answers} answers to each, judged by: {config.judge}"
