@@ -235,6 +235,7 @@ def test_an_endpoint_gives_marks():
     "parse, reply, found",
     [
         (verdict, "A", 1), (verdict, "**B**.", -1), (verdict, "Answer: a", 1), (verdict, "tie", 0),
+        (verdict, "A is the better choice.", 1), (verdict, "B: it is A that errs.", -1),
         (mark, "10", 1), (mark, " 1 / 10.", -1), (mark, "**7**", 1 / 3),
     ],
 )  # fmt: skip
