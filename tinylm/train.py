@@ -130,8 +130,10 @@ class Guard:
     A spike is a gradient norm of more than 10 times its running mean, once 50 steps have been
     seen. After 50 refusals in a row the run ends: the settings are wrong, not the data.
 
-    rate      what the learning rate is multiplied by: halved whenever a cautious stage met NaN
-    returns   how often it went back to the weights that it remembers now
+    Of a cautious stage only:
+    rate         what the learning rate is multiplied by: halved whenever there was NaN
+    remembered   the step whose weights it would go back to
+    returns      how often it has gone back to them
     """
 
     mean: float = 0.0
@@ -139,6 +141,7 @@ class Guard:
     refused: int = 0
     in_a_row: int = 0
     rate: float = 1.0
+    remembered: int = 0
     returns: int = 0
 
     def reason(self, loss: float, norm: float, harm: str = "") -> str | None:
@@ -270,8 +273,9 @@ class Trainer:
         refusal = NOTHING if empty else self.guard.reason(total, norm, harm)
         c = self.config
         lr = c.learning_rate * self.guard.rate * schedule(self.share_done(1), c.warmup, c.floor)
-        if not refusal:
+        if refusal in (None, NOTHING):
             self.remember()
+        if not refusal:
             self.optimizer.step(lr, clip_scale(norm, c.clip))
         elif harm or refusal == NOT_FINITE:
             self.go_back(refusal)
@@ -298,10 +302,11 @@ class Trainer:
             raise
 
     def remember(self) -> None:
-        """Of a cautious stage: these weights gave a finite loss and did no harm."""
-        if getattr(self.stage, "cautious", False) and (not self.good or self.step % REMEMBER == 0):
+        """Of a cautious stage: these weights are in order, with a finite loss and no harm done."""
+        due = not self.good or self.step >= self.guard.remembered + REMEMBER
+        if due and getattr(self.stage, "cautious", False):
             self.good = copied(tensors_of(self.stage.model, self.optimizer))
-            self.guard.returns = 0
+            self.guard.remembered, self.guard.returns = self.step, 0
 
     def go_back(self, refusal: str) -> None:
         """Of a cautious stage: to the last weights that were in order, more carefully.
@@ -390,7 +395,8 @@ def cutoff_of(folder: Path) -> str:
 
 def notes_of(batches: list[Batch]) -> dict:
     """The mean of each number that the batches of one step bring for the log."""
-    return {k: sum(b.notes[k] for b in batches) / len(batches) for k in batches[0].notes}
+    names = [k for k in batches[0].notes if all(k in b.notes for b in batches)]
+    return {k: sum(b.notes[k] for b in batches) / len(batches) for k in names}
 
 
 def open_run(folder: Path, config: TrainConfig, given: set[str], resume: bool) -> TrainConfig:

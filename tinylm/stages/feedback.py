@@ -31,6 +31,8 @@ from tinylm.errors import InputError
 from tinylm.evaluate import variety
 from tinylm.generate import answers, complete
 from tinylm.judges import Group, Judge, human, verifier
+from tinylm.judges.endpoint import Endpoint
+from tinylm.judges.model import Model
 from tinylm.judges.reward import RewardModel
 from tinylm.model import Transformer
 from tinylm.tensor import Array, Tensor, no_grad
@@ -48,7 +50,8 @@ from tinylm.train import (
 EXACT_KL = 8192  # vocabularies up to this size have their KL summed, larger ones estimated
 CLIP = (0.8, 1.28)
 LEAST_BETA = 0.01  # what a drift beyond its limit costs at least from then on
-WHO = ("verifier", "reward-model", "human")
+WHO = ("verifier", "reward-model", "model", "endpoint", "human")
+MODES = ("auto", "pairwise", "rubric", "likelihood")
 PAGES = ("auto", "serve", "none")
 
 
@@ -60,6 +63,12 @@ class FeedbackConfig(TrainConfig):
     verifier: str = setting("", "file.py:function(prompt, answer, row) -> number.  [accepted ones]")
     reward_model: str = setting("", "Directory of the reward model.")
     gold: str = setting("", "As --verifier: checks the judge. Nothing is learned from it.")
+    judge_model: str = setting("", "Directory of the model that judges.")
+    judge_url: str = setting("", "Address of an endpoint like OpenAI's, http://host/v1.", True)
+    judge_name: str = setting("", "The endpoint's name for its model.")
+    judge_mode: str = setting("auto", "auto: pairwise; of a model, likelihood.", False, MODES)
+    judge_concurrency: int = setting(4, "Questions to the endpoint at the same time.", True)
+    judge_timeout: float = setting(60.0, "Seconds to wait for its reply.", True)
     confidence: float = setting(0.5, "Answer where this sure: wrong costs t / (1 − t).")
     answers: int = setting(8, "Answers to each prompt (G).")
     estimator: str = setting("rloo", "How scores become advantages.", False, estimators.NAMES)
@@ -86,7 +95,7 @@ class FeedbackConfig(TrainConfig):
 
     def check(self) -> None:
         super().check()
-        for name in ("answers", "updates", "max_new_tokens"):
+        for name in ("answers", "updates", "max_new_tokens", "judge_concurrency"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')}: expected at least 1")
         if self.answers < 2:
@@ -95,6 +104,8 @@ class FeedbackConfig(TrainConfig):
             raise InputError(
                 f"--batch-size {self.batch_size}: not a multiple of --answers {self.answers}"
             )
+        if self.judge_timeout <= 0:
+            raise InputError(f"--judge-timeout: expected more than 0, got {self.judge_timeout}")
         for name in ("resample", "kl", "kl_limit"):
             if getattr(self, name) < 0:
                 raise InputError(f"--{name.replace('_', '-')}: expected at least 0")
@@ -485,8 +496,20 @@ JUDGES: dict[str, Callable[[FeedbackConfig], Judge]] = {
         verifier.load(config.verifier) if config.verifier else verifier.exact(config.confidence)
     ),
     "reward-model": lambda config: RewardModel(config.reward_model),
+    "model": lambda config: Model(config.judge_model, mode_of(config, "likelihood")),
+    "endpoint": lambda config: Endpoint(
+        config.judge_url,
+        config.judge_name,
+        mode_of(config, "pairwise"),
+        config.judge_concurrency,
+        config.judge_timeout,
+    ),
     "human": lambda config: human.Person(asker(config)),
 }
+
+
+def mode_of(config: FeedbackConfig, usual: str) -> str:
+    return usual if config.judge_mode == "auto" else config.judge_mode
 
 
 def asker(config: FeedbackConfig):
@@ -554,6 +577,7 @@ def read_fitting(path: Path, form: ChatFormat, config: FeedbackConfig) -> list[R
 def model_card(stage: Feedback, results: dict) -> str:
     """README.md of the run directory."""
     c, numbers = stage.config, "not finished yet"
+    judge = c.verifier or c.reward_model or c.judge_model or c.judge_name
     if results:
         numbers = f"- {results['steps']} steps, {results['seconds']:.0f} seconds"
         if "held_out_reward" in results:
@@ -566,7 +590,7 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
 
 | | |
 |---|---|
-| stage | feedback: {c.estimator}, judged by {c.judge}{f" `{c.verifier}`" if c.verifier else ""} |
+| stage | feedback: {c.estimator}, judged by {c.judge}{f" `{judge}`" if judge else ""} |
 | parameters | {stage.model.n_parameters():,} |{cutoff_row(c)}
 | prompts | {len(stage.prompts):,} to learn from, {len(stage.heldout):,} held out |
 | answers | {c.answers} to each prompt, of up to {c.max_new_tokens} tokens |
