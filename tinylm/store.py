@@ -153,6 +153,23 @@ class Store:
         columns = "INSERT INTO judgement (item, judge, scores, shown, comment, made)"
         self.db.execute(f"{columns} VALUES (?, ?, ?, ?, ?, ?)", (item, judge, *values))
 
+    def add_all(self, run: str, judged: Sequence[Judged], judge: str) -> int:
+        """Store what somebody has judged elsewhere; returns how much it was.
+
+        Answers that are here already get one more judgement, so that judges can be compared.
+        """
+        number = self.run(run)
+        known = {alike(item.messages, item.answers): item for item in self.items()}
+        for each in judged:
+            item = known.get(alike(each.messages, each.answers))
+            if item:
+                of_text = dict(zip(each.answers, each.scores))
+                self.judge(item.id, judge, [of_text[text] for text in item.answers])
+            else:
+                new = self.add_item(number, each.messages, each.answers, "imported")
+                self.judge(new, judge, each.scores)
+        return len(judged)
+
     def withdraw(self, item: int, judge: str) -> None:
         """Forget what this judge said of an item."""
         self.db.execute("DELETE FROM judgement WHERE item = ? AND judge = ?", (item, judge))
@@ -169,14 +186,24 @@ class Store:
         ]
 
     def judged(self, judge: str | None = None) -> Iterator[Judged]:
-        """Every judged prompt with each judge's last scores; equal answers are told once."""
+        """Every judged prompt with each judge's last scores; equal answers are told once.
+
+        What was skipped is left out.
+        """
         items = {item.id: item for item in self.items()}
         last = {(j.item, j.judge): j for j in self.judgements(judge=judge)}
         for id, who in sorted(last):
             item, judgement = items[id], last[id, who]
+            if set(judgement.scores) <= {None}:
+                continue
             scores = dict(zip(reversed(item.answers), reversed(judgement.scores)))
             answers = [*dict.fromkeys(item.answers)]
             yield Judged(item.messages, answers, [scores[answer] for answer in answers], id)
+
+
+def alike(messages: list[dict], answers: list[str]) -> tuple:
+    """Equal for the same answers to the same prompt, in whatever order."""
+    return json.dumps(messages), *sorted(set(answers))
 
 
 def matching(**wanted) -> tuple[str, list]:
