@@ -59,7 +59,7 @@ def kappa(pairs: Iterable[tuple]) -> dict[str, float | int | None]:
 
 def statistics(store: Store) -> dict:
     """Counts, by judge and of pairs of judges, as one JSON object."""
-    items = list(store.items())
+    items = store.items()
     by_judge: dict[str, dict[int, list[Judgement]]] = {}
     for judgement in store.judgements():
         by_judge.setdefault(judgement.judge, {}).setdefault(judgement.item, []).append(judgement)

@@ -301,8 +301,8 @@ def judgements():
 def export_preferences(run, out, form, judge, as_json):
     """The judgements of a run -> a file to train on.
 
-    Forms: `preference` (prompt, chosen, rejected), `unpaired` (prompt, completion, label), `ranking`
-    (prompt, answers, scores), `conversations` (the best answers, for `tinylm sft`).
+    Forms: `preference` (prompt, chosen, rejected), `unpaired` (prompt, completion, label),
+    `ranking` (prompt, answers, scores), `conversations` (the best answers, for `tinylm sft`).
     """
     rows = [*preferences.FORMS[form](store.open_existing(run).judged(judge))]
     if not rows:

@@ -1,8 +1,8 @@
 """Judged answers in an SQLite file: what was asked, what was answered, who judged it and how.
 
     run          one training run, or one imported file
-    item         a prompt and its answers; `kind` is train, compare (an answer of the model beside one
-                 of the fine-tuned model) or imported; `place` is its number among its kind in the run
+    item         a prompt and its answers; `kind` is train, compare (the model's answer and that of
+                 the fine-tuned model) or imported; `place` is its number among its kind in the run
     response     an answer: its text, token ids and log-probabilities under the model that wrote it
     judgement    somebody's scores of an item's answers, in the order of the answers; null: none
 
@@ -109,30 +109,21 @@ class Store:
                 found = "SELECT coalesce(max(place) + 1, 0) FROM item WHERE run = ? AND kind = ?"
                 (place,) = self.db.execute(found, (run, kind)).fetchone()
             values = (run, kind, place, round, kl, json.dumps(messages))
-            item = self.db.execute(
-                "INSERT INTO item (run, kind, place, round, kl, messages) VALUES (?, ?, ?, ?, ?, ?)",
-                values,
-            ).lastrowid
+            columns = "INSERT INTO item (run, kind, place, round, kl, messages)"
+            item = self.db.execute(f"{columns} VALUES (?, ?, ?, ?, ?, ?)", values).lastrowid
             rows = [(item, i, *row) for i, row in enumerate(zip(answers, *texts))]
             self.db.executemany("INSERT INTO response VALUES (?, ?, ?, ?, ?)", rows)
         return item
 
-    def items(self, run: int | None = None, kind: str | None = None) -> Iterator[Item]:
-        """The items of a run (None: of all) and kind, in the order in which they were stored."""
-        where, values = matching(run=run, kind=kind)
+    def items(self, **wanted) -> list[Item]:
+        """All items, or those of a run, kind or place, in the order in which they were stored."""
+        where, values = matching(**wanted)
         columns = "SELECT id, kind, place, round, kl, messages FROM item"
-        for id, kind, place, round, kl, messages in self.db.execute(
-            f"{columns}{where} ORDER BY id", values
-        ):
-            answers, ids = self.responses(id)
-            yield Item(id, kind, place, round, kl, json.loads(messages), answers, ids)
+        rows = self.db.execute(f"{columns}{where} ORDER BY id", values).fetchall()
+        return [Item(*row, json.loads(said), *self.responses(row[0])) for *row, said in rows]
 
     def find(self, run: int, kind: str, place: int) -> Item | None:
-        where, values = matching(run=run, kind=kind, place=place)
-        found = self.db.execute(f"SELECT id, round, kl, messages FROM item{where}", values)
-        for id, round, kl, messages in found.fetchall():
-            return Item(id, kind, place, round, kl, json.loads(messages), *self.responses(id))
-        return None
+        return next(iter(self.items(run=run, kind=kind, place=place)), None)
 
     def responses(self, item: int) -> tuple[list[str], list[list[int]]]:
         query = "SELECT text, ids FROM response WHERE item = ? ORDER BY number"

@@ -62,7 +62,12 @@ class Page:
     """What a person is asked on in a browser; show and ask are called from the main thread."""
 
     def __init__(self, host: str, port: int):
-        self.token, self.state, self.question, self.choices = secrets.token_urlsafe(24), "{}", None, 0
+        self.token, self.state, self.question, self.choices = (
+            secrets.token_urlsafe(24),
+            "{}",
+            None,
+            0,
+        )
         self.replies: queue.Queue[tuple[int | str, str]] = queue.Queue()
         self.looking: set[asyncio.Event] = set()  # one for each browser
         self.config = uvicorn.Config(
@@ -78,7 +83,8 @@ class Page:
         host = self.config.host
         try:
             listening = self.config.bind_socket()
-        except SystemExit:
+            listening.listen()  # from now on a browser waits, and is not turned away
+        except (SystemExit, OSError):  # uvicorn itself would end the process
             raise InputError(
                 f"{host}:{self.config.port} cannot be listened on: choose another --port or --host"
             ) from None
@@ -104,7 +110,7 @@ class Page:
             event.set()
 
     def ask(self) -> tuple[int | str, str]:
-        """(number of the answer shown, or one of WORDS; comment), as soon as somebody has judged."""
+        """(number of the answer shown, or one of WORDS; comment), once somebody has judged."""
         return self.replies.get()
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ function draw(next) {
   state = next;
   if (other || state.phase !== "asking") sent = false;
   document.body.className = state.phase;
+  by("question").dataset.number = state.question;
   by("where").textContent = where();
   const count = state.of || 1;
   fill(by("steps"), ...Array.from({length: count}, (_, i) => element("li", {class: step(i + 1)})));

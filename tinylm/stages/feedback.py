@@ -59,7 +59,9 @@ class FeedbackConfig(TrainConfig):
     eval_every: int = setting(50, "Steps between evaluations.", True)
     save_every: int = setting(50, "Steps between checkpoints.", True)
     held_out: int = setting(32, "Prompts held out for evaluation, of at least ten times as many.")
-    comparisons: int = setting(1, "Blind comparisons with the fine-tuned model, to a person's round.")
+    comparisons: int = setting(
+        1, "Blind comparisons with the fine-tuned model, to a person's round."
+    )
     page: str = setting("auto", "A person's page; auto: in a terminal.", True, PAGES)
     host: str = setting("127.0.0.1", "Address at which the page is served.", True)
     port: int = setting(0, "Its port (0: any that is free).", True)
@@ -177,7 +179,9 @@ class Feedback:
         G = self.config.answers
         by_prompt = [said[i : i + G] for i in range(0, len(said), G)]
         groups = [
-            Group(row, [self.text(ids) for ids in ids_of], self.drawn + g, ids_of, logp[g * G :][:G])
+            Group(
+                row, [self.text(ids) for ids in ids_of], self.drawn + g, ids_of, logp[g * G :][:G]
+            )
             for g, (row, ids_of) in enumerate(zip(rows, by_prompt))
         ]
         return [
@@ -188,8 +192,9 @@ class Feedback:
             for of_group, ids_of in zip(self.judge(groups), by_prompt)
         ]
 
-    def judge_notes(self) -> dict[str, float]:
-        return self.judge.notes() if hasattr(self.judge, "notes") else {}
+    def told(self, name: str) -> dict[str, float]:
+        """What the judge tells by this method, if it has it."""
+        return getattr(self.judge, name, dict)()
 
     def text(self, ids: list[int]) -> str:
         return self.tokenizer.decode([i for i in ids if i not in self.stop_ids]).strip()
@@ -212,7 +217,7 @@ class Feedback:
             "answer_tokens": batch.trained_tokens() / len(A),
             "truncated": float(1 - ended.mean()),
             "equal_groups": float(numpy.mean([len(set(group)) == 1 for group in scores])),
-            **self.judge_notes(),
+            **self.told("notes"),
         }
         return Answers(
             batch.tokens, batch.targets, batch.start, notes,
@@ -245,8 +250,9 @@ class Feedback:
 
     def evaluate(self, final: bool) -> dict:
         """Greedy answers to held-out prompts: the mean score, and one before and after."""
+        summary = self.told("summary")
         if not self.heldout:
-            return {}
+            return summary
         asked = [row.messages for row in self.heldout]
         settings = {"max_new_tokens": self.config.max_new_tokens}
         if self.before is None:
@@ -260,7 +266,7 @@ class Feedback:
         changed = [i for i, pair in enumerate(zip(self.before, after)) if pair[0] != pair[1]]
         i = changed[0] if changed else 0
         question = asked[i][-1]["content"]
-        return {**found, **self.judge_notes(), "sample": f"{question} -> {self.before[i]} -> {after[i]}"}
+        return {**summary, **found, "sample": f"{question} -> {self.before[i]} -> {after[i]}"}
 
     def state(self) -> dict:
         state = {"drawn": self.drawn, "source": self.source, "left": self.left}
