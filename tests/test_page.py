@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from urllib.parse import urlsplit
 
 import pytest
@@ -149,6 +150,23 @@ def test_a_port_that_is_taken(page):
     other = Page("127.0.0.1", urlsplit(page.link).port)
     with pytest.raises(ValueError, match="--port"):
         other.open(Told())
+
+
+def test_without_the_web_server_it_names_what_to_install(assistant, tmp_path):
+    program = (
+        "import sys\n"
+        "sys.modules['starlette'] = sys.modules['uvicorn'] = None\n"
+        "from tinylm import cli\n"
+        "sys.exit(cli.run(sys.argv[1:]))\n"
+    )
+    given = map(str, arguments(assistant, tmp_path / "run", "--page", "serve"))
+    done = subprocess.run(
+        [sys.executable, "-c", program, *given], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "pip install 'tinylm[serve]'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 # ---- a browser ---------------------------------------------------------------------------------

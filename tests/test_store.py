@@ -158,8 +158,8 @@ def test_kappa_of_cohen_s_own_kind_of_table():
     p_o = 0.7; p_e = 0.5 · 0.6 + 0.5 · 0.4 = 0.5; κ = 0.4. With p = (.4, .1, .2, .3), the terms of
     the variance: on the diagonal .4 (1 − 1.1 · .6)² + .3 (1 − .9 · .6)² = .04624 + .06348 = .10972;
     off it .6² (.1 (.6 + .5)² + .2 (.4 + .5)²) = .36 · .283 = .10188 (columns .6 and .4, rows .5
-    each, so yes/no has column yes .6 + row no .5); less (κ − p_e (1 − κ))² = .01. Their sum is .2016;
-    the standard error √(.2016 / 50) / .5 = .12700.
+    each, so yes/no has column yes .6 + row no .5); less (κ − p_e (1 − κ))² = .01. Their sum is
+    .2016; the standard error √(.2016 / 50) / .5 = .12700.
     """
     pairs = [(1, 1)] * 20 + [(1, 0)] * 5 + [(0, 1)] * 10 + [(0, 0)] * 15
     found = kappa(pairs)
