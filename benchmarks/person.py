@@ -136,7 +136,7 @@ def teach(browser, sft: Path, out: Path, person: Person, judgements: int, seed: 
     running.send_signal(signal.SIGINT)
     running.communicate()
     tab.close()
-    last = [row for row in read_metrics(out) if "win_rate" in row][-1]
+    last = [row for row in read_metrics(out) if "win_rate" in row and "kl" in row][-1]
     return {"judgements": made, "updates": last["step"], "exit": running.returncode,
             "on_the_page": [last["win_rate"], last["win_low"], last["win_high"], last["win_n"]],
             "kl": last["kl"]}  # fmt: skip
