@@ -306,8 +306,9 @@ class Feedback:
             )
         return {"gold": gold, "outwitted": float(self.watch.outwitted)}
 
-    def judge_notes(self) -> dict[str, float]:
-        return self.judge.notes() if hasattr(self.judge, "notes") else {}
+    def told(self, name: str) -> dict[str, float]:
+        """What the judge tells by this method, if it has it."""
+        return getattr(self.judge, name, dict)()
 
     def text(self, ids: list[int]) -> str:
         return self.tokenizer.decode([i for i in ids if i not in self.stop_ids]).strip()
@@ -340,7 +341,7 @@ class Feedback:
             "beta": beta,
             "equal_groups": sum(map(bool, causes)) / len(causes),
             **{f"equal_{why}": causes.count(why) / len(causes) for why in CAUSES},
-            **self.judge_notes(),
+            **self.told("notes"),
             **self.check(float(judged.mean())),
         }
         return Answers(
@@ -388,8 +389,9 @@ class Feedback:
     def evaluate(self, final: bool) -> dict:
         """Greedy answers to held-out prompts, before feedback and now: scores, how often the new
         one scores more (a tie counts half), and one such pair."""
+        summary = self.told("summary")
         if not self.heldout:
-            return {}
+            return summary
         asked = [row.messages for row in self.heldout]
         settings = {"max_new_tokens": self.config.max_new_tokens}
         if self.before is None:
@@ -407,8 +409,9 @@ class Feedback:
         i = changed[0] if changed else 0
         question = asked[i][-1]["content"]
         return {
+            **summary,
             **found,
-            **self.judge_notes(),
+            **self.told("notes"),
             "sample": f"{question} -> {self.before[i]} -> {after[i]}",
         }
 
