@@ -7,10 +7,13 @@ grid, block and arguments; arrays are NumPy's, or anything that wraps them (`unw
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import subprocess
 from functools import cache
+from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy
 
@@ -19,20 +22,43 @@ from tinylm.kernels import launch
 HEADER = Path(__file__).parent / "emulator.h"
 ORDERS = ("forward", "reverse", "shuffled")
 LARGEST_BLOCK, LARGEST_GRID, LARGEST_SHARED = 1024, 65535, 99 << 10  # of any GPU since 2020
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-U_FORTIFY_SOURCE", "-ffp-contract=fast")
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-U_FORTIFY_SOURCE"]
+SANITIZE = os.environ.get("TINYLM_SANITIZE", "")  # for example "address,undefined"
+if SANITIZE:
+    FLAGS += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g", "-O1"]
+WAITS = re.compile(r"__sync(threads|warp)\(\)")  # barriers, each numbered when it is compiled
 
 
-def compile(text: str, folder: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+def compiled(text: str) -> ctypes.CDLL:
     """The kernels of a .cu text as a library of functions emulate_<kernel>."""
-    source, library = folder / "kernels.cpp", folder / "kernels.so"
-    source.write_text(text, encoding="utf-8")
-    gxx = ["g++", *FLAGS, *flags, "-x", "c++", "-include", str(HEADER)]
-    expanded = subprocess.run([*gxx, "-E", source], check=True, capture_output=True, text=True)
-    names = re.findall(r'extern "C" void (?!set_order)(\w+)\(', expanded.stdout)
-    with source.open("a", encoding="utf-8") as file:
-        file.writelines(f"\nEXPORT({name})" for name in names)
-    subprocess.run([*gxx, source, "-o", library], check=True)
-    return ctypes.CDLL(str(library))
+    number = count()
+    text = WAITS.sub(lambda wait: f"BARRIER({next(number)}, {wait[0]})", text)
+    with TemporaryDirectory() as folder:
+        source, library = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
+        source.write_text(text, encoding="utf-8")
+        gxx = ["g++", *FLAGS, "-x", "c++", "-include", HEADER, source]
+        expanded = subprocess.run([*gxx, "-E"], check=True, capture_output=True, text=True).stdout
+        kernels = re.findall(r'extern "C" {1,2}void (\w+)\(', expanded)
+        with source.open("a", encoding="utf-8") as file:
+            file.writelines(f"\nEXPORT({name})" for name in kernels)
+        subprocess.run([*gxx, "-o", library], check=True)
+        return ctypes.CDLL(str(library))
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """csrc/cuda; six seconds."""
+    return compiled(launch.source())
+
+
+def barriers() -> list[str]:
+    """Where csrc/cuda waits, file:line, in the order of their numbers."""
+    found, name, line = [], "", 0
+    for text in launch.source().splitlines():
+        begin = re.match(r'#line 1 "(.*)"', text)
+        name, line = (begin[1], 0) if begin else (name, line + 1)
+        found += [f"{name}:{line}"] * len(WAITS.findall(text))
+    return found
 
 
 class Emulator:
@@ -48,6 +74,10 @@ class Emulator:
         """In which order the warps of a block run."""
         self.library.set_order(ORDERS.index(name))
 
+    def leave_out(self, barrier: int) -> None:
+        """Run without this barrier (-1: with all)."""
+        self.library.leave_out(barrier)
+
     def function(self, name: str):
         """A kernel, and the kinds of its arguments."""
         call = getattr(self.library, "emulate_" + name)
@@ -55,8 +85,10 @@ class Emulator:
         return call, call(None, ctypes.c_size_t(0), None).decode()
 
     def launch(self, name, grid, block, shared, arguments) -> None:
-        assert block <= LARGEST_BLOCK and block % 32 == 0 and shared <= LARGEST_SHARED
-        assert all(n <= LARGEST_GRID for n in grid[1:])
+        assert block <= LARGEST_BLOCK
+        assert block % 32 == 0
+        assert shared <= LARGEST_SHARED
+        assert max((0, *grid[1:])) <= LARGEST_GRID
         call, kinds = self.function(name)
         values = [self.unwrap(x) for x in arguments]
         assert kinds == "".join(map(kind, values)), f"{name}{kinds} got {''.join(map(kind, values))}"
@@ -77,8 +109,3 @@ def number(x):
     if isinstance(x, float):
         return ctypes.c_float(x)
     return ctypes.c_void_p(None if x is None else x.ctypes.data)
-
-
-@cache
-def library(folder: Path) -> ctypes.CDLL:
-    return compile(launch.source(), folder)

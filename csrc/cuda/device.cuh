@@ -53,10 +53,16 @@ DEVICE T over_warp(T x) {
     return x;
 }
 
+template <class T>
+DEVICE T* one_per_warp() {
+    __shared__ T memory[WARP];
+    return memory;
+}
+
 // Over the block, of whole warps: first within each warp, then over the warps' results.
 template <class How, class T>
 DEVICE T over_block(T x) {
-    __shared__ T of_warp[WARP];
+    T* of_warp = one_per_warp<T>();
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     x = over_warp<How>(x);
     __syncthreads();  // an earlier call may still be reading
