@@ -100,9 +100,11 @@ def _operator(name):
     return in_place if name.startswith("__i") and name != "__invert__" else operate
 
 
-for _name in "add sub mul truediv pow radd rsub rmul rtruediv iadd isub imul itruediv".split():
-    setattr(ndarray, f"__{_name}__", _operator(f"__{_name}__"))
-for _name in "lt le eq ne gt ge and or invert neg".split():
+ARITHMETIC = ("add", "sub", "mul", "truediv", "pow")
+SWAPPED = ("radd", "rsub", "rmul", "rtruediv")
+IN_PLACE = ("iadd", "isub", "imul", "itruediv")
+LOGIC = ("lt", "le", "eq", "ne", "gt", "ge", "and", "or", "invert", "neg")
+for _name in (*ARITHMETIC, *SWAPPED, *IN_PLACE, *LOGIC):
     setattr(ndarray, f"__{_name}__", _operator(f"__{_name}__"))
 
 

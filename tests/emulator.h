@@ -101,7 +101,9 @@ inline void arrived(void* save, const void** bottom, size_t* size) {
     for (auto& f : fibers)
         if (f->done || f->awaited)
             fprintf(stderr, " %u:%s", f->thread.x,
-                    f->done ? "ended" : f->awaited == &everyone ? "at __syncthreads" : "in its warp");
+                    f->done                   ? "ended"
+                    : f->awaited == &everyone ? "at __syncthreads"
+                                              : "in its warp");
     fprintf(stderr, "\n");
     abort();
 }
@@ -175,7 +177,8 @@ inline void make_fibers(int threads) {
 inline void run_block(int threads) {
     static std::mt19937 random(1);
     everyone = {threads, 0, 0};
-    for (Warp& w : warps) w.meeting = {std::min(LANES, threads - int(&w - &warps[0]) * LANES), 0, 0};
+    for (Warp& w : warps)
+        w.meeting = {std::min(LANES, threads - int(&w - &warps[0]) * LANES), 0, 0};
     for (auto& f : fibers) f->done = false, f->awaited = nullptr, f->turn = 0;
     memset(shared.data(), 0xff, shared.size() * sizeof(float));  // NaNs
     std::vector<int> turns(warps.size());
@@ -210,13 +213,15 @@ inline void run(const char* name, const unsigned* size, size_t bytes,
 
 // What kind of argument: a pointer, an integer, a float; others do not compile.
 template <class T>
-constexpr char kind(T*) { return 'p'; }
+constexpr char kind(T*) {
+    return 'p';
+}
 constexpr char kind(long long) { return 'i'; }
 constexpr char kind(float) { return 'f'; }
 
 template <class... A, size_t... I>
-void launch(const char* name, void (*kernel)(A...), const unsigned* size, size_t bytes, void** given,
-            std::index_sequence<I...>) {
+void launch(const char* name, void (*kernel)(A...), const unsigned* size, size_t bytes,
+            void** given, std::index_sequence<I...>) {
     run(name, size, bytes, [=] { kernel(*(A*)given[I]...); });
 }
 template <class... A>
@@ -238,8 +243,7 @@ T from_lane(T x, int lane) {  // two rows of slots, by turns: one meeting is eno
 }
 inline unsigned votes(bool mine) {
     unsigned all = 0;
-    for (int lane = 0; lane < LANES; ++lane)
-        all |= unsigned(from_lane(int(mine), lane)) << lane;
+    for (int lane = 0; lane < LANES; ++lane) all |= unsigned(from_lane(int(mine), lane)) << lane;
     return all;
 }
 template <class To, class From>
@@ -252,9 +256,9 @@ To bits(From x) {
 }  // namespace emulator
 
 // Called by Python; without a size it only tells the kinds of the arguments.
-#define EXPORT(name)                                                                             \
-    extern "C" const char* emulate_##name(const unsigned* size, size_t bytes, void** given) {    \
-        return emulator::enter(#name, name, size, bytes, given);                                 \
+#define EXPORT(name)                                                                          \
+    extern "C" const char* emulate_##name(const unsigned* size, size_t bytes, void** given) { \
+        return emulator::enter(#name, name, size, bytes, given);                              \
     }
 extern "C" __attribute__((used)) inline void set_order(int order) { emulator::order = order; }
 extern "C" __attribute__((used)) inline void leave_out(int barrier) {

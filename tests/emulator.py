@@ -91,7 +91,8 @@ class Emulator:
         assert max((0, *grid[1:])) <= LARGEST_GRID
         call, kinds = self.function(name)
         values = [self.unwrap(x) for x in arguments]
-        assert kinds == "".join(map(kind, values)), f"{name}{kinds} got {''.join(map(kind, values))}"
+        got = "".join(map(kind, values))
+        assert kinds == got, f"{name}: expected {kinds}, got {got}"
         given = [number(x) for x in values]
         pointers = (ctypes.c_void_p * len(given))(*(ctypes.addressof(x) for x in given))
         size = (ctypes.c_uint * 4)(*(*grid, 1, 1)[:3], block)

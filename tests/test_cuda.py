@@ -3,6 +3,7 @@
 What is left for a machine that has one: `tinylm selfcheck --backend cuda` and benchmarks/gpu.py.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import nvrtc
 import pytest
 from ml_dtypes import bfloat16
 
-from tinylm.kernels import CONTRACT, cases, launch, reference
+from tinylm.kernels import CONTRACT, cases, launch
 from tinylm.kernels.cases import CASES, OPS, Draw, backward, forward, prepared, rounded
 from tinylm.selfcheck import FromNumPy
 
@@ -159,9 +160,10 @@ def test_a_barrier_that_not_all_threads_reach_is_named(tmp_path):
         "device = emulator.Emulator(emulator.compiled(text))\n"
         'device.launch("uneven", (1,), 64, 0, (emulator.numpy.zeros(64, "float32"),))\n'
     )
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
         [sys.executable, program], capture_output=True, text=True, check=False,
-        env={"PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path]), "PATH": "/usr/bin:/bin"},
+        env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode != 0
     assert "a barrier that not all reach in uneven, block (0, 0, 0): 0:ended" in done.stderr

@@ -80,10 +80,16 @@ def set_products(dtype: str) -> None:
     Weights, activations and everything else stay float32. Raises ValueError where the kernels in
     use, or this processor, cannot.
     """
+    dtype = product_dtype(dtype)
     if hasattr(kernels, "set_products"):
         kernels.set_products(dtype)
     elif dtype != "float32":
         raise ValueError(f"the {name} kernels have no {dtype} products")
+
+
+def product_dtype(dtype: str) -> str:
+    """What "auto" means: bfloat16 on cuda, for whose tensor cores it was made, else float32."""
+    return dtype if dtype != "auto" else "bfloat16" if name == "cuda" else "float32"
 
 
 def threads() -> int:

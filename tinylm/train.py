@@ -33,6 +33,7 @@ def setting(default, help: str, free: bool = False, choices: tuple[str, ...] = (
 
 
 OPTIMIZERS = ("adamw", "muon")
+DTYPES = ("auto", "float32", "bfloat16")
 NOTHING = "nothing to learn"  # why an update was skipped without being refused
 
 
@@ -53,7 +54,9 @@ class TrainConfig:
     beta2: float = setting(0.99, "AdamW: memory of its square.")
     weight_decay: float = setting(0.1, "Decoupled decay of matrices.")
     clip: float = setting(1.0, "Largest global norm of the gradient (0: no limit).")
-    dtype: str = setting("float32", "Operands of matrix products.", False, ("float32", "bfloat16"))
+    dtype: str = setting(
+        "auto", "Operands of matrix products (auto: bfloat16 on cuda).", False, DTYPES
+    )
     seed: int = setting(0, "Seeds everything random.")
     cutoff: str = setting("", "Knowledge cut-off for the model card; later stages inherit it.")
     eval_every: int = setting(250, "Steps between evaluations.", True)
@@ -238,10 +241,11 @@ class Trainer:
         total = 0.0
         for batch in batches:
             loss = self.stage.loss(batch)
-            total += float(loss.data.sum(dtype="float64"))
+            total = total + loss.data.sum(dtype="float64")
             if batch.learns():
                 loss.backward(backend.xp.full(loss.shape, 1 / n, loss.dtype))
         norm = backend.kernels.global_norm(self.optimizer.gradients())
+        total = float(total)  # not before: on a GPU it waits for all that was asked for
         empty = not any(batch.learns() for batch in batches)
         refusal = NOTHING if empty else self.guard.reason(total, norm)
         c = self.config

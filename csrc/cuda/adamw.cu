@@ -1,11 +1,11 @@
-// adamw.cu - the optimizer in one pass (reads p, g, m, v; writes p, m, v: 28 bytes a parameter), and
-// the norm of all gradients that clipping needs.
+// adamw.cu - the optimizer in one pass (reads p, g, m, v; writes p, m, v: 28 bytes a parameter),
+// and the norm of all gradients that clipping needs.
 #include "device.cuh"
 
 // correction = 1 / (1 - beta^step); rest = 1 - beta
-KERNEL adamw(float* param, const float* grad, float* m, float* v, i64 n, float lr,
-             float beta1_rest, float beta2_rest, float correction1, float correction2, float eps,
-             float weight_decay, float grad_scale) {
+KERNEL adamw(float* param, const float* grad, float* m, float* v, i64 n, float lr, float beta1_rest,
+             float beta2_rest, float correction1, float correction2, float eps, float weight_decay,
+             float grad_scale) {
     const i64 i = thread_index();
     if (i >= n) return;
     const float g = grad[i] * grad_scale, p = param[i];

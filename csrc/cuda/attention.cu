@@ -50,10 +50,10 @@ DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 
 template <int D, int R>
 struct Tile {
-    static constexpr int SIZE = 16 * R;        // queries or keys
-    static constexpr int ROW = D + 4;          // floats from one of them to the next
-    static constexpr int WEIGHTS = SIZE + 4;   // and in a tile of scores
-    static constexpr int COLUMNS = D / 16;     // columns of an output row that a thread owns
+    static constexpr int SIZE = 16 * R;       // queries or keys
+    static constexpr int ROW = D + 4;         // floats from one of them to the next
+    static constexpr int WEIGHTS = SIZE + 4;  // and in a tile of scores
+    static constexpr int COLUMNS = D / 16;    // columns of an output row that a thread owns
 };
 
 // tile = `count` rows of D numbers (as many as exist), zeros beyond them
@@ -135,7 +135,8 @@ DEVICE void write(const float (&x)[R][D / 16], const float (&scale)[R], float* o
 #pragma unroll
         for (int c = 0; c < D / 16; ++c)
             if (tx + 16 * c < columns)
-                out[(((i64)b * tokens + t) * heads + h) * columns + tx + 16 * c] = x[i][c] * scale[i];
+                out[(((i64)b * tokens + t) * heads + h) * columns + tx + 16 * c] =
+                    x[i][c] * scale[i];
     }
 }
 
@@ -143,8 +144,7 @@ DEVICE void write(const float (&x)[R][D / 16], const float (&scale)[R], float* o
 DEVICE int first_key(const int* start, int b, int T, int first, int size) {
     if (!start) return 0;
     int key = start[b * T + first];
-    for (int t = first + 1; t < smaller(first + size, T); ++t)
-        key = smaller(key, start[b * T + t]);
+    for (int t = first + 1; t < smaller(first + size, T); ++t) key = smaller(key, start[b * T + t]);
     return larger(key, 0);
 }
 
@@ -311,9 +311,9 @@ KERNEL attention_delta(HEADS(dout), HEADS(out), float* delta, i64 T, i64 D) {
         HEADS(q), HEADS(k), HEADS(v), const int* start, float* out, float* lse, SHAPE) {           \
         flash::forward<SIZE, R>(AS_SHAPE, AS_HEADS(q), AS_HEADS(k), AS_HEADS(v), start, out, lse); \
     }                                                                                              \
-    KERNEL __launch_bounds__(flash::THREADS) attention_backward_q_##SIZE(                          \
-        HEADS(dout), HEADS(q), HEADS(k), HEADS(v), const float* lse, const float* delta,           \
-        const int* start, float* dq, SHAPE) {                                                      \
+    KERNEL __launch_bounds__(flash::THREADS)                                                       \
+        attention_backward_q_##SIZE(HEADS(dout), HEADS(q), HEADS(k), HEADS(v), const float* lse,   \
+                                    const float* delta, const int* start, float* dq, SHAPE) {      \
         flash::backward_q<SIZE, R>(AS_SHAPE, AS_HEADS(dout), AS_HEADS(q), AS_HEADS(k),             \
                                    AS_HEADS(v), lse, delta, start, dq);                            \
     }                                                                                              \

@@ -2,9 +2,9 @@
 //
 //   loss = lse - logits[target]          dlogits = dloss (exp(logits - lse) - onehot(target))
 //
-// One block per row of logits. The linear layer is not here: linear_cross_entropy in launch.py makes
-// the logits of some rows, calls these kernels on them, and multiplies on; so (N, V) logits never
-// exist at once, and dlogits are written over logits.
+// One block per row of logits. The linear layer is not here: linear_cross_entropy in launch.py
+// makes the logits of some rows, calls these kernels on them, and multiplies on; so (N, V) logits
+// never exist at once, and dlogits are written over logits.
 #include "device.cuh"
 
 // The logarithm of Σ exp(row) over V columns

@@ -1,4 +1,5 @@
-// device.cuh - what every kernel file begins with: the machine in five lines, and sums over threads.
+// device.cuh - what every kernel file begins with: the machine in five lines, and sums over
+// threads.
 //
 //   grid     blocks that know nothing of each other, in no order        blockIdx, gridDim
 //   block    up to 1,024 threads on one processor, with a memory of     threadIdx, blockDim,
@@ -17,7 +18,7 @@ typedef long long i64;
 typedef unsigned short u16;  // the bits of a bfloat16
 
 #ifndef DYNAMIC_SHARED  // the memory of the block, of the size that the launch asks for
-#define DYNAMIC_SHARED(name)                      \
+#define DYNAMIC_SHARED(name)                         \
     extern __shared__ __align__(16) float name##_[]; \
     float* name = name##_
 #endif
@@ -35,7 +36,9 @@ DEVICE float finite(float x) { return x == -INF ? 0 : x; }  // so that no -inf -
 
 struct Sum {
     template <class T>
-    static __device__ T join(T a, T b) { return a + b; }
+    static __device__ T join(T a, T b) {
+        return a + b;
+    }
     static __device__ float nothing() { return 0; }
 };
 // A NaN does not win a maximum, but the sum that follows always meets it.

@@ -23,7 +23,8 @@ DEVICE void bring(float (*to)[TILE + 1], const T* x, i64 row, i64 column, i64 i0
                   i64 K) {
     for (int at = threadIdx.x; at < TILE * DEPTH; at += SIDE * SIDE) {
         // neighbouring threads go along whichever direction is contiguous
-        const int i = column == 1 ? at / DEPTH : at % TILE, k = column == 1 ? at % DEPTH : at / TILE;
+        const int i = column == 1 ? at / DEPTH : at % TILE,
+                  k = column == 1 ? at % DEPTH : at / TILE;
         const bool inside = i0 + i < rows && k0 + k < K;
         to[k][i] = inside ? to_float(x[(i0 + i) * row + (k0 + k) * column]) : 0;
     }

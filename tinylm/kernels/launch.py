@@ -1,4 +1,4 @@
-"""The contract's functions on arrays of a GPU: arguments checked, results allotted, csrc/cuda launched.
+"""The contract's functions on a GPU: arguments checked, results allotted, csrc/cuda launched.
 
 What a device is, this file does not know: it is handed one, by cuda.py a real one with CuPy's
 arrays, by the tests an emulator that runs the same kernels on the CPU. A device has
