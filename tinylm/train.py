@@ -54,9 +54,7 @@ class TrainConfig:
     beta2: float = setting(0.99, "AdamW: memory of its square.")
     weight_decay: float = setting(0.1, "Decoupled decay of matrices.")
     clip: float = setting(1.0, "Largest global norm of the gradient (0: no limit).")
-    dtype: str = setting(
-        "auto", "Operands of matrix products (auto: bfloat16 on cuda).", False, DTYPES
-    )
+    dtype: str = setting("auto", "Operands of products (auto: bfloat16 on cuda).", False, DTYPES)
     seed: int = setting(0, "Seeds everything random.")
     cutoff: str = setting("", "Knowledge cut-off for the model card; later stages inherit it.")
     eval_every: int = setting(250, "Steps between evaluations.", True)

@@ -24,29 +24,10 @@
 //
 // Query t stands at key position t + S - T and sees the keys from start[b, t] to there. Tiles that
 // no query of a block sees are skipped. Long tiles begin first.
-#include "device.cuh"
+#include "heads.cuh"
 
 namespace flash {
 constexpr int THREADS = 256;
-
-// (B, heads, tokens, D) of which only D is contiguous
-struct Heads {
-    const float* data;
-    i64 b, h, t;  // strides, in floats
-    __device__ const float* at(i64 i, i64 j, i64 k) const { return data + i * b + j * h + k * t; }
-};
-#define HEADS(x) const float *x, i64 x##_b, i64 x##_h, i64 x##_t
-#define AS_HEADS(x) {x, x##_b, x##_h, x##_t}
-
-struct Shape {
-    int H, G, T, S, D;  // only offsets into memory need 64 bits
-    __device__ int limit(int t) const { return t + S - T; }  // the last key that query t sees
-};
-#define SHAPE i64 H, i64 G, i64 T, i64 S, i64 D
-#define AS_SHAPE {(int)H, (int)G, (int)T, (int)S, (int)D}
-
-DEVICE int larger(int a, int b) { return a > b ? a : b; }
-DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 
 template <int D, int R>
 struct Tile {
@@ -138,18 +119,6 @@ DEVICE void write(const float (&x)[R][D / 16], const float (&scale)[R], float* o
                 out[(((i64)b * tokens + t) * heads + h) * columns + tx + 16 * c] =
                     x[i][c] * scale[i];
     }
-}
-
-// The first key that any of the queries first .. first + size sees; start may be null.
-DEVICE int first_key(const int* start, int b, int T, int first, int size) {
-    if (!start) return 0;
-    int key = start[b * T + first];
-    for (int t = first + 1; t < smaller(first + size, T); ++t) key = smaller(key, start[b * T + t]);
-    return larger(key, 0);
-}
-
-DEVICE bool visible(const Shape& s, const int* start, int b, int t, int key) {
-    return t < s.T && key <= s.limit(t) && key < s.S && (!start || key >= start[b * s.T + t]);
 }
 
 template <int D, int R>
@@ -296,7 +265,7 @@ DEVICE void backward_kv(Shape s, Heads dout, Heads q, Heads k, Heads v, const fl
 
 // delta (B, H, T) = Σ dout out, one warp per query; grid (T / warps, H, B)
 KERNEL attention_delta(HEADS(dout), HEADS(out), float* delta, i64 T, i64 D) {
-    const flash::Heads d = AS_HEADS(dout), o = AS_HEADS(out);
+    const Heads d = AS_HEADS(dout), o = AS_HEADS(out);
     const i64 t = thread_index() / WARP, h = blockIdx.y, b = blockIdx.z;
     if (t >= T) return;
     float sum = 0;

@@ -14,6 +14,7 @@ late: kernels that meet one work on without it and leave a note, which these two
 from __future__ import annotations
 
 import math
+import re
 from importlib import resources
 
 THREADS = 256  # of a block, where nothing else is said
@@ -27,11 +28,12 @@ INT32_MAX = 2**31 - 1
 def source() -> str:
     """All of csrc/cuda as one text for the compiler, which still tells errors by file and line."""
     folder = resources.files("tinylm._cuda")
-    kernels = sorted(file.name for file in folder.iterdir() if file.name.endswith(".cu"))
-    include = '#include "device.cuh"\n'
+    names = sorted(file.name for file in folder.iterdir() if ".cu" in file.name)
+    names.sort(key=lambda name: not name.endswith(".cuh"))  # headers first
+    texts = ((folder / name).read_text(encoding="utf-8") for name in names)
     return "".join(
-        f'#line 1 "{name}"\n' + (folder / name).read_text(encoding="utf-8").replace(include, "\n")
-        for name in ("device.cuh", *kernels)
+        f'#line 1 "{name}"\n' + re.sub('^#include ".*"$', "", text, flags=re.MULTILINE)
+        for name, text in zip(names, texts)
     )
 
 
