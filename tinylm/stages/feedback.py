@@ -365,13 +365,13 @@ class Feedback:
     def log_probabilities(self, batch: Batch) -> tuple[Array, numpy.ndarray, float]:
         """log π_old of each target (B, T), Σ_t log π_old − log π_ref (B,), KL per token."""
         known, targets = batch.targets >= 0, backend.asarray(batch.targets)
-        exact = self.model.config.vocab_size <= EXACT_KL
+        shown, exact = backend.asarray(known), self.model.config.vocab_size <= EXACT_KL
         found = []
         with no_grad():
             for model in (self.model, self.reference):
                 hidden, head = model.hidden(batch.tokens, batch.start), model.head_weight
                 logp = -ops.linear_cross_entropy(hidden, head, targets).data
-                logits = ops.linear(Tensor(hidden.data[known]), head).data if exact else None
+                logits = ops.linear(Tensor(hidden.data[shown]), head).data if exact else None
                 found.append((logp, logits))
         (old, logits), (ref, other) = found
         ratio = backend.to_numpy(ref - old).astype("float64")
