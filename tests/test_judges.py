@@ -58,6 +58,13 @@ def test_who_prefers_a_place_calls_it_a_tie():
     assert agreed == [False]
 
 
+def test_of_verdicts_in_nats_the_preference_for_a_place_cancels():
+    def biased(questions):
+        return [odds + 100 for odds in longer(questions)]
+
+    assert compare([group("aaa", "a")], biased, in_nats=True) == ([[1, -1]], [False])
+
+
 def test_both_orders_are_asked_and_nothing_twice():
     asked = []
 

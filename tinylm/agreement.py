@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import combinations
 
+from rich.table import Table
+
 from tinylm.evaluate import wilson
 from tinylm.store import Judgement, Store
 
@@ -44,7 +46,7 @@ def kappa(pairs: Iterable[tuple]) -> dict[str, float | int | None]:
     column = {b: sum(p.get((a, b), 0.0) for a in labels) for b in labels}
     agreed = sum(p.get((a, a), 0.0) for a in labels)
     chance = sum(row[a] * column[a] for a in labels)
-    if len(labels) < 2:
+    if chance == 1:
         return {"kappa": None, "low": None, "high": None, "agreement": agreed, "n": n}
     k = (agreed - chance) / (1 - chance)
     on = sum(p.get((a, a), 0.0) * (1 - (row[a] + column[a]) * (1 - k)) ** 2 for a in labels)
@@ -57,7 +59,7 @@ def kappa(pairs: Iterable[tuple]) -> dict[str, float | int | None]:
 
 def statistics(store: Store) -> dict:
     """Counts, by judge and of pairs of judges, as one JSON object."""
-    items = list(store.items())
+    items = store.items()
     by_judge: dict[str, dict[int, list[Judgement]]] = {}
     for judgement in store.judgements():
         by_judge.setdefault(judgement.judge, {}).setdefault(judgement.item, []).append(judgement)
@@ -121,3 +123,31 @@ def share(found: list[bool]) -> dict | None:
     value = sum(found) / len(found)
     low, high = wilson(value, len(found))
     return {"share": value, "low": low, "high": high, "n": len(found)}
+
+
+# ---- told --------------------------------------------------------------------------------------
+
+
+def tables(found: dict) -> list[Table]:
+    """The statistics as tables to print."""
+    kinds = ", ".join(f"{n:,} {kind}" for kind, n in found["kinds"].items())
+    judges = Table(title=f"{found['items']:,} prompts with answers ({kinds or 'none'})")
+    counts = ("judgements", "preferred", "tied", "skipped")
+    for heading in ("judge", *counts, "first shown preferred", "same in both orders"):
+        judges.add_column(heading, justify="left" if heading == "judge" else "right")
+    for judge, row in found["judges"].items():
+        numbers = [f"{row[name]:,}" for name in counts]
+        judges.add_row(judge, *numbers, told(row["first_shown"]), told(row["position_consistency"]))
+    agreed = Table(title="Agreement, pair by pair of answers")
+    for heading in ("judges", "pairs", "agree", "Cohen's κ", "95 %"):
+        agreed.add_column(heading, justify="left" if heading == "judges" else "right")
+    for row in found["agreement"]:
+        k = [f"{row[name]:.2f}" if row["kappa"] is not None else "-" for name in ("kappa", "low")]
+        high = f" – {row['high']:.2f}" if row["kappa"] is not None else ""
+        share = "-" if row["agreement"] is None else f"{row['agreement']:.0%}"
+        agreed.add_row(" and ".join(row["judges"]), f"{row['n']:,}", share, k[0], k[1] + high)
+    return [judges, *([agreed] if found["agreement"] else [])]
+
+
+def told(share: dict | None) -> str:
+    return "-" if share is None else "{share:.0%} ({low:.0%} – {high:.0%})".format(**share)

@@ -30,8 +30,10 @@ class Judged:
         return [(i, j) for a, i in judged for b, j in judged if a > b]
 
 
-def read_preferences(path: str | Path) -> list[Judged]:
+def read_preferences(path: str | Path, ties: bool = False) -> list[Judged]:
     """The judged prompts of a file of JSON lines (or one array), in which some pair is ordered.
+
+    With ties, also those in which none is.
 
     A row has `prompt`, `chosen` and `rejected`; or `chosen` and `rejected` conversations that begin
     alike; or `prompt`, `completion` and a `label` that is true or false, several rows to a prompt;
@@ -51,7 +53,7 @@ def read_preferences(path: str | Path) -> list[Judged]:
                     known.scores += found.scores
                     continue
             judged.append(found)
-    judged = [each for each in judged if each.pairs()]
+    judged = [each for each in judged if ties or each.pairs()]
     if not judged:
         raise InputError(f"{path}: no answer in it is preferred to another one to the same prompt")
     return judged

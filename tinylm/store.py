@@ -1,8 +1,8 @@
 """Judged answers in an SQLite file: what was asked, what was answered, who judged it and how.
 
     run          one training run, or one imported file
-    item         a prompt and its answers; `kind` is train, compare (an answer of the model beside one
-                 of the fine-tuned model) or imported; `place` is its number among its kind in the run
+    item         a prompt and its answers; `kind` is train, compare (the model's answer and that of
+                 the fine-tuned model) or imported; `place` is its number among its kind in the run
     response     an answer: its text, token ids and log-probabilities under the model that wrote it
     judgement    somebody's scores of an item's answers, in the order of the answers; null: none
 
@@ -109,30 +109,21 @@ class Store:
                 found = "SELECT coalesce(max(place) + 1, 0) FROM item WHERE run = ? AND kind = ?"
                 (place,) = self.db.execute(found, (run, kind)).fetchone()
             values = (run, kind, place, round, kl, json.dumps(messages))
-            item = self.db.execute(
-                "INSERT INTO item (run, kind, place, round, kl, messages) VALUES (?, ?, ?, ?, ?, ?)",
-                values,
-            ).lastrowid
+            columns = "INSERT INTO item (run, kind, place, round, kl, messages)"
+            item = self.db.execute(f"{columns} VALUES (?, ?, ?, ?, ?, ?)", values).lastrowid
             rows = [(item, i, *row) for i, row in enumerate(zip(answers, *texts))]
             self.db.executemany("INSERT INTO response VALUES (?, ?, ?, ?, ?)", rows)
         return item
 
-    def items(self, run: int | None = None, kind: str | None = None) -> Iterator[Item]:
-        """The items of a run (None: of all) and kind, in the order in which they were stored."""
-        where, values = matching(run=run, kind=kind)
+    def items(self, **wanted) -> list[Item]:
+        """All items, or those of a run, kind or place, in the order in which they were stored."""
+        where, values = matching(**wanted)
         columns = "SELECT id, kind, place, round, kl, messages FROM item"
-        for id, kind, place, round, kl, messages in self.db.execute(
-            f"{columns}{where} ORDER BY id", values
-        ):
-            answers, ids = self.responses(id)
-            yield Item(id, kind, place, round, kl, json.loads(messages), answers, ids)
+        rows = self.db.execute(f"{columns}{where} ORDER BY id", values).fetchall()
+        return [Item(*row, json.loads(said), *self.responses(row[0])) for *row, said in rows]
 
     def find(self, run: int, kind: str, place: int) -> Item | None:
-        where, values = matching(run=run, kind=kind, place=place)
-        found = self.db.execute(f"SELECT id, round, kl, messages FROM item{where}", values)
-        for id, round, kl, messages in found.fetchall():
-            return Item(id, kind, place, round, kl, json.loads(messages), *self.responses(id))
-        return None
+        return next(iter(self.items(run=run, kind=kind, place=place)), None)
 
     def responses(self, item: int) -> tuple[list[str], list[list[int]]]:
         query = "SELECT text, ids FROM response WHERE item = ? ORDER BY number"
@@ -153,6 +144,23 @@ class Store:
         columns = "INSERT INTO judgement (item, judge, scores, shown, comment, made)"
         self.db.execute(f"{columns} VALUES (?, ?, ?, ?, ?, ?)", (item, judge, *values))
 
+    def add_all(self, run: str, judged: Sequence[Judged], judge: str) -> int:
+        """Store what somebody has judged elsewhere; returns how much it was.
+
+        Answers that are here already get one more judgement, so that judges can be compared.
+        """
+        number = self.run(run)
+        known = {alike(item.messages, item.answers): item for item in self.items()}
+        for each in judged:
+            item = known.get(alike(each.messages, each.answers))
+            if item:
+                of_text = dict(zip(each.answers, each.scores))
+                self.judge(item.id, judge, [of_text[text] for text in item.answers])
+            else:
+                new = self.add_item(number, each.messages, each.answers, "imported")
+                self.judge(new, judge, each.scores)
+        return len(judged)
+
     def withdraw(self, item: int, judge: str) -> None:
         """Forget what this judge said of an item."""
         self.db.execute("DELETE FROM judgement WHERE item = ? AND judge = ?", (item, judge))
@@ -169,14 +177,24 @@ class Store:
         ]
 
     def judged(self, judge: str | None = None) -> Iterator[Judged]:
-        """Every judged prompt with each judge's last scores; equal answers are told once."""
+        """Every judged prompt with each judge's last scores; equal answers are told once.
+
+        What was skipped is left out.
+        """
         items = {item.id: item for item in self.items()}
         last = {(j.item, j.judge): j for j in self.judgements(judge=judge)}
         for id, who in sorted(last):
             item, judgement = items[id], last[id, who]
+            if set(judgement.scores) <= {None}:
+                continue
             scores = dict(zip(reversed(item.answers), reversed(judgement.scores)))
             answers = [*dict.fromkeys(item.answers)]
             yield Judged(item.messages, answers, [scores[answer] for answer in answers], id)
+
+
+def alike(messages: list[dict], answers: list[str]) -> tuple:
+    """Equal for the same answers to the same prompt, in whatever order."""
+    return json.dumps(messages), *sorted(set(answers))
 
 
 def matching(**wanted) -> tuple[str, list]:

@@ -41,6 +41,7 @@ def setting(default, help: str, free: bool = False, choices: tuple[str, ...] = (
 
 
 OPTIMIZERS = ("adamw", "muon")
+DTYPES = ("auto", "float32", "bfloat16")
 NOTHING = "nothing to learn"  # why an update was skipped without being refused
 NOT_FINITE = "loss or gradient not finite"
 REMEMBER = 10  # steps between the weights that a cautious stage may go back to
@@ -64,7 +65,7 @@ class TrainConfig:
     beta2: float = setting(0.99, "AdamW: memory of its square.")
     weight_decay: float = setting(0.1, "Decoupled decay of matrices.")
     clip: float = setting(1.0, "Largest global norm of the gradient (0: no limit).")
-    dtype: str = setting("float32", "Operands of matrix products.", False, ("float32", "bfloat16"))
+    dtype: str = setting("auto", "Operands of products (auto: bfloat16 on cuda).", False, DTYPES)
     seed: int = setting(0, "Seeds everything random.")
     cutoff: str = setting("", "Knowledge cut-off for the model card; later stages inherit it.")
     eval_every: int = setting(250, "Steps between evaluations.", True)
@@ -264,12 +265,13 @@ class Trainer:
         total = 0.0
         for batch in batches:
             loss = self.stage.loss(batch)
-            total += float(loss.data.sum(dtype="float64"))
+            total = total + loss.data.sum(dtype="float64")
             if batch.learns():
                 loss.backward(backend.xp.full(loss.shape, 1 / n, loss.dtype))
         norm = backend.kernels.global_norm(self.optimizer.gradients())
         harm = next((batch.harm for batch in batches if batch.harm), "")
         empty = not harm and not any(batch.learns() for batch in batches)
+        total = float(total)  # not before: on a GPU it waits for all that was asked for
         refusal = NOTHING if empty else self.guard.reason(total, norm, harm)
         c = self.config
         lr = c.learning_rate * self.guard.rate * schedule(self.share_done(1), c.warmup, c.floor)

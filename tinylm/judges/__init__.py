@@ -1,8 +1,10 @@
-"""Who judges answers: verifier.py, a Python function of each answer; human.py, a person.
+"""Who judges answers: verifier.py, a Python function of each answer; reward.py, a reward model;
+model.py, another model; endpoint.py, one behind an address; human.py, a person.
 
 A judge maps groups of answers to scores; None means "no judgement". It may also have `notes()`,
-numbers for the log; `begin(place, rows)`, told before the answers to these prompts are written, which
-may return the answers of an earlier time; and `hear(row, token)`, told while they are.
+numbers for the log since the last call; `summary()`, those of the whole run; `begin(place, rows)`,
+told before answers to these prompts are written, which may return those of an earlier time; and
+`hear(row, token)`, told while they are.
 """
 
 from __future__ import annotations

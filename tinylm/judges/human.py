@@ -71,7 +71,7 @@ class Person:
     # ---- what the stage calls ------------------------------------------------------------------
 
     def begin(self, place: int, rows: list) -> list[list[int]] | None:
-        """A round begins at this place of the stream of prompts; its answers, if they are stored."""
+        """A round begins at this place of the stream of prompts; its answers, if stored."""
         self.round = place // len(rows) + 1
         self.written = [[] for _ in range(self.config.answers)]
         self.order = self.shuffled("train", place, self.config.answers)
@@ -84,7 +84,7 @@ class Person:
         return None if None in found else [ids for item in found for ids in item.ids]
 
     def hear(self, row: int, token: int) -> None:
-        """The model has written a token of an answer; those to the round's first prompt are shown."""
+        """The model has written a token; the answers to the round's first prompt are shown."""
         if row >= len(self.written):
             return
         self.written[row].append(token)
@@ -96,7 +96,7 @@ class Person:
         """The person's scores; None for answers that are not part of the training."""
         if any(group.place is None for group in groups):
             return [[None] * len(group.answers) for group in groups]
-        self.kl[self.round] = self.stage.drift
+        self.kl[self.round] = max(0.0, self.stage.drift)  # rounding may leave −1e-9
         items = [self.stored(group) for group in groups]
         compared = [self.compared(i) for i in range(self.comparisons)]
         self.ask_all(items + compared)
@@ -105,10 +105,12 @@ class Person:
         self.show(phase="learning", question=None, **self.learned())
         return [self.scores(item) for item in items]
 
-    def notes(self) -> dict[str, float]:
-        """For the log: how many comparisons the model has won lately, and of how many."""
+    def summary(self) -> dict[str, float]:
+        """How many comparisons the model has won lately, and of how many."""
         found = self.win_rate(max(self.won, default=0))
         return {f"win_{name}": value for name, value in found.items()} if found else {}
+
+    notes = summary
 
     # ---- what is asked -------------------------------------------------------------------------
 
@@ -202,7 +204,7 @@ class Person:
         self.last, self.after = self.after or now, now
 
     def win_rate(self, until: int) -> dict[str, float] | None:
-        """Of the last comparisons up to a round: the share won, ties as halves, and its interval."""
+        """Of the last comparisons up to a round: the share won, a tie is half, its interval."""
         found = [x for round in sorted(self.won) if round <= until for x in self.won[round]]
         found = found[-WINDOW:]
         if not found:

@@ -83,7 +83,8 @@ class Page:
         host = self.config.host
         try:
             listening = self.config.bind_socket()
-        except SystemExit:
+            listening.listen()  # from now on a browser waits, and is not turned away
+        except (SystemExit, OSError):  # uvicorn itself would end the process
             raise InputError(
                 f"{host}:{self.config.port} cannot be listened on: choose another --port or --host"
             ) from None
@@ -109,7 +110,7 @@ class Page:
             event.set()
 
     def ask(self) -> tuple[int | str, str]:
-        """(number of the answer shown, or one of WORDS; comment), as soon as somebody has judged."""
+        """(number of the answer shown, or one of WORDS; comment), once somebody has judged."""
         return self.replies.get()
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ function draw(next) {
   state = next;
   if (other || state.phase !== "asking") sent = false;
   document.body.className = state.phase;
+  by("question").dataset.number = state.question;
   by("where").textContent = where();
   const count = state.of || 1;
   fill(by("steps"), ...Array.from({length: count}, (_, i) => element("li", {class: step(i + 1)})));
@@ -32,6 +33,7 @@ function draw(next) {
   by("prompt").textContent = ending() || (messages.length ? messages[messages.length - 1].content : "One moment …");
   if (other) fill(by("answers"), ...state.answers.map((_, i) => card(i)));
   state.answers.forEach((text, i) => { by("answers").children[i].querySelector("p").textContent = text; });
+  by("most").textContent = state.answers.length;
   by("cut").textContent = state.phase === "asking" && state.cut ? `${state.cut} more did not come to an end` : "";
   for (const button of document.querySelectorAll("[data-choice]"))
     button.disabled = state.phase !== "asking" || (button.dataset.choice === "undo" && !state.undo);
@@ -118,13 +120,11 @@ function learned() {
   if (shown === drawn || !state.history) return;
   drawn = shown;
   const history = state.history, last = history[history.length - 1];
-  by("learned").hidden = !last;
-  if (!last) return;
-  const win = last.win;
-  fill(by("figures"),
+  const win = last && last.win;
+  if (last) fill(by("figures"),
     figure(win ? percent(win.rate) : "–", win
       ? `of the last ${win.n} blind comparisons won against the model as it was (95 %: ${percent(win.low)} – ${percent(win.high)})`
-      : "of blind comparisons won: the first comes after the first round"),
+      : "of blind comparisons won against the model as it was: the first comes in round 2"),
     figure(last.kl.toFixed(3), "nats per token of drift from it (KL)"),
     figure(String(state.fixed.filter((row) => row.now !== row.before).length), `of ${state.fixed.length} fixed prompts answered otherwise than before`));
   const won = history.filter((row) => row.win);

@@ -62,13 +62,13 @@ class FeedbackConfig(TrainConfig):
     judge: str = setting("verifier", "Who judges.", False, WHO)
     verifier: str = setting("", "file.py:function(prompt, answer, row) -> number.  [accepted ones]")
     reward_model: str = setting("", "Directory of the reward model.")
+    gold: str = setting("", "As --verifier: checks the judge. Nothing is learned from it.")
     judge_model: str = setting("", "Directory of the model that judges.")
     judge_url: str = setting("", "Address of an endpoint like OpenAI's, http://host/v1.", True)
     judge_name: str = setting("", "The endpoint's name for its model.")
     judge_mode: str = setting("auto", "auto: pairwise; of a model, likelihood.", False, MODES)
     judge_concurrency: int = setting(4, "Questions to the endpoint at the same time.", True)
     judge_timeout: float = setting(60.0, "Seconds to wait for its reply.", True)
-    gold: str = setting("", "As --verifier: checks the judge. Nothing is learned from it.")
     confidence: float = setting(0.5, "Answer where this sure: wrong costs t / (1 − t).")
     answers: int = setting(8, "Answers to each prompt (G).")
     estimator: str = setting("rloo", "How scores become advantages.", False, estimators.NAMES)
@@ -151,12 +151,14 @@ class Watch:
 
     Judge and gold are compared by means of windows of steps: outwitted is, once and for all, a
     model of which the judge thinks more than in the window that was best by gold, and gold less, by
-    twice the standard error of that difference (the turn of the curves of arXiv 2210.10760).
+    twice the standard error of that difference, in two windows one after the other (the turn of the
+    curves of arXiv 2210.10760).
     """
 
     window: int = 20
     seen: list[tuple[float, float]] = field(default_factory=list)  # (judge, gold) of each step
     best: tuple[float, float, float] | None = None  # judge, gold and its variance
+    worse: int = 0  # windows since then that were worse
     outwitted: bool = False
 
     def see(self, judged: float, gold: float) -> bool:
@@ -169,8 +171,10 @@ class Watch:
         self.seen = []
         if not self.best or gold > self.best[1]:
             self.best = (judged, gold, variance)
-        worse = self.best[1] - gold > 2 * (variance + self.best[2]) ** 0.5
-        found = worse and judged > self.best[0] and not self.outwitted
+        error = (variance + self.best[2]) ** 0.5
+        worse = judged > self.best[0] and self.best[1] - gold > 2 * error
+        self.worse = self.worse + 1 if worse else 0
+        found = self.worse == 2 and not self.outwitted
         self.outwitted |= found
         return found
 
@@ -306,8 +310,9 @@ class Feedback:
             )
         return {"gold": gold, "outwitted": float(self.watch.outwitted)}
 
-    def judge_notes(self) -> dict[str, float]:
-        return self.judge.notes() if hasattr(self.judge, "notes") else {}
+    def told(self, name: str) -> dict[str, float]:
+        """What the judge tells by this method, if it has it."""
+        return getattr(self.judge, name, dict)()
 
     def text(self, ids: list[int]) -> str:
         return self.tokenizer.decode([i for i in ids if i not in self.stop_ids]).strip()
@@ -340,7 +345,7 @@ class Feedback:
             "beta": beta,
             "equal_groups": sum(map(bool, causes)) / len(causes),
             **{f"equal_{why}": causes.count(why) / len(causes) for why in CAUSES},
-            **self.judge_notes(),
+            **self.told("notes"),
             **self.check(float(judged.mean())),
         }
         return Answers(
@@ -364,13 +369,13 @@ class Feedback:
     def log_probabilities(self, batch: Batch) -> tuple[Array, numpy.ndarray, float]:
         """log π_old of each target (B, T), Σ_t log π_old − log π_ref (B,), KL per token."""
         known, targets = batch.targets >= 0, backend.asarray(batch.targets)
-        exact = self.model.config.vocab_size <= EXACT_KL
+        shown, exact = backend.asarray(known), self.model.config.vocab_size <= EXACT_KL
         found = []
         with no_grad():
             for model in (self.model, self.reference):
                 hidden, head = model.hidden(batch.tokens, batch.start), model.head_weight
                 logp = -ops.linear_cross_entropy(hidden, head, targets).data
-                logits = ops.linear(Tensor(hidden.data[known]), head).data if exact else None
+                logits = ops.linear(Tensor(hidden.data[shown]), head).data if exact else None
                 found.append((logp, logits))
         (old, logits), (ref, other) = found
         ratio = backend.to_numpy(ref - old).astype("float64")
@@ -388,8 +393,9 @@ class Feedback:
     def evaluate(self, final: bool) -> dict:
         """Greedy answers to held-out prompts, before feedback and now: scores, how often the new
         one scores more (a tie counts half), and one such pair."""
+        summary = self.told("summary")
         if not self.heldout:
-            return {}
+            return summary
         asked = [row.messages for row in self.heldout]
         settings = {"max_new_tokens": self.config.max_new_tokens}
         if self.before is None:
@@ -407,8 +413,9 @@ class Feedback:
         i = changed[0] if changed else 0
         question = asked[i][-1]["content"]
         return {
+            **summary,
             **found,
-            **self.judge_notes(),
+            **self.told("notes"),
             "sample": f"{question} -> {self.before[i]} -> {after[i]}",
         }
 
