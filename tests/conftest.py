@@ -1,17 +1,23 @@
 """Fixtures: a text, a tiny model, and the backend to run on."""
 
 import os
+import sys
+from types import ModuleType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 
 import json
 
+import device_arrays
+import emulator
 import numpy
 import pytest
 
 import tinylm
 from tinylm import backend
 from tinylm.chat import with_chat_tokens
+from tinylm.kernels import CONTRACT
+from tinylm.kernels.launch import Kernels
 from tinylm.tokenizer import train_characters
 
 
@@ -27,6 +33,20 @@ def restore_backend():
 def each_backend(request):
     tinylm.use(request.param)
     return request.param
+
+
+@pytest.fixture
+def cuda(monkeypatch) -> Kernels:
+    """`--backend cuda`, on the emulator, with arrays that refuse to mix with NumPy's."""
+    device = emulator.Emulator(emulator.library(), device_arrays, device_arrays.unwrap)
+    kernels, module = Kernels(device), ModuleType("tinylm.kernels.cuda")
+    vars(module).update({name: getattr(kernels, name) for name in CONTRACT})
+    module.xp, module.describe = device_arrays, lambda: "emulator"
+    module.settle, module.set_products = kernels.settle, kernels.set_products
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    tinylm.use("cuda")
+    yield kernels
+    tinylm.use("reference")  # before the module goes
 
 
 @pytest.fixture

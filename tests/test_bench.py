@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,3 +73,21 @@ def test_pytorch_learns_the_same(benchmark, tmp_path, name):
             losses.append(answer["losses"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][-1] < losses[0][0]
+
+
+def test_the_gpu_benchmark_measures_and_is_right(benchmark, cuda):
+    """On the emulator, whose times mean nothing."""
+    shape = {"vocab_size": 61, "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8}
+    gpu = benchmark("gpu")
+    found = gpu.measure(2, 1, shape, None, peak=1.0)
+    assert {row["dtype"] for row in found["training"]} == {"float32", "bfloat16"}
+    assert all(row["loss"] == pytest.approx(4.11, abs=0.05) for row in found["training"])
+    assert all(made.row_count for made in gpu.tables(found))
+
+
+def test_the_gpu_benchmark_without_a_gpu_is_one_line():
+    program = [sys.executable, BENCHMARKS / "gpu.py"]
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(program, capture_output=True, text=True, check=False, env=hidden)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1

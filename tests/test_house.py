@@ -25,7 +25,7 @@ ALLOWED = {
     "ops": {"backend", "tensor"},
     "nn": {"backend", "ops", "tensor"},
     "optim": {"backend", "tensor"},
-    "model": {"backend", "config", "nn", "ops", "tensor"},
+    "model": {"backend", "config", "errors", "nn", "ops", "tensor"},
     "data": {"errors", "tokenizer"},
     "chat": {"errors", "tokenizer"},
 }
@@ -61,8 +61,9 @@ def test_what_a_module_must_not_import(path):
     if path.parent.name == "kernels":
         assert not {n for n in names if n.startswith("tinylm") and "kernels" not in n}
     if path.parent.name == "judges":
-        floors = {"chat", "errors", "evaluate", "generate", "judges", "store"}
-        assert parts_of_tinylm(path) <= floors
+        # a judge may be a model, or a person for whom answers are written and stored
+        models = {"backend", "checkpoint", "evaluate", "generate", "model", "store", "tensor"}
+        assert parts_of_tinylm(path) <= {"chat", "errors", "judges"} | models
     if path.parent.name == "stages":
         assert not {n for n in names if n.startswith("tinylm.stages.")}
 

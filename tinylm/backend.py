@@ -39,17 +39,15 @@ def use(backend: str) -> None:
     try:
         module = importlib.import_module(MODULES[backend])
     except ImportError as error:
-        raise ImportError(f"backend {backend!r} cannot run here: {REMEDY[backend]}") from error
+        remedy = NOT_COMPILED if backend == "cpu" else error
+        raise ImportError(f"backend {backend!r} cannot run here: {remedy}") from error
     missing = [kernel for kernel in CONTRACT if not hasattr(module, kernel)]
     assert not missing, f"backend {backend!r} lacks the kernels {missing}"
     name, kernels = backend, module
-    xp = importlib.import_module("cupy") if backend == "cuda" else numpy
+    xp = getattr(module, "xp", numpy)
 
 
-REMEDY = {
-    "cpu": "its extension was not compiled; install a C++ compiler, then reinstall tinylm",
-    "cuda": "it comes with a later version of tinylm",
-}
+NOT_COMPILED = "its extension was not compiled; install a C++ compiler, then reinstall tinylm"
 
 
 def default() -> str:
@@ -82,10 +80,16 @@ def set_products(dtype: str) -> None:
     Weights, activations and everything else stay float32. Raises ValueError where the kernels in
     use, or this processor, cannot.
     """
+    dtype = product_dtype(dtype)
     if hasattr(kernels, "set_products"):
         kernels.set_products(dtype)
     elif dtype != "float32":
         raise ValueError(f"the {name} kernels have no {dtype} products")
+
+
+def product_dtype(dtype: str) -> str:
+    """What "auto" means: bfloat16 on cuda, for whose tensor cores it was made, else float32."""
+    return dtype if dtype != "auto" else "bfloat16" if name == "cuda" else "float32"
 
 
 def threads() -> int:
@@ -95,6 +99,8 @@ def threads() -> int:
 
 def describe() -> str:
     """One phrase for logs: backend, instruction set, threads."""
+    if name == "cuda":
+        return f"cuda ({kernels.describe()})"
     if name != "cpu":
         return name
     n = threads()
@@ -114,8 +120,15 @@ def empty(shape: tuple[int, ...], dtype):
 
 
 def to_numpy(x) -> numpy.ndarray:
-    """x as a numpy array, copied from the device if it lives there."""
-    return x.get() if hasattr(x, "get") else numpy.asarray(x)
+    """x as a numpy array, copied from the device if it lives there.
+
+    Raises ValueError if a kernel on the device met an integer out of range before.
+    """
+    if not hasattr(x, "get"):
+        return numpy.asarray(x)
+    if hasattr(kernels, "settle"):
+        kernels.settle()
+    return x.get()
 
 
 use(default())

@@ -190,7 +190,8 @@ def measure_preset(preset: str, machine: dict, corpus: dict | None) -> dict[str,
     found = seconds_of_step(model, make_optimizer(model, config), B, T)
     speed = {dtype: B * T / seconds for dtype, seconds in found.items()}
     gflops = flops_per_token(model.config, T) * speed["float32"] / 1e9
-    steps = config.max_steps * config.accumulate * B * T / speed[config.dtype]
+    usual = speed[backend.product_dtype(config.dtype)]
+    steps = config.max_steps * config.accumulate * B * T / usual
     row |= {
         "tokens_per_second": speed,
         "share_of_peak": gflops / machine["fma_gflops"]["all"],
@@ -198,7 +199,7 @@ def measure_preset(preset: str, machine: dict, corpus: dict | None) -> dict[str,
     }
     if corpus:
         n = corpus["characters" if characters else "tokens"] * (1 - config.held_out)
-        row["epoch_seconds"] = n / speed[config.dtype]
+        row["epoch_seconds"] = n / usual
     return row
 
 

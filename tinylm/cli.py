@@ -32,6 +32,7 @@ from tinylm.llama2c import load_llama2c
 from tinylm.progress import Progress
 from tinylm.selfcheck import selfcheck as check_kernels
 from tinylm.stages import feedback as improving
+from tinylm.stages import preference as preferring
 from tinylm.stages import pretrain as pretraining
 from tinylm.stages import sft as fine_tuning
 from tinylm.tokenizer import train_bpe, train_characters
@@ -265,6 +266,41 @@ def sft(context, base, data, out, resume, show_mask, as_json, **values):
     config = fine_tuning.SFTConfig(**values)
     given = named_by_user(context, values)
     results = fine_tuning.run(base, data, out, config, given, resume, Progress())
+    done(out, results, as_json, f"tinylm chat {out}")
+
+
+@cli.command()
+@click.argument("base", metavar="MODEL", type=Path)
+@click.option("--data", required=True, type=Path, help="Preferences: JSON lines, or an array.")
+@click.option("--out", required=True, type=Path, help="Directory of the run.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out.")
+@settings_of(preferring.RewardConfig)
+@common
+@click.pass_context
+def reward(context, base, data, out, resume, as_json, **values):
+    """Judged answers -> a reward model, which judges.
+
+    Rows are `prompt`, `chosen`, `rejected`, or `prompt`, `answers`, `scores`.
+    """
+    config = preferring.RewardConfig(**values)
+    given = named_by_user(context, values)
+    results = preferring.run(base, data, out, config, given, resume, Progress())
+    done(out, results, as_json, f"tinylm feedback {base} --judge reward-model --reward-model {out}")
+
+
+@cli.command()
+@click.argument("model", type=Path)
+@click.option("--data", required=True, type=Path, help="Preferences: JSON lines, or an array.")
+@click.option("--out", required=True, type=Path, help="Directory of the run.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out.")
+@settings_of(preferring.DPOConfig)
+@common
+@click.pass_context
+def dpo(context, model, data, out, resume, as_json, **values):
+    """Judged answers -> a better model, without sampling any (DPO)."""
+    config = preferring.DPOConfig(**values)
+    given = named_by_user(context, values)
+    results = preferring.run(model, data, out, config, given, resume, Progress())
     done(out, results, as_json, f"tinylm chat {out}")
 
 

@@ -38,7 +38,7 @@ class LayerCache:
 
     def take(self, rows: list[int]) -> None:
         """Go on with these rows of the batch; one may be taken several times."""
-        old, n = (self.k, self.v), self.length
+        old, n, rows = (self.k, self.v), self.length, backend.asarray(rows)
         self.k, self.v = (backend.empty((len(rows), *x.shape[1:]), x.dtype) for x in old)
         self.k[:, :, :n], self.v[:, :, :n] = (x[rows, :, :n] for x in old)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tinylm import backend
 from tinylm.errors import InputError
+from tinylm.kernels.launch import LOGITS
 from tinylm.model import ModelConfig, Transformer
 
 BASE = 200e6  # Python, NumPy, the rest, and what the pool keeps, bytes
@@ -27,12 +29,20 @@ def needed(c: ModelConfig, n_parameters: int, rows: int, block_size: int) -> int
     tokens = rows * block_size
     # weights, gradients, at most two moments; what the layers keep; gradients on their way; a
     # logits block
+    logits = min(tokens, 512) * c.vocab_size
+    if backend.name == "cuda":  # and their bits in bfloat16
+        logits = 1.5 * min(tokens * c.vocab_size, LOGITS)
     floats = 4 * n_parameters + tokens * (activation_floats(c) + 4 * c.n_inner + 8 * c.n_embd)
-    return int(BASE + 4 * floats + 4 * min(tokens, 512) * c.vocab_size)
+    return int(BASE + 4 * (floats + logits))
 
 
 def available() -> int | None:
-    """Bytes that this process may still take: memory free, control group; None: unknown."""
+    """Bytes that this process may still take: memory free, control group; None: unknown.
+
+    On a GPU, what is free there.
+    """
+    if hasattr(backend.kernels, "free_bytes"):
+        return backend.kernels.free_bytes()
     limits = []
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

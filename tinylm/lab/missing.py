@@ -17,8 +17,6 @@ from collections.abc import Iterator
 from random import Random
 from statistics import mean
 
-import numpy
-
 from tinylm import checkpoint
 from tinylm.almanac import Almanac, capital
 from tinylm.data import Example, packed_batch
@@ -72,7 +70,7 @@ def likeliest(model, tokenizer, text: str, candidates: list[str], objective: str
     batch = packed_batch(rows, tokenizer.special["<|end|>"])
     with no_grad():
         nats = model.loss(batch.tokens, batch.targets, batch.start).data.sum(1)
-    return candidates[int(numpy.argmin(nats))]
+    return candidates[int(nats.argmin())]
 
 
 def measure(workshop: Workshop) -> list[Measure]:

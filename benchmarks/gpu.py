@@ -1,0 +1,257 @@
+"""tinylm on this machine's GPU, beside PyTorch where it is installed:  python benchmarks/gpu.py
+
+First that the kernels are right there, then how fast: launches, products, attention, and training
+GPT-2 124M. Ratios are tinylm's speed over PyTorch's, in one process and by turns; above 1 is
+faster. Without a GPU it says so in one line and ends with code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import numpy
+from rich.console import Console
+from tables import table
+
+import tinylm
+from tinylm import backend
+from tinylm.bench import flops_per_token, training_step
+from tinylm.model import ModelConfig, Transformer
+from tinylm.optim import AdamW
+from tinylm.selfcheck import selfcheck
+
+GPT2 = {"vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
+DTYPES = ("float32", "bfloat16")
+# dense bfloat16 TFLOP/s as NVIDIA states them; model FLOP utilisation is a share of this
+PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}
+
+
+def seconds_of(run: Callable[[], object], wait: Callable[[], object], repeats: int) -> float:
+    """The median time of run() until the device has done it; twice before to warm up."""
+    times = []
+    for _ in range(repeats + 2):
+        wait()
+        tick = time.perf_counter()
+        run()
+        wait()
+        times.append(time.perf_counter() - tick)
+    return median(times[2:])
+
+
+class Ours:
+    """The tasks in tinylm; `settle` waits for the device."""
+
+    def __init__(self, repeats: int):
+        self.repeats = repeats
+
+    def time(self, run) -> float:
+        return seconds_of(run, backend.kernels.settle, self.repeats)
+
+    def draw(self, *shape: int):
+        values = numpy.random.default_rng(0).standard_normal(shape, "float32")
+        return backend.asarray(values)
+
+    def launches(self, n: int) -> float:
+        """Seconds that one call of the smallest kernel takes, checks and result included."""
+        x = self.draw(32)
+        return self.time(lambda: [backend.kernels.add(x, x) for _ in range(n)]) / n
+
+    def product(self, dtype: str, M: int, K: int, N: int) -> float:
+        backend.set_products(dtype)
+        a, b = self.draw(M, K), self.draw(N, K)
+        seconds = self.time(lambda: backend.kernels.matmul(a, b, transpose_b=True))
+        backend.set_products("float32")
+        return seconds
+
+    def attention(self, dtype: str, B: int, H: int, T: int, D: int) -> float:
+        """Forward and backward, causal."""
+        backend.set_products(dtype)
+        q, k, v, dout = (self.draw(B, H, T, D) for _ in range(4))
+
+        def both():
+            out, lse = backend.kernels.attention_forward(q, k, v)
+            backend.kernels.attention_backward(dout, q, k, v, out, lse)
+
+        seconds = self.time(both)
+        backend.set_products("float32")
+        return seconds
+
+    def training(self, dtype: str, directory: str, batch) -> tuple[float, float]:
+        """Seconds of a step, and the loss of the first."""
+        backend.set_products(dtype)
+        model, _ = tinylm.load(directory)
+        optimizer = AdamW(model.parameters())
+        losses = []
+        seconds = self.time(lambda: losses.append(training_step(model, optimizer, *batch, lr=1e-4)))
+        backend.set_products("float32")
+        return seconds, losses[0]
+
+
+class Theirs:
+    """The same in PyTorch."""
+
+    def __init__(self, repeats: int):
+        import torch
+        import torch_models
+
+        if not torch.cuda.is_available():
+            raise ImportError("this PyTorch cannot use the GPU")
+        torch.set_default_device("cuda")
+        self.torch, self.models, self.repeats = torch, torch_models, repeats
+
+    def time(self, run) -> float:
+        return seconds_of(run, self.torch.cuda.synchronize, self.repeats)
+
+    def launches(self, n: int) -> float:
+        x = self.torch.ones(32)
+        return self.time(lambda: [x + x for _ in range(n)]) / n
+
+    def product(self, dtype: str, M: int, K: int, N: int) -> float:
+        kind = getattr(self.torch, dtype)
+        a, b = self.torch.randn(M, K, dtype=kind), self.torch.randn(N, K, dtype=kind)
+        return self.time(lambda: a @ b.T)
+
+    def attention(self, dtype: str, B: int, H: int, T: int, D: int) -> float:
+        *inputs, dout = self.torch.randn(4, B, H, T, D, dtype=getattr(self.torch, dtype))
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        attend = self.torch.nn.functional.scaled_dot_product_attention
+        return self.time(
+            lambda: self.torch.autograd.grad(attend(*inputs, is_causal=True), inputs, dout)
+        )
+
+    def training(self, dtype: str, directory: str, batch, compiled: bool) -> tuple[float, float]:
+        torch, losses = self.torch, []
+        model = self.models.load(directory).cuda()
+        if compiled:
+            model.compile()
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+        tokens, targets = (torch.from_numpy(x).cuda() for x in batch)
+
+        def step():
+            with torch.autocast("cuda", torch.bfloat16, enabled=dtype == "bfloat16"):
+                loss = model(tokens, targets)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+
+        return self.time(step), losses[0]
+
+
+def measure(
+    rows: int, repeats: int, shape: dict, theirs: Theirs | None, peak: float | None
+) -> dict:
+    """All of it, on `rows` rows of text; speeds in tokens/s and TFLOP/s."""
+    config = ModelConfig(**shape, architecture="gpt2")
+    T, C, D = config.block_size, config.n_embd, config.head_size
+    ours, found = Ours(repeats), {"gpu": backend.kernels.describe(), "rows": rows}
+    found["launch_us"] = compared(lambda it: it.launches(200), ours, theirs, lambda s: 1e6 * s)
+    sizes = {(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C), (C, config.vocab_size)}
+    found["products"] = [
+        {"dtype": dtype, "M": rows * T, "K": K, "N": N}
+        | compared(
+            lambda it: it.product(dtype, rows * T, K, N),  # noqa: B023  (called at once)
+            ours, theirs, lambda s: 2e-12 * rows * T * K * N / s,  # noqa: B023
+        )
+        for dtype in DTYPES for K, N in sorted(sizes)
+    ]  # fmt: skip
+    heads = (rows, config.n_head, T, D)
+    flops = 7 * rows * config.n_head * T * T * D  # 2 + 5 products, half of each is masked
+    found["attention"] = [
+        {"dtype": dtype}
+        | compared(lambda it: it.attention(dtype, *heads), ours, theirs, lambda s: 1e-12 * flops / s)  # noqa: B023
+        for dtype in DTYPES
+    ]  # fmt: skip
+    found["training"] = training(ours, theirs, config, rows, peak)
+    return found
+
+
+def compared(task, ours: Ours, theirs: Theirs | None, unit) -> dict:
+    mine = task(ours)
+    other = task(theirs) if theirs else None
+    return {"tinylm": unit(mine), "torch": other and unit(other), "ratio": other and other / mine}
+
+
+def training(ours: Ours, theirs: Theirs | None, config: ModelConfig, rows: int, peak: float | None):
+    """A row for each dtype: tokens/s, share of the peak, the first loss, ratios."""
+    ids = numpy.random.default_rng(0).integers(0, config.vocab_size, (rows, config.block_size + 1))
+    batch = ids[:, :-1].copy(), ids[:, 1:].copy()
+    tokens, found = batch[0].size, []
+    with TemporaryDirectory() as directory:
+        tinylm.save(Transformer(config), None, directory)
+        for dtype in DTYPES:
+            seconds, loss = ours.training(dtype, directory, batch)
+            speed = tokens / seconds
+            row = {"dtype": dtype, "tokens_per_second": speed, "loss": loss}
+            done = 1e-12 * flops_per_token(config, config.block_size) * speed
+            row["mfu"] = peak and done / peak
+            for way in ("eager", "compiled") if theirs else ():
+                seconds_there, there = theirs.training(dtype, directory, batch, way == "compiled")
+                row |= {way: seconds_there / seconds, f"loss_{way}": there}
+            found.append(row)
+    return found
+
+
+def tables(found: dict):
+    """What was measured, for a person."""
+    number = lambda x, form=".2f": "-" if x is None else format(x, form)
+    kernels = table(
+        f"{found['gpu']}: kernels", "what", "dtype", "tinylm", "PyTorch", "ratio", words=2
+    )
+    row = found["launch_us"]
+    kernels.add_row("launch, µs", "", *(number(row[k]) for k in ("tinylm", "torch", "ratio")))
+    for what in ("products", "attention"):
+        for row in found[what]:
+            about = "x".join(str(row[k]) for k in "MKN") if what == "products" else what
+            numbers = (number(row[k]) for k in ("tinylm", "torch", "ratio"))
+            kernels.add_row(f"{about}, TFLOP/s", row["dtype"], *numbers)
+    steps = table("Training", "dtype", "tokens/s", "MFU", "of eager", "of compiled")
+    for row in found["training"]:
+        ratios = (number(row.get(way)) for way in ("eager", "compiled"))
+        steps.add_row(
+            row["dtype"], f"{row['tokens_per_second']:,.0f}", number(row["mfu"], ".1%"), *ratios
+        )
+    return kernels, steps
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=8, help="Rows of 1,024 tokens in a batch.")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--peak", type=float, help="bfloat16 TFLOP/s of a GPU not known here.")
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args()
+    try:
+        tinylm.use("cuda")
+    except ImportError as error:
+        print(f"gpu.py: {error}", file=sys.stderr)
+        return 2
+    certificate = selfcheck(backend.kernels)
+    if not certificate.ok:
+        print(
+            "gpu.py: the kernels are wrong here: tinylm selfcheck --backend cuda", file=sys.stderr
+        )
+        return 1
+    gpu = backend.kernels.describe()
+    peak = asked.peak or next((peak for name, peak in PEAKS.items() if name in gpu), None)
+    try:
+        theirs = Theirs(asked.repeats)
+    except ImportError:
+        theirs = None
+    found = measure(asked.rows, asked.repeats, GPT2, theirs, peak)
+    if asked.json:
+        print(json.dumps(found))
+    else:
+        for made in tables(found):
+            Console().print(made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

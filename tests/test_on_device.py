@@ -1,0 +1,136 @@
+"""Everything above the kernels, on arrays that are not NumPy's: `--backend cuda`, emulated.
+
+Whatever forgets that a GPU's memory is another memory fails here, on any machine.
+"""
+
+import json
+import sys
+
+import numpy
+import pytest
+from commands import SMALL, metrics
+
+import tinylm
+from tinylm import backend, memory, selfcheck
+from tinylm.cli import run
+from tinylm.generate import beam_search
+from tinylm.kernels.cases import OPS
+from tinylm.model import ModelConfig, Transformer
+from tinylm.stages.feedback import surrogate
+
+FEW = ["--max-steps", 2, "--batch-size", 2, "--eval-every", 2, "--learning-rate", 1e-3]
+SAID = [{"prompt": "the cat?", "completion": "a bird", "accepted": ["a bird"]}] * 8
+
+
+def command(*arguments) -> None:
+    assert run([*map(str, arguments)]) == 0
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def all_stages(folder, text, backend, dtype) -> list[dict]:
+    """Pre-train, fine-tune, improve; -> the rows of their metrics."""
+    rows = lines(folder / "rows.jsonl", SAID)
+    common = ["--backend", backend, "--dtype", dtype]
+    base, sft, better = (folder / backend / name for name in ("base", "sft", "better"))
+    shape = ["--block-size", 48, "--objective", "mixed", "--optimizer", "muon", "--accumulate", 2]
+    command("pretrain", text, "--out", base, *SMALL, *FEW, *shape, *common)
+    command("sft", base, "--data", rows, "--out", sft, *FEW, *common, "--held-out", 0.2)
+    judged = ["--answers", 2, "--max-new-tokens", 5, "--batch-size", 4, "--held-out", 0]
+    command("feedback", sft, "--prompts", rows, "--out", better, *FEW, *common, *judged)
+    return [row for stage in (base, sft, better) for row in metrics(stage)]
+
+
+@pytest.fixture(scope="module")
+def text(prose, tmp_path_factory):
+    path = tmp_path_factory.mktemp("short") / "prose.txt"
+    path.write_text(prose[:6000])
+    return path
+
+
+def test_three_stages_learn_what_they_learn_on_the_cpu(cuda, text, tmp_path, capsys):
+    found = all_stages(tmp_path, text, "cuda", "float32")
+    assert backend.name == "cuda"
+    base, here = tmp_path / "cuda" / "base", ["--backend", "cuda"]
+    command("generate", base, "the cat", "--max-new-tokens", 60, *here, "--seed", 1)
+    command("fill", base, "the ___ sang", "--n", 2, *here)
+    command("fill", base, "the ___ sang", "--n", 2, "--temperature", 1, *here, "--seed", 1)
+    command("info", base, *here)
+    command("report", tmp_path / "cuda", *here)
+    command("eval", base, *here)
+    command("pretrain", text, "--out", base, "--resume", "--max-steps", 3, *here)
+
+    expected = all_stages(tmp_path, text, "cpu", "float32")
+    assert len(found) == len(expected)
+    for row, other in zip(found, expected):
+        for key in {"loss", "grad_norm", "bits_per_byte", "reward"} & {k for k in row if row[k]}:
+            assert row[key] == pytest.approx(other[key], rel=1e-3), (key, row)
+
+
+def test_the_feedback_loss_is_that_of_the_cpu(config, cuda):
+    rng = numpy.random.default_rng(0)
+    tokens, targets = rng.integers(0, 61, (2, 4, 20))
+    targets[:, :10] = -1
+    old = numpy.where(targets >= 0, -rng.uniform(3, 5, (4, 20)), 0).astype("float32")
+    found = []
+    for name in ("cuda", "cpu"):
+        tinylm.use(name)
+        model = Transformer(config, 1)
+        nll = model.loss(tokens, targets, even=False)
+        advantages = backend.asarray(numpy.array([1.0, -1.0, 0.5, 0.0]))
+        surrogate(nll, backend.asarray(old), advantages).mean().backward()
+        found.append(backend.to_numpy(model.head_weight.grad))
+    assert numpy.linalg.norm(found[0] - found[1]) <= 1e-5 * numpy.linalg.norm(found[1]) > 0
+
+
+def test_both_shapes_compute_what_they_compute_on_the_cpu(config, cuda):
+    rng = numpy.random.default_rng(0)
+    tokens, targets = rng.integers(0, 61, (2, 3, 40))
+    start = numpy.repeat([[0] * 20 + [20] * 20], 3, 0).astype("int32")
+    found = {}
+    for name in ("cuda", "cpu"):
+        tinylm.use(name)
+        model = Transformer(config, 1)
+        loss = model.loss(tokens, targets, start)
+        loss.mean().backward()
+        grads = {n: backend.to_numpy(p.grad) for n, p in model.parameters().items()}
+        with tinylm.no_grad():
+            logits = backend.to_numpy(model(tokens[:1]).data)
+        found[name] = grads | {"loss": backend.to_numpy(loss.data), "logits": logits}
+        beam_search(model, [1, 2, 3], 3, 2, [1])
+    for name, expected in found["cpu"].items():
+        scale = numpy.linalg.norm(expected)
+        assert numpy.linalg.norm(found["cuda"][name] - expected) <= 1e-5 * scale, name
+
+
+def test_a_token_out_of_range_is_told_when_the_device_is_waited_for(config, cuda):
+    model = Transformer(config, 1)
+    loss = model.loss([[1, 99]], [[2, 2]])
+    with pytest.raises(ValueError, match=r"\[embedding_forward\] tokens: .* \[0, 61\), got 99"):
+        backend.to_numpy(loss.data)
+
+
+def test_bfloat16_is_the_default_there(cuda):
+    assert backend.product_dtype("auto") == "bfloat16"
+    backend.set_products("auto")
+    assert cuda.products == "bfloat16"
+    tinylm.use("cpu")
+    assert backend.product_dtype("auto") == "float32"
+
+
+def test_selfcheck_certifies_the_device(cuda, capsys, monkeypatch):
+    monkeypatch.setattr(selfcheck, "OPS", {op: OPS[op] for op in ("adamw", "softmax")})
+    assert run(["selfcheck", "--backend", "cuda", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"]
+    assert "cuda (emulator)" in found["backend"]
+
+
+def test_memory_is_that_of_the_device(cuda):
+    sys.modules["tinylm.kernels.cuda"].free_bytes = lambda: 123
+    assert memory.available() == 123
+    model = ModelConfig(50257, 12, 12, 12, 768, 3072, 1024, architecture="gpt2")
+    assert 4e9 < memory.needed(model, 124_000_000, 4, 1024) < 8e9

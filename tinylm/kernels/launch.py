@@ -1,0 +1,546 @@
+"""The contract's functions on a GPU: arguments checked, results allotted, csrc/cuda launched.
+
+What a device is, this file does not know: it is handed one, by cuda.py a real one with CuPy's
+arrays, by the tests an emulator that runs the same kernels on the CPU. A device has
+
+    xp                              its array library: numpy's interface
+    launch(name, grid, block, shared, arguments)
+    multiply(a, b, c, ...)          its own matrix product, or None: then csrc/cuda/matmul.cu
+
+Nothing here waits for the device but `global_norm` and `settle`. So an integer out of range is told
+late: kernels that meet one work on without it and leave a note, which these two read and raise.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from importlib import resources
+
+THREADS = 256  # of a block, where nothing else is said
+WARPS = THREADS // 32
+LOGITS = 1 << 26  # floats: how many logits exist at once, 256 MB
+NORM_BLOCKS = 256
+SUM_ROWS = 512  # rows that one block of sum_rows walks down, at least
+INT32_MAX = 2**31 - 1
+
+
+def source() -> str:
+    """All of csrc/cuda as one text for the compiler, which still tells errors by file and line."""
+    folder = resources.files("tinylm._cuda")
+    names = sorted(file.name for file in folder.iterdir() if ".cu" in file.name)
+    names.sort(key=lambda name: not name.endswith(".cuh"))  # headers first
+    texts = ((folder / name).read_text(encoding="utf-8") for name in names)
+    return "".join(
+        f'#line 1 "{name}"\n' + re.sub('^#include ".*"$', "", text, flags=re.MULTILINE)
+        for name, text in zip(names, texts)
+    )
+
+
+def up(n: int, size: int) -> int:
+    """How many pieces of a size hold n."""
+    return -(-n // size)
+
+
+def text_of(shape) -> str:
+    """(2, any): a shape in an error, where None stands for any size."""
+    sizes = ", ".join("any" if size is None else str(size) for size in shape)
+    return f"({sizes},)" if len(shape) == 1 else f"({sizes})"
+
+
+class Arguments:
+    """Checks the arguments of the kernel `name`, and words the errors."""
+
+    def __init__(self, kernels: Kernels, name: str):
+        self.kernels, self.xp, self.name = kernels, kernels.xp, name
+
+    def what(self, arg: str) -> str:
+        return f"[{self.name}] {arg}: expected "
+
+    def wrong(self, arg: str, rest: str):
+        raise ValueError(self.what(arg) + rest)
+
+    def shape(self, arg: str, x, letters: str, shape) -> None:
+        same = len(shape) == x.ndim and all(n in (None, m) for n, m in zip(shape, x.shape))
+        if not same:
+            self.wrong(arg, f"{letters} = {text_of(shape)}, got {text_of(x.shape)}")
+
+    def dtype(self, arg: str, x, *expected: str) -> None:
+        if not isinstance(x, self.xp.ndarray):
+            raise TypeError(self.what(arg) + f"an array on the device, got {type(x).__name__}")
+        if x.dtype not in expected:
+            raise TypeError(self.what(arg) + f"{' or '.join(expected)}, got {x.dtype}")
+
+    def floats(self, arg: str, x, letters: str = "", shape=None):
+        """float32, contiguous; of any shape (..., C) if none is given."""
+        self.dtype(arg, x, "float32")
+        if shape is not None:
+            self.shape(arg, x, letters, shape)
+        elif x.ndim < 1:
+            self.wrong(arg, "at least one dimension, got a scalar")
+        return x if x.flags.c_contiguous else self.xp.ascontiguousarray(x)
+
+    def heads(self, arg: str, x, letters: str = "(B, H, T, D)", shape=(None,) * 4) -> tuple:
+        """float32 (B, heads, tokens, D) of which only D is contiguous -> it and three strides."""
+        self.dtype(arg, x, "float32")
+        self.shape(arg, x, letters, shape)
+        if x.shape[3] > 1 and x.strides[3] != x.itemsize:
+            x = self.xp.ascontiguousarray(x)
+        return x, *(stride // x.itemsize for stride in x.strides[:3])
+
+    def in_place(self, arg: str, x, shape):
+        """float32, contiguous: the array itself, to be written to."""
+        self.dtype(arg, x, "float32")
+        self.shape(arg, x, "an array to write to", shape)
+        if not x.flags.c_contiguous:
+            self.wrong(arg, "a C-contiguous array")
+        return x
+
+    def ints(self, arg: str, x, letters: str, shape, least: int) -> tuple:
+        """int32 or int64 -> int32, and what a kernel needs to check them: fault, check."""
+        self.dtype(arg, x, "int32", "int64")
+        self.shape(arg, x, letters, shape)
+        x = x if x.flags.c_contiguous else self.xp.ascontiguousarray(x)
+        if x.dtype == "int64":
+            wide, x = x, self.xp.empty(x.shape, "int32")
+            self.kernels.each("narrow", wide, x)
+        return x, (self.kernels.fault, self.kernels.check_number(self.what(arg), least))
+
+
+class Kernels:
+    """Every function of CONTRACT, float32, on one device."""
+
+    def __init__(self, device):
+        self.device, self.xp = device, device.xp
+        self.products = "float32"
+        self.fault = self.xp.zeros(3, "int64")  # which check failed, what it met, the limit
+        self.checks: list[tuple[str, int]] = []
+
+    # ---- tools ---------------------------------------------------------------------------------
+
+    def set_products(self, dtype: str) -> None:
+        """Multiply matrices in float32, or with operands rounded to bfloat16 and float32 sums."""
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"products: expected float32 or bfloat16, got {dtype}")
+        self.products = dtype
+
+    def empty(self, shape):
+        return self.xp.empty(shape, "float32")
+
+    def empty_heads(self, B: int, heads: int, tokens: int, D: int):
+        """(B, heads, tokens, D), in memory (B, tokens, heads, D): merging heads is free."""
+        return self.empty((B, tokens, heads, D)).swapaxes(1, 2)
+
+    def launch(self, name: str, grid: tuple[int, ...], *arguments, block=THREADS, shared=0) -> None:
+        """shared: bytes of memory that a block has for itself."""
+        if 0 not in grid:
+            self.device.launch(name, grid, block, shared, arguments)
+
+    def each(self, name: str, *arguments, n: int = -1, rest: tuple = ()) -> None:
+        """One thread for each of the n numbers of the first argument; then come n and the rest."""
+        n = arguments[0].size if n < 0 else n
+        self.launch(name, (up(n, THREADS),), *arguments, n, *rest)
+
+    def check_number(self, what: str, least: int) -> int:
+        if (what, least) not in self.checks:
+            self.checks.append((what, least))
+        return 1 + self.checks.index((what, least))
+
+    def settle(self) -> None:
+        """Wait for the device; raise ValueError if a kernel met an integer out of range."""
+        check, value, limit = self.fault.tolist()
+        if check:
+            self.fault.fill(0)
+            what, least = self.checks[check - 1]
+            raise ValueError(f"{what}values in [{least}, {limit}), got {value}")
+
+    def product(self, a, b, c, transpose_a=False, transpose_b=False, add=False) -> None:
+        """c (M, N) = op(a) op(b), or c += op(a) op(b); all contiguous."""
+        M, N, K = *c.shape, a.shape[not transpose_a]
+        if K == 0 and not add:
+            c.fill(0)
+        if 0 in (M, N, K):
+            return
+        name = "matmul"
+        if self.products == "bfloat16":
+            a, b, name = self.rounded(a), self.rounded(b), "matmul_bfloat16"
+        if self.device.multiply:
+            self.device.multiply(a, b, c, transpose_a, transpose_b, add)
+            return
+        flags = (int(transpose_a), int(transpose_b), int(add))
+        self.launch(name, (up(N, 64), up(M, 64)), a, b, c, M, N, K, *flags)
+
+    def rounded(self, x):
+        """The bits of x in bfloat16."""
+        y = self.xp.empty(x.shape, "uint16")
+        self.each("round_to_bfloat16", x, y)
+        return y
+
+    def sum_shares(self, name: str, *arguments, N: int, C: int):
+        """Sums over N rows -> (C): the rows in shares, then the shares by the same kernel."""
+        shares = min(128, up(N, SUM_ROWS))
+        out = self.empty((C,))
+        first = out if shares <= 1 else self.empty((shares, C))
+        self.launch(name, (up(C, 32), max(1, shares)), *arguments, first, N, C)
+        if shares > 1:
+            self.launch("sum_rows", (up(C, 32), 1), first, out, shares, C)
+        return out
+
+    # ---- sums and products ---------------------------------------------------------------------
+
+    def add(self, x, y):
+        args = Arguments(self, "add")
+        x = args.floats("x", x)
+        total = self.empty(x.shape)
+        self.each("add", x, args.floats("y", y, "the shape of x", x.shape), total)
+        return total
+
+    def matmul(self, a, b, transpose_a=False, transpose_b=False):
+        args = Arguments(self, "matmul")
+        a = args.floats("a", a, "(K, M)" if transpose_a else "(M, K)", (None, None))
+        M, K = a.shape[::-1] if transpose_a else a.shape
+        letters, shape = ("(N, K)", (None, K)) if transpose_b else ("(K, N)", (K, None))
+        b = args.floats("b", b, letters, shape)
+        c = self.empty((M, b.shape[not transpose_b]))
+        self.product(a, b, c, transpose_a, transpose_b)
+        return c
+
+    def linear_forward(self, x, weight, bias=None, transposed=False):
+        args = Arguments(self, "linear_forward")
+        x = args.floats("x", x)
+        weight = self.weight_of(args, weight, transposed, x.shape[-1], None)
+        F = weight.shape[1 if transposed else 0]
+        y = self.empty((*x.shape[:-1], F))
+        self.product(rows_of(x), weight, rows_of(y), transpose_b=not transposed)
+        if bias is not None:
+            self.each("add_bias", y, args.floats("bias", bias, "(F)", (F,)), rest=(F,))
+        return y
+
+    def weight_of(self, args, weight, transposed, C, F):
+        if transposed:
+            return args.floats("weight", weight, "(C, F)", (C, F))
+        return args.floats("weight", weight, "(F, C)", (F, C))
+
+    def linear_backward(self, dy, x, weight, transposed=False, has_bias=False):
+        args = Arguments(self, "linear_backward")
+        x = args.floats("x", x)
+        dy = args.floats("dy", dy, "(..., F)", (*x.shape[:-1], None))
+        weight = self.weight_of(args, weight, transposed, x.shape[-1], dy.shape[-1])
+        dx, dweight = self.empty(x.shape), self.empty(weight.shape)
+        dy, x = rows_of(dy), rows_of(x)
+        self.product(dy, weight, rows_of(dx), transpose_b=transposed)
+        left, right = (x, dy) if transposed else (dy, x)
+        self.product(left, right, dweight, transpose_a=True)
+        if not has_bias:
+            return dx, dweight, None
+        return dx, dweight, self.sum_shares("sum_rows", dy, N=dy.shape[0], C=dy.shape[1])
+
+    # ---- embedding -----------------------------------------------------------------------------
+
+    def embedding_forward(self, tokens, weight):
+        args = Arguments(self, "embedding_forward")
+        weight = args.floats("weight", weight, "(V, C)", (None, None))
+        tokens, check = args.ints("tokens", tokens, "(B, T)", tokens.shape, 0)
+        V, C = weight.shape
+        y = self.empty((*tokens.shape, C))
+        self.launch("embedding_forward", (tokens.size,), tokens, weight, y, V, C, *check, block=128)
+        return y
+
+    def embedding_backward(self, dy, tokens, vocab_size, total=None):
+        args = Arguments(self, "embedding_backward")
+        if vocab_size < 0:
+            args.wrong("vocab_size", f"no negative number, got {vocab_size}")
+        dy = args.floats("dy", dy, "(B, T, C)", (*tokens.shape, None))
+        tokens, check = args.ints("tokens", tokens, "(B, T)", tokens.shape, 0)
+        V, C, add = vocab_size, dy.shape[-1], int(total is not None)
+        dweight = args.in_place("total", total, (V, C)) if add else self.empty((V, C))
+        sizes = (tokens.size, V, C)
+        self.launch("embedding_backward", (V,), dy, tokens, dweight, add, *sizes, *check)
+        return dweight
+
+    # ---- normalisation -------------------------------------------------------------------------
+
+    def rms_norm_forward(self, x, weight, eps):
+        args = Arguments(self, "rms_norm_forward")
+        x = args.floats("x", x)
+        weight = args.floats("weight", weight, "(C)", x.shape[-1:])
+        y, rstd = self.empty(x.shape), self.empty(x.shape[:-1])
+        self.each_row("rms_norm_forward", x, weight, float(eps), y, rstd)
+        return y, rstd
+
+    def each_row(self, name: str, x, *arguments) -> None:
+        """One warp for each row of x, the first argument; N and C come last."""
+        N, C = rows_of(x).shape
+        self.launch(name, (up(N, WARPS),), x, *arguments, N, C)
+
+    def rms_norm_backward(self, dy, x, weight, rstd):
+        args = Arguments(self, "rms_norm_backward")
+        x = args.floats("x", x)
+        weight = args.floats("weight", weight, "(C)", x.shape[-1:])
+        dy = args.floats("dy", dy, "the shape of x", x.shape)
+        rstd = args.floats("rstd", rstd, "(...)", x.shape[:-1])
+        dx, (N, C) = self.empty(x.shape), rows_of(x).shape
+        self.each_row("rms_norm_backward", dy, x, weight, rstd, dx)
+        return dx, self.sum_shares("norm_dweight", dy, x, None, rstd, N=N, C=C)
+
+    def layer_norm_forward(self, x, weight, bias, eps):
+        args = Arguments(self, "layer_norm_forward")
+        x = args.floats("x", x)
+        weight = args.floats("weight", weight, "(C)", x.shape[-1:])
+        bias = args.floats("bias", bias, "(C)", x.shape[-1:])
+        y, mean, rstd = self.empty(x.shape), self.empty(x.shape[:-1]), self.empty(x.shape[:-1])
+        self.each_row("layer_norm_forward", x, weight, bias, float(eps), y, mean, rstd)
+        return y, mean, rstd
+
+    def layer_norm_backward(self, dy, x, weight, mean, rstd):
+        args = Arguments(self, "layer_norm_backward")
+        x = args.floats("x", x)
+        weight = args.floats("weight", weight, "(C)", x.shape[-1:])
+        dy = args.floats("dy", dy, "the shape of x", x.shape)
+        mean = args.floats("mean", mean, "(...)", x.shape[:-1])
+        rstd = args.floats("rstd", rstd, "(...)", x.shape[:-1])
+        dx, (N, C) = self.empty(x.shape), rows_of(x).shape
+        self.each_row("layer_norm_backward", dy, x, weight, mean, rstd, dx)
+        dweight = self.sum_shares("norm_dweight", dy, x, mean, rstd, N=N, C=C)
+        return dx, dweight, self.sum_shares("sum_rows", dy, N=N, C=C)
+
+    # ---- attention -----------------------------------------------------------------------------
+
+    def rope_forward(self, x, cos, sin, positions):
+        return self.turn(Arguments(self, "rope_forward"), "x", x, cos, sin, positions, 1.0)
+
+    def rope_backward(self, dy, cos, sin, positions):
+        return self.turn(Arguments(self, "rope_backward"), "dy", dy, cos, sin, positions, -1.0)
+
+    def turn(self, args, arg, x, cos, sin, positions, direction):
+        x, *strides = args.heads(arg, x)
+        B, H, T, D = x.shape
+        if D % 2:
+            args.wrong(arg, f"an even head size D, got {D}")
+        cos = args.floats("cos", cos, "(P, D/2)", (None, D // 2))
+        sin = args.floats("sin", sin, "(P, D/2)", cos.shape)
+        positions, check = args.ints("positions", positions, "(B, T)", (B, T), 0)
+        y, n = self.empty_heads(B, H, T, D), x.size // 2
+        angles = (cos, sin, positions, cos.shape[0])
+        rest = (H, T, D // 2, *check)
+        self.each("rope", x, *strides, *angles, direction, y, n=n, rest=rest)
+        return y
+
+    def softmax_forward(self, x):
+        x = Arguments(self, "softmax_forward").floats("x", x)
+        y, (N, C) = self.empty(x.shape), rows_of(x).shape
+        self.launch("softmax_forward", (N,), x, y, C)
+        return y
+
+    def softmax_backward(self, dy, y):
+        args = Arguments(self, "softmax_backward")
+        y = args.floats("y", y)
+        dy = args.floats("dy", dy, "the shape of y", y.shape)
+        dx, (N, C) = self.empty(y.shape), rows_of(y).shape
+        self.launch("softmax_backward", (N,), dy, y, dx, C)
+        return dx
+
+    def attention_forward(self, q, k, v, start=None):
+        args = Arguments(self, "attention_forward")
+        q, k, v, start, (H, G, T, S, D) = self.attention_inputs(args, q, k, v, start)
+        B = q[0].shape[0]
+        out, lse = self.empty_heads(B, H, T, D), self.empty((B, H, T))
+        size, tile, shared = attention_tile(D, 2)
+        arguments = (*q, *k, *v, start, out, lse, H, G, T, S, D)
+        self.launch(f"attention_forward_{size}", (up(T, tile), H, B), *arguments, shared=shared)
+        return out, lse
+
+    def attention_inputs(self, args, q, k, v, start):
+        q = args.heads("q", q)
+        B, H, T, D = q[0].shape
+        k = args.heads("k", k, "(B, G, S, D)", (B, None, None, D))
+        v = args.heads("v", v, "(B, G, S, D)", k[0].shape)
+        _, G, S, _ = k[0].shape
+        if G == 0 or H % G:
+            args.wrong("k", f"G dividing H = {H}, got G = {G}")
+        if D > 256:
+            args.wrong("q", f"a head size D of at most 256, got {D}")
+        if start is not None:
+            start, _ = args.ints("start", start, "(B, T)", (B, T), -INT32_MAX)
+        return q, k, v, start, (H, G, T, S, D)
+
+    def attention_backward(self, dout, q, k, v, out, lse, start=None):
+        args = Arguments(self, "attention_backward")
+        q, k, v, start, shape = self.attention_inputs(args, q, k, v, start)
+        (B, H, T, D), (_, G, S, _) = q[0].shape, k[0].shape
+        dout = args.heads("dout", dout, shape=q[0].shape)
+        out = args.heads("out", out, shape=q[0].shape)
+        lse = args.floats("lse", lse, "(B, H, T)", (B, H, T))
+        delta = self.empty((B, H, T))
+        self.launch("attention_delta", (up(T, WARPS), H, B), *dout, *out, delta, T, D)
+        dq = self.empty_heads(B, H, T, D)
+        dk, dv = self.empty_heads(B, G, S, D), self.empty_heads(B, G, S, D)
+        size, tile, shared = attention_tile(D, 4)
+        inputs = (*dout, *q, *k, *v, lse, delta, start)
+        name, grid = f"attention_backward_q_{size}", (up(T, tile), H, B)
+        self.launch(name, grid, *inputs, dq, *shape, shared=shared)
+        name, grid = f"attention_backward_kv_{size}", (up(S, tile), G, B)
+        self.launch(name, grid, *inputs, dk, dv, *shape, shared=shared)
+        return dq, dk, dv
+
+    # ---- activations ---------------------------------------------------------------------------
+
+    def swiglu_forward(self, gate, up):
+        args = Arguments(self, "swiglu_forward")
+        gate = args.floats("gate", gate)
+        y = self.empty(gate.shape)
+        self.each("swiglu_forward", gate, args.floats("up", up, "the shape of gate", gate.shape), y)
+        return y
+
+    def swiglu_backward(self, dy, gate, up):
+        args = Arguments(self, "swiglu_backward")
+        gate = args.floats("gate", gate)
+        up = args.floats("up", up, "the shape of gate", gate.shape)
+        dy = args.floats("dy", dy, "the shape of gate", gate.shape)
+        dgate, dup = self.empty(gate.shape), self.empty(gate.shape)
+        self.each("swiglu_backward", dy, gate, up, dgate, dup)
+        return dgate, dup
+
+    def gelu_forward(self, x, approximate=True):
+        x = Arguments(self, "gelu_forward").floats("x", x)
+        y = self.empty(x.shape)
+        self.each("gelu_forward", x, y, rest=(int(approximate),))
+        return y
+
+    def gelu_backward(self, dy, x, approximate=True):
+        args = Arguments(self, "gelu_backward")
+        x = args.floats("x", x)
+        dy, dx = args.floats("dy", dy, "the shape of x", x.shape), self.empty(x.shape)
+        self.each("gelu_backward", dy, x, dx, rest=(int(approximate),))
+        return dx
+
+    # ---- loss ----------------------------------------------------------------------------------
+
+    def cross_entropy_forward(self, logits, targets):
+        args = Arguments(self, "cross_entropy_forward")
+        logits = args.floats("logits", logits)
+        targets, check = args.ints("targets", targets, "(...)", logits.shape[:-1], -1)
+        loss, lse = self.empty(targets.shape), self.empty(targets.shape)
+        rest = (loss, lse, logits.shape[-1], 0, *check)
+        self.launch("cross_entropy_forward", (targets.size,), logits, targets, *rest)
+        return loss, lse
+
+    def cross_entropy_backward(self, dloss, logits, targets, lse):
+        args = Arguments(self, "cross_entropy_backward")
+        logits = args.floats("logits", logits)
+        targets, check = args.ints("targets", targets, "(...)", logits.shape[:-1], -1)
+        dloss = args.floats("dloss", dloss, "(...)", targets.shape)
+        lse = args.floats("lse", lse, "(...)", targets.shape)
+        dlogits = self.empty(logits.shape)
+        rest = (lse, dlogits, logits.shape[-1], *check)
+        self.launch("cross_entropy_backward", (targets.size,), dloss, logits, targets, *rest)
+        return dlogits
+
+    def head_inputs(self, args, x, weight, targets):
+        x = args.floats("x", x)
+        weight = args.floats("weight", weight, "(V, C)", (None, x.shape[-1]))
+        targets, check = args.ints("targets", targets, "(...)", x.shape[:-1], -1)
+        return x, weight, targets, check
+
+    def logits_in_blocks(self, x, weight):
+        """The logits of some rows after the other, in the same memory -> (rows, logits)."""
+        x, V = rows_of(x), weight.shape[0]
+        N = x.shape[0]
+        most = min(N, max(1, LOGITS // max(1, V)))
+        memory = self.empty((most, V))
+        for first in range(0, N, most or 1):
+            rows = slice(first, min(N, first + most))
+            logits = memory[: rows.stop - first]
+            self.product(x[rows], weight, logits, transpose_b=True)
+            yield rows, logits
+
+    def linear_cross_entropy_forward(self, x, weight, targets):
+        args = Arguments(self, "linear_cross_entropy_forward")
+        x, weight, targets, check = self.head_inputs(args, x, weight, targets)
+        loss, lse = self.empty(targets.shape), self.empty(targets.shape)
+        flat = [a.reshape(-1) for a in (targets, loss, lse)]
+        for rows, logits in self.logits_in_blocks(x, weight):
+            rest = (*(a[rows] for a in flat), weight.shape[0], 1, *check)
+            self.launch("cross_entropy_forward", logits.shape[:1], logits, *rest)
+        return loss, lse
+
+    def linear_cross_entropy_backward(self, dloss, x, weight, targets, lse):
+        args = Arguments(self, "linear_cross_entropy_backward")
+        x, weight, targets, check = self.head_inputs(args, x, weight, targets)
+        dloss = args.floats("dloss", dloss, "(...)", targets.shape).reshape(-1)
+        lse = args.floats("lse", lse, "(...)", targets.shape).reshape(-1)
+        targets, dx, dweight = targets.reshape(-1), self.empty(x.shape), self.empty(weight.shape)
+
+        def to_gradient(rows, logits):
+            given = (dloss[rows], logits, targets[rows], lse[rows], logits, weight.shape[0])
+            self.launch("cross_entropy_backward", logits.shape[:1], *given, *check)
+
+        self.head_backward(to_gradient, x, weight, dx, dweight)
+        return dx, dweight
+
+    def head_backward(self, to_gradient, x, weight, dx, dweight) -> None:
+        """dx and dweight, where to_gradient(rows, logits) turns logits into dlogits in place."""
+        if rows_of(x).shape[0] == 0:
+            dweight.fill(0)
+        for rows, logits in self.logits_in_blocks(x, weight):
+            to_gradient(rows, logits)
+            self.product(logits, weight, rows_of(dx)[rows])
+            self.product(logits, rows_of(x)[rows], dweight, transpose_a=True, add=rows.start > 0)
+
+    def linear_cross_entropy_with_gradients(self, x, weight, targets):
+        args = Arguments(self, "linear_cross_entropy_with_gradients")
+        x, weight, targets, check = self.head_inputs(args, x, weight, targets)
+        loss, lse = self.empty(targets.shape), self.empty(targets.shape)
+        dx, dweight, scale = self.empty(x.shape), self.empty(weight.shape), self.empty((1,))
+        self.launch("one_over_counted", (1,), targets, targets.size, scale, block=1024)
+        flat = [a.reshape(-1) for a in (targets, loss, lse)]
+
+        def to_gradient(rows, logits):
+            of_rows = [a[rows] for a in flat]
+            given = (logits, of_rows[0], scale, *of_rows[1:], weight.shape[0])
+            self.launch("cross_entropy_with_gradients", logits.shape[:1], *given, *check)
+
+        self.head_backward(to_gradient, x, weight, dx, dweight)
+        return loss, lse, dx, dweight
+
+    # ---- optimizer -----------------------------------------------------------------------------
+
+    def adamw(
+        self, param, grad, m, v, lr, beta1, beta2, eps, weight_decay, step, grad_scale=1.0
+    ):  # fmt: skip
+        args = Arguments(self, "adamw")
+        if step < 1:
+            args.wrong("step", f"at least 1, got {step}")
+        param = args.in_place("param", param, param.shape)
+        m, v = args.in_place("m", m, param.shape), args.in_place("v", v, param.shape)
+        grad = args.floats("grad", grad, "the shape of param", param.shape)
+        corrections = (1 / (1 - beta1**step), 1 / (1 - beta2**step))
+        numbers = (lr, 1 - beta1, 1 - beta2, *corrections, eps, weight_decay, grad_scale)
+        self.each("adamw", param, grad, m, v, rest=tuple(map(float, numbers)))
+
+    def global_norm(self, arrays) -> float:
+        """Waits for the device, and so it also tells what went wrong before."""
+        args = Arguments(self, "global_norm")
+        arrays = [args.floats("arrays", x, "the shape of itself", x.shape) for x in arrays]
+        blocks = [min(NORM_BLOCKS, up(x.size, 8 * THREADS)) for x in arrays]
+        partial, norm = self.xp.empty(sum(blocks), "float64"), self.xp.empty(1, "float64")
+        at = 0
+        for x, n in zip(arrays, blocks):
+            self.launch("sum_squares", (n,), x, x.size, partial[at : at + n])
+            at += n
+        self.launch("square_root_of_sum", (1,), partial, at, norm, block=1024)
+        self.settle()
+        return float(norm[0])
+
+
+def rows_of(x):
+    """(..., C) -> (N, C), a view."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def attention_tile(D: int, tiles: int) -> tuple[int, int, int]:
+    """The kernel's head size, queries (or keys) to a tile, and bytes of so many tiles and one of
+    weights: the ATTENTION lines of csrc/cuda/attention.cu."""
+    size = next(size for size in (32, 64, 128, 256) if size >= D)
+    tile = 16 * {32: 4, 64: 4, 128: 2, 256: 1}[size]
+    return size, tile, 4 * tile * (tiles * (size + 4) + tile + 4)
