@@ -73,6 +73,7 @@ def test_without_anyone_there_it_waits_and_goes_on(whole, assistant, tmp_path):
     for part, code in ((REPLIES[:3], 75), (REPLIES[3:6], 75), (REPLIES[6:], 0)):
         assert judge(assistant, out, part, "--resume").returncode == code
     assert weights(out) == weights(whole[0])
+    assert told(out) == told(whole[0])
 
 
 @pytest.mark.parametrize("after", [1, 4, 6])
@@ -92,6 +93,13 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bits(whole, assistant, tmp_
     assert done.returncode == 0, done.stderr
     assert weights(out) == weights(whole[0])
     assert judgements(out) == judgements(whole[0])
+    assert told(out) == told(whole[0])
+
+
+def told(out) -> list:
+    """What the log says of the rounds."""
+    names = ("step", "kl", "win_rate", "win_n")
+    return [[row.get(name) for name in names] for row in metrics(out) if "lr" in row]
 
 
 def wait_for(ready, seconds=60):
