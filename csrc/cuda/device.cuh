@@ -84,6 +84,50 @@ DEVICE u16 to_bfloat16(float x) {  // to the nearest, ties to even
 DEVICE float to_float(u16 x) { return __uint_as_float((unsigned)x << 16); }
 DEVICE float to_float(float x) { return x; }
 
+// ---- tensor cores: the only lines of assembly, each with a twin that any compiler takes ---------
+
+// Two numbers as bfloat16 in one register, the first in its lower half.
+DEVICE unsigned packed(float first, float second) {
+#ifdef __CUDA_ARCH__
+    unsigned both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+    return both;
+#else
+    return to_bfloat16(first) | (unsigned)to_bfloat16(second) << 16;
+#endif
+}
+
+// C (16, 8) += A (16, 16) B (16, 8), by the whole warp; A and B in bfloat16, C in float. With
+// g = lane / 4 and t = lane % 4 a lane holds
+//
+//   a[0] A(g, 2t) A(g, 2t + 1)          a[1] the same of row g + 8
+//   a[2] A(g, 2t + 8) A(g, 2t + 9)      a[3] the same of row g + 8
+//   b[0] B(2t, g) B(2t + 1, g)          b[1] B(2t + 8, g) B(2t + 9, g)
+//   c[0] C(g, 2t)   c[1] C(g, 2t + 1)   c[2], c[3] the same of row g + 8
+DEVICE void multiply_add(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+#ifdef __CUDA_ARCH__
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    for (int half = 0; half < 2; ++half)  // k = 2 u, 2 u + 1, and 8 more
+        for (int u = 0; u < 4; ++u) {
+            unsigned row[2], column[2];  // A(g, k), A(g + 8, k); B(k, 2 t), B(k, 2 t + 1)
+            for (int i = 0; i < 2; ++i) {
+                row[i] = __shfl_sync(ALL_LANES, a[2 * half + i], 4 * g + u);
+                column[i] = __shfl_sync(ALL_LANES, b[half], 4 * (2 * t + i) + u);
+            }
+            for (int i = 0; i < 4; ++i) {
+                const unsigned x = row[i / 2], y = column[i % 2];
+                c[i] += to_float((u16)x) * to_float((u16)y);
+                c[i] += to_float((u16)(x >> 16)) * to_float((u16)(y >> 16));
+            }
+        }
+#endif
+}
+
 // ---- integers from outside ---------------------------------------------------------------------
 
 // An index that must lie in [least, limit). One that does not is written down in fault, the first
