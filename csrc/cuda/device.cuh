@@ -97,6 +97,11 @@ DEVICE unsigned packed(float first, float second) {
 #endif
 }
 
+// Two registers of another lane.
+DEVICE unsigned long long shown(unsigned low, unsigned high, int lane) {
+    return __shfl_sync(ALL_LANES, (unsigned long long)high << 32 | low, lane);
+}
+
 // C (16, 8) += A (16, 16) B (16, 8), by the whole warp; A and B in bfloat16, C in float. With
 // g = lane / 4 and t = lane % 4 a lane holds
 //
@@ -112,19 +117,20 @@ DEVICE void multiply_add(float (&c)[4], const unsigned (&a)[4], const unsigned (
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
     const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    for (int half = 0; half < 2; ++half)  // k = 2 u, 2 u + 1, and 8 more
-        for (int u = 0; u < 4; ++u) {
-            unsigned row[2], column[2];  // A(g, k), A(g + 8, k); B(k, 2 t), B(k, 2 t + 1)
-            for (int i = 0; i < 2; ++i) {
-                row[i] = __shfl_sync(ALL_LANES, a[2 * half + i], 4 * g + u);
-                column[i] = __shfl_sync(ALL_LANES, b[half], 4 * (2 * t + i) + u);
-            }
-            for (int i = 0; i < 4; ++i) {
-                const unsigned x = row[i / 2], y = column[i % 2];
-                c[i] += to_float((u16)x) * to_float((u16)y);
-                c[i] += to_float((u16)(x >> 16)) * to_float((u16)(y >> 16));
+    for (int u = 0; u < 4; ++u) {  // k = 2u, 2u + 1, 2u + 8, 2u + 9
+        const unsigned long long near = shown(a[0], a[1], 4 * g + u),
+                                 far = shown(a[2], a[3], 4 * g + u),
+                                 even = shown(b[0], b[1], 8 * t + u),
+                                 odd = shown(b[0], b[1], 8 * t + 4 + u);
+        for (int i = 0; i < 4; ++i) {
+            const int row = i / 2 * 32;  // g or g + 8
+            const unsigned long long column = i % 2 ? odd : even;
+            for (int bits = 0; bits < 32; bits += 16) {
+                c[i] += to_float((u16)(near >> row >> bits)) * to_float((u16)(column >> bits));
+                c[i] += to_float((u16)(far >> row >> bits)) * to_float((u16)(column >> 32 >> bits));
             }
         }
+    }
 #endif
 }
 
