@@ -289,7 +289,7 @@ class Trainer:
             if not empty:
                 self.progress.say(f"step {self.step}: update skipped, {refusal}")
             row |= {"event": "skip", "reason": refusal}
-            row |= {k: None for k in ("loss", "grad_norm") if not math.isfinite(row[k])}
+            row |= {k: None for k, v in row.items() if v != v or v in (math.inf, -math.inf)}
         return row
 
     def draw(self) -> list[Batch]:
