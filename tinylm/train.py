@@ -289,7 +289,7 @@ class Trainer:
             if not empty:
                 self.progress.say(f"step {self.step}: update skipped, {refusal}")
             row |= {"event": "skip", "reason": refusal}
-            row |= {k: None for k, v in row.items() if v != v or v in (math.inf, -math.inf)}
+            row |= {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
         return row
 
     def draw(self) -> list[Batch]:
