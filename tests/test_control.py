@@ -58,6 +58,7 @@ def test_after_nan_it_goes_on_from_good_weights_at_half_the_rate(tokenizer, tmp_
     assert row["event"] == "skip"
     assert row["reason"] == "loss or gradient not finite"
     assert row["loss"] is None
+    json.dumps(row, allow_nan=False)
     assert same(good, stage.model)
     after = trainer.update()
     assert "event" not in after

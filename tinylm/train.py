@@ -289,7 +289,9 @@ class Trainer:
             if not empty:
                 self.progress.say(f"step {self.step}: update skipped, {refusal}")
             row |= {"event": "skip", "reason": refusal}
-            row |= {k: None for k in ("loss", "grad_norm") if not math.isfinite(row[k])}
+            row |= {
+                k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)
+            }
         return row
 
     def draw(self) -> list[Batch]:

@@ -1,8 +1,8 @@
 """Answers compared two at a time, each two in both orders, whoever it is that compares.
 
-Judges prefer a place (arXiv 2306.05685). A verdict in words counts only where it stays the same when
-the two answers change places, and is a tie otherwise; of verdicts in nats, the preference for a place
-cancels in their difference.
+Judges prefer a place (arXiv 2306.05685). A verdict in words counts only where it stays the same
+when the two answers change places, and is a tie otherwise; of verdicts in nats, the preference for
+a place cancels in their difference.
 """
 
 from __future__ import annotations
