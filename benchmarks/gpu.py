@@ -151,30 +151,34 @@ def measure(
     config = ModelConfig(**shape, architecture="gpt2")
     T, C, D = config.block_size, config.n_embd, config.head_size
     ours, found = Ours(repeats), {"gpu": backend.kernels.describe(), "rows": rows}
-    found["launch_us"] = compared(lambda it: it.launches(200), ours, theirs, lambda s: 1e6 * s)
-    sizes = {(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C), (C, config.vocab_size)}
+    found["launch_us"] = compared(ours, theirs, lambda seconds: 1e6 * seconds, "launches", 200)
+    sizes = sorted({(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C), (C, config.vocab_size)})
     found["products"] = [
-        {"dtype": dtype, "M": rows * T, "K": K, "N": N}
-        | compared(
-            lambda it: it.product(dtype, rows * T, K, N),  # noqa: B023  (called at once)
-            ours, theirs, lambda s: 2e-12 * rows * T * K * N / s,  # noqa: B023
-        )
-        for dtype in DTYPES for K, N in sorted(sizes)
-    ]  # fmt: skip
+        product(ours, theirs, dtype, rows * T, K, N) for dtype in DTYPES for K, N in sizes
+    ]
     heads = (rows, config.n_head, T, D)
     flops = 7 * rows * config.n_head * T * T * D  # 2 + 5 products, half of each is masked
     found["attention"] = [
-        {"dtype": dtype}
-        | compared(lambda it: it.attention(dtype, *heads), ours, theirs, lambda s: 1e-12 * flops / s)  # noqa: B023
+        {"dtype": dtype} | compared(ours, theirs, tera(flops), "attention", dtype, *heads)
         for dtype in DTYPES
-    ]  # fmt: skip
+    ]
     found["training"] = training(ours, theirs, config, rows, peak)
     return found
 
 
-def compared(task, ours: Ours, theirs: Theirs | None, unit) -> dict:
-    mine = task(ours)
-    other = task(theirs) if theirs else None
+def product(ours: Ours, theirs: Theirs | None, dtype: str, M: int, K: int, N: int) -> dict:
+    row = {"dtype": dtype, "M": M, "K": K, "N": N}
+    return row | compared(ours, theirs, tera(2 * M * K * N), "product", dtype, M, K, N)
+
+
+def tera(operations: float) -> Callable[[float], float]:
+    """From seconds to TFLOP/s."""
+    return lambda seconds: 1e-12 * operations / seconds
+
+
+def compared(ours: Ours, theirs: Theirs | None, unit, task: str, *arguments) -> dict:
+    mine = getattr(ours, task)(*arguments)
+    other = getattr(theirs, task)(*arguments) if theirs else None
     return {"tinylm": unit(mine), "torch": other and unit(other), "ratio": other and other / mine}
 
 

@@ -79,7 +79,8 @@ def measured(model: Path, judges: dict[str, RewardModel], seed: int) -> dict:
         found[name] = float(made.mean())
         found[f"{name} error"] = float(made.std() / len(made) ** 0.5)
         found[f"{name} positive"] = float((made > 0).mean())
-    return {**found, **evaluate.variety(said), "said": said[:6]}
+    words = float(numpy.mean([len(text.split()) for text in said]))
+    return {**found, "words": words, **evaluate.variety(said), "said": said[:6]}
 
 
 def run(source: Path, out: Path, seed: int, settings: dict) -> dict:

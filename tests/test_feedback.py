@@ -200,11 +200,12 @@ def seen(judged, gold, noise=0.1):
 
 
 def test_scores_that_rise_while_gold_falls_are_told_once():
-    assert seen([0, 1, 2, 3, 4], [0, 1, 0.5, 0.2, 0]) == ([60], True)
+    assert seen([0, 1, 2, 3, 4], [0, 1, 0.5, 0.2, 0]) == ([80], True)
 
 
 def test_what_is_no_worse_or_no_better_for_the_judge_is_not():
     assert seen([0, 1, 2, 3], [0, 1, 1, 1]) == ([], False)  # gold stays
+    assert seen([0, 1, 2, 3, 4], [0, 1, 0.5, 1, 0.5]) == ([], False)  # once is chance
     assert seen([0, 1, 0.5, 0], [0, 1, 0.5, 0]) == ([], False)  # both fall: not the judge's fault
     assert seen([0, 1, 2], [0, 1, 0.97], noise=0.5) == ([], False)  # within the noise
 

@@ -55,11 +55,10 @@ def test_three_stages_learn_what_they_learn_on_the_cpu(cuda, text, tmp_path, cap
     found = all_stages(tmp_path, text, "cuda", "float32")
     assert backend.name == "cuda"
     base, here = tmp_path / "cuda" / "base", ["--backend", "cuda"]
-    command("generate", base, "the cat", "--max-new-tokens", 60, *here, "--seed", 1)
+    command("generate", base, "the cat", "--max-new-tokens", 50, *here, "--seed", 1)
     command("fill", base, "the ___ sang", "--n", 2, *here)
-    command("fill", base, "the ___ sang", "--n", 2, "--temperature", 1, *here, "--seed", 1)
     command("info", base, *here)
-    command("report", tmp_path / "cuda", *here)
+    command("report", base, *here)
     command("eval", base, *here)
     command("pretrain", text, "--out", base, "--resume", "--max-steps", 3, *here)
 

@@ -44,7 +44,7 @@ class Model:
 
     def __call__(self, groups: list[Group]) -> list[list[float | None]]:
         if self.mode == "pairwise":
-            scores, agreed = compare(groups, self.verdicts)
+            scores, agreed = compare(groups, self.verdicts, in_nats=True)
             self.agreed += agreed
             return scores
         pairs = [(group.row.messages, answer) for group in groups for answer in group.answers]

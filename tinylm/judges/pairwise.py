@@ -1,7 +1,8 @@
 """Answers compared two at a time, each two in both orders, whoever it is that compares.
 
-Judges prefer a place (arXiv 2306.05685): a verdict counts only where it stays the same when the two
-answers change places, and is a tie otherwise.
+Judges prefer a place (arXiv 2306.05685). A verdict in words counts only where it stays the same when
+the two answers change places, and is a tie otherwise; of verdicts in nats, the preference for a place
+cancels in their difference.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def request(messages: list[dict]) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
-def compare(groups: list[Group], verdicts: Verdicts) -> tuple[list[list[float | None]], list[bool]]:
+def compare(
+    groups: list[Group], verdicts: Verdicts, in_nats: bool = False
+) -> tuple[list[list[float | None]], list[bool]]:
     """Scores by group, and of every two answers with both verdicts whether these agree.
 
     A score is an answer's mean result against the others to its prompt: 1 won, −1 lost, 0 a tie,
@@ -56,7 +59,7 @@ def compare(groups: list[Group], verdicts: Verdicts) -> tuple[list[list[float | 
             if first is None or second is None:
                 continue
             agreed.append(first * second < 0 or first == second == 0)
-            won = 0.0 if first * second >= 0 else 1.0 if first > 0 else -1.0
+            won = float((first > second) - (first < second)) if in_nats or agreed[-1] else 0.0
             found |= {(a, b): won, (b, a): -won}
         return found
 

@@ -345,9 +345,8 @@ class Kernels:
         q, k, v, start, (H, G, T, S, D) = self.attention_inputs(args, q, k, v, start)
         B = q[0].shape[0]
         out, lse = self.empty_heads(B, H, T, D), self.empty((B, H, T))
-        size, tile, shared = attention_tile(D, 2)
         arguments = (*q, *k, *v, start, out, lse, H, G, T, S, D)
-        self.launch(f"attention_forward_{size}", (up(T, tile), H, B), *arguments, shared=shared)
+        self.launch_attention("forward", (2, 1, 1, 1), (T, H, B), *arguments)
         return out, lse
 
     def attention_inputs(self, args, q, k, v, start):
@@ -364,6 +363,13 @@ class Kernels:
             start, _ = args.ints("start", start, "(B, T)", (B, T), -INT32_MAX)
         return q, k, v, start, (H, G, T, S, D)
 
+    def launch_attention(self, name, tiles, grid, *arguments) -> None:
+        """grid: tokens that blocks share, heads, rows of the batch; D is the last argument."""
+        plan = attention_plan(arguments[-1], self.products == "bfloat16", tiles)
+        ending, tile, block, shared = plan
+        grid = (up(grid[0], tile), *grid[1:])
+        self.launch(f"attention_{name}_{ending}", grid, *arguments, block=block, shared=shared)
+
     def attention_backward(self, dout, q, k, v, out, lse, start=None):
         args = Arguments(self, "attention_backward")
         q, k, v, start, shape = self.attention_inputs(args, q, k, v, start)
@@ -375,12 +381,9 @@ class Kernels:
         self.launch("attention_delta", (up(T, WARPS), H, B), *dout, *out, delta, T, D)
         dq = self.empty_heads(B, H, T, D)
         dk, dv = self.empty_heads(B, G, S, D), self.empty_heads(B, G, S, D)
-        size, tile, shared = attention_tile(D, 4)
         inputs = (*dout, *q, *k, *v, lse, delta, start)
-        name, grid = f"attention_backward_q_{size}", (up(T, tile), H, B)
-        self.launch(name, grid, *inputs, dq, *shape, shared=shared)
-        name, grid = f"attention_backward_kv_{size}", (up(S, tile), G, B)
-        self.launch(name, grid, *inputs, dk, dv, *shape, shared=shared)
+        self.launch_attention("backward_q", (4, 2, 2, 1), (T, H, B), *inputs, dq, *shape)
+        self.launch_attention("backward_kv", (4, 2, 2, 2), (S, G, B), *inputs, dk, dv, *shape)
         return dq, dk, dv
 
     # ---- activations ---------------------------------------------------------------------------
@@ -538,9 +541,19 @@ def rows_of(x):
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def attention_tile(D: int, tiles: int) -> tuple[int, int, int]:
-    """The kernel's head size, queries (or keys) to a tile, and bytes of so many tiles and one of
-    weights: the ATTENTION lines of csrc/cuda/attention.cu."""
+def attention_plan(D: int, bfloat16: bool, tiles: tuple[int, int, int, int]) -> tuple:
+    """How the attention kernels hold head size D: the ending of their name, queries (or keys) to a
+    block, threads, bytes of shared memory. See the lines ATTENTION in csrc/cuda/attention*.cu.
+
+    tiles: how many are in float32; in bfloat16 of the block's own tokens by rows, of those that it
+    meets by rows, and by pairs.
+    """
     size = next(size for size in (32, 64, 128, 256) if size >= D)
+    if bfloat16 and size <= 128:
+        size = max(size, 64)
+        met = 64 if size <= 64 else 32
+        row, pair = size // 2 + 4, size + 8
+        words = tiles[1] * 64 * row + tiles[2] * met * row + tiles[3] * met // 2 * pair
+        return f"bfloat16_{size}", 64, 128, 4 * words
     tile = 16 * {32: 4, 64: 4, 128: 2, 256: 1}[size]
-    return size, tile, 4 * tile * (tiles * (size + 4) + tile + 4)
+    return str(size), tile, THREADS, 4 * tile * (tiles[0] * (size + 4) + tile + 4)

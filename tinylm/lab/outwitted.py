@@ -97,11 +97,11 @@ def curve(run: Path) -> list[tuple[float, float, float]]:
     """(√KL, reward, gold), means of twentieths of a run."""
     rows = [row for row in read_metrics(run) if "gold" in row and "lr" in row]
     size = max(1, len(rows) // 20)
-    parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-    return [
-        (mean(r["kl"] for r in p) ** 0.5, mean(r["reward"] for r in p), mean(r["gold"] for r in p))
-        for p in parts
-    ]
+    found = []
+    for part in (rows[i : i + size] for i in range(0, len(rows), size)):
+        kl, reward, gold = (mean(row[key] for row in part) for key in ("kl", "reward", "gold"))
+        found.append((max(0.0, kl) ** 0.5, reward, gold))  # rounding can make an exact 0 negative
+    return found
 
 
 def measure(workshop: Workshop) -> list[Measure]:

@@ -151,12 +151,14 @@ class Watch:
 
     Judge and gold are compared by means of windows of steps: outwitted is, once and for all, a
     model of which the judge thinks more than in the window that was best by gold, and gold less, by
-    twice the standard error of that difference (the turn of the curves of arXiv 2210.10760).
+    twice the standard error of that difference, in two windows one after the other (the turn of the
+    curves of arXiv 2210.10760).
     """
 
     window: int = 20
     seen: list[tuple[float, float]] = field(default_factory=list)  # (judge, gold) of each step
     best: tuple[float, float, float] | None = None  # judge, gold and its variance
+    worse: int = 0  # windows since then that were worse
     outwitted: bool = False
 
     def see(self, judged: float, gold: float) -> bool:
@@ -169,8 +171,10 @@ class Watch:
         self.seen = []
         if not self.best or gold > self.best[1]:
             self.best = (judged, gold, variance)
-        worse = self.best[1] - gold > 2 * (variance + self.best[2]) ** 0.5
-        found = worse and judged > self.best[0] and not self.outwitted
+        error = (variance + self.best[2]) ** 0.5
+        worse = judged > self.best[0] and self.best[1] - gold > 2 * error
+        self.worse = self.worse + 1 if worse else 0
+        found = self.worse == 2 and not self.outwitted
         self.outwitted |= found
         return found
 
