@@ -109,6 +109,7 @@ def test_what_other_pages_send_does_not_count(page, headers):
         ({**CHOICE, "comment": 1}, 400),
         ({"choice": 1}, 400),
         ([1], 400),
+        (None, 400),
         ({**CHOICE, "question": 6}, 409),
         ({**CHOICE, "question": None}, 409),
     ],

@@ -29,8 +29,8 @@ from tinylm.judges import Group
 from tinylm.store import Item, Store, place_in
 
 WHO = "person"
-DEFAULTS = {"answers": 4, "batch_size": 16, "held_out": 8, "max_steps": 40, "save_every": 1,
-            "learning_rate": 3e-4, "eval_every": 10}  # fmt: skip
+DEFAULTS = {"answers": 4, "max_new_tokens": 64, "batch_size": 16, "learning_rate": 3e-4,
+            "max_steps": 40, "held_out": 8, "save_every": 1, "eval_every": 10}  # fmt: skip
 FIXED = 6  # prompts that are shown before and after
 WINDOW = 20  # comparisons that make the win rate
 FRAME = 0.03  # seconds between two pictures of an answer that is being written
