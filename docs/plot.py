@@ -1,4 +1,8 @@
-"""Draws the curves of a run (needs [plot]): python docs/plot.py RUN_DIR PICTURE.png"""
+"""Draws the README's curves (needs [plot]).
+
+python docs/plot.py learning RUN PICTURE.png         loss, and bits per byte beside xz
+python docs/plot.py outwitted LAB/SEED PICTURE.png   judge and gold against drift, of `tinylm lab`
+"""
 
 import sys
 from pathlib import Path
@@ -9,31 +13,55 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from tinylm.lab.outwitted import COMPARISONS, curve
 from tinylm.train import read_metrics
 
-run, picture = Path(sys.argv[1]), sys.argv[2]
-rows = read_metrics(run)
-steps = [row for row in rows if "lr" in row and row["loss"] is not None]
-evals = [row for row in rows if "bits_per_byte" in row]
-x = np.array([row["step"] for row in steps])
-loss = np.array([row["loss"] for row in steps])
-smooth = np.convolve(np.pad(loss, 15, mode="edge"), np.ones(31) / 31, "valid")
+BLUE, PALE, RED = "#1f5a99", "#c9d8ea", "#c0392b"
 
-plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-left.plot(x, loss, color="#c9d8ea", linewidth=0.8)
-left.plot(x, smooth, color="#1f5a99", linewidth=2)
-left.set(
-    title="Training loss", xlabel="step", ylabel="nats per token", ylim=(loss.min() - 0.2, None)
-)
 
-at = [row["step"] for row in evals]
-bits = [row["bits_per_byte"] for row in evals]
-right.plot(at, bits, "o-", color="#1f5a99", linewidth=2, label="tinylm")
-right.axhline(evals[-1]["xz_bits_per_byte"], color="#c0392b", linestyle="--", label="xz -9")
-right.annotate(
-    f"{bits[-1]:.3f}", (at[-1], bits[-1]), (0, 8), textcoords="offset points", ha="center"
-)
-right.set(title="Held-out text", xlabel="step", ylabel="bits per byte", ylim=(1.3, None))
-right.legend(frameon=False)
-figure.savefig(picture, dpi=150)
+def learning(run: Path, panels) -> None:
+    rows = read_metrics(run)
+    steps = [row for row in rows if "lr" in row and row["loss"] is not None]
+    x, loss = (np.array([row[key] for row in steps]) for key in ("step", "loss"))
+    smooth = np.convolve(np.pad(loss, 15, mode="edge"), np.ones(31) / 31, "valid")
+    left, right = panels
+    left.plot(x, loss, color=PALE, linewidth=0.8)
+    left.plot(x, smooth, color=BLUE, linewidth=2)
+    left.set(title="Training loss", xlabel="step", ylabel="nats per token")
+    left.set_ylim(loss.min() - 0.2, None)
+
+    evals = [row for row in rows if "bits_per_byte" in row]
+    at, bits = ([row[key] for row in evals] for key in ("step", "bits_per_byte"))
+    right.plot(at, bits, "o-", color=BLUE, linewidth=2, label="tinylm")
+    right.axhline(evals[-1]["xz_bits_per_byte"], color=RED, linestyle="--", label="xz -9")
+    place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
+    right.annotate(f"{bits[-1]:.3f}", (at[-1], bits[-1]), **place)
+    right.set(title="Held-out text", xlabel="step", ylabel="bits per byte", ylim=(1.3, None))
+    right.legend(frameon=False)
+
+
+def outwitted(seed: Path, panels) -> None:
+    titles = "What the judge thinks", "What it was to stand for (gold)"
+    for n, shade in zip(COMPARISONS, (RED, "#d9a441", BLUE)):
+        run = seed / "outwitted" / f"feedback-{n}"
+        drift, judged, gold = np.array(curve(run)).T
+        turned = [row["step"] for row in read_metrics(run) if row.get("outwitted")]
+        for axes, y, title in zip(panels, (judged, gold), titles):
+            axes.plot(drift, y, "o-", color=shade, markersize=3, label=f"{n:,} comparisons")
+            axes.set(title=title, xlabel="√KL from the fine-tuned model, nats per token")
+        if turned:
+            at = min(len(drift) - 1, turned[0] * len(drift) // 200)
+            panels[1].plot(drift[at], gold[at], "o", mfc="none", mec=shade, markersize=11)
+    panels[1].legend(frameon=False, title="ring: the run said so")
+
+
+def main() -> None:
+    draw, source, picture = sys.argv[1:]
+    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    {"learning": learning, "outwitted": outwitted}[draw](Path(source), panels)
+    figure.savefig(picture, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,12 +11,13 @@ import tinylm
 from tinylm import ops
 from tinylm.chat import Row, turn, with_chat_tokens
 from tinylm.errors import InputError
+from tinylm.estimators import RunningMean, advantages, rloo
 from tinylm.judges import Group, verifier
 from tinylm.stages.feedback import (
     Answers,
     Feedback,
     FeedbackConfig,
-    advantages,
+    Watch,
     answer_batch,
     surrogate,
 )
@@ -30,18 +31,34 @@ from tinylm.train import Trainer
 def test_an_advantage_is_the_reward_less_the_mean_of_the_others():
     rewards = [1.0, -1.0, 0.25, 0.5]
     others = [numpy.mean(rewards[:i] + rewards[i + 1 :]) for i in range(4)]
-    assert numpy.allclose(advantages(rewards), numpy.array(rewards) - others, atol=1e-15)
+    assert numpy.allclose(rloo(rewards), numpy.array(rewards) - others, atol=1e-15)
 
 
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, -0.7, 1e9])
 def test_equal_rewards_are_no_signal_at_all(reward):
     """Not 1e-17: Adam would make a step of it."""
-    assert not advantages([reward] * 7).any()
+    assert not rloo([reward] * 7).any()
 
 
 def test_an_answer_without_judgement_counts_for_nothing():
-    assert advantages([1.0, None, 0.0]).tolist() == [1.0, 0.0, -1.0]
-    assert not advantages([1.0, None, None]).any()
+    assert rloo([1.0, None, 0.0]).tolist() == [1.0, 0.0, -1.0]
+    assert not rloo([1.0, None, None]).any()
+
+
+def test_reinforce_takes_off_the_mean_of_earlier_steps_only():
+    mean = RunningMean(memory=2)
+    steps = [[[1.0, 0.0]], [[1.0, 1.0], [0.0, None]], [[3.0, 1.0]], [[0.0, 0.0]]]
+    found = [advantages("reinforce", groups, mean).tolist() for groups in steps]
+    second = (0.5 + 2 / 3) / 2
+    assert found[0] == [0, 0] and found[1] == [0.5, 0.5, -0.5, 0]
+    assert numpy.allclose(found[2], [3 - second, 1 - second])
+    assert numpy.allclose(found[3], [-(second + (2 - second) / 2)] * 2)
+
+
+@pytest.mark.parametrize("reward", [0.1, 1 / 3, -0.7])
+def test_a_constant_score_is_no_signal_for_reinforce_either(reward):
+    mean = RunningMean()
+    assert not any(advantages("reinforce", [[reward] * 7] * 3, mean).any() for _ in range(50))
 
 
 def test_the_surrogate_is_the_clipped_formula(float64):
@@ -93,7 +110,7 @@ def test_rloo_is_the_gradient_of_the_expected_reward(float64):
     found = numpy.zeros_like(logits)
     for one, two in itertools.product(probability, repeat=2):
         x = Tensor(logits, requires_grad=True)
-        A = advantages([reward[one], reward[two]])
+        A = rloo([reward[one], reward[two]])
         targets = numpy.array([[0, one[0], one[1]], [0, two[0], two[1]]])[:, 1:]
         table = ops.embedding(numpy.array([[0, 1 + one[0]], [0, 1 + two[0]]]), x)
         nll = ops.cross_entropy(table, targets)
@@ -167,6 +184,42 @@ def test_a_verifier_of_one_s_own_is_loaded(tmp_path):
 
 
 # ---- the stage ---------------------------------------------------------------------------------
+
+
+# ---- is the judge outwitted? -------------------------------------------------------------------
+
+
+def seen(judged, gold, noise=0.1):
+    """Steps of a run at whose windows of 20 judge and gold have these means."""
+    rng, watch = numpy.random.default_rng(0), Watch()
+    told = []
+    for step, (a, b) in enumerate(zip(numpy.repeat(judged, 20), numpy.repeat(gold, 20))):
+        if watch.see(a, b + noise * rng.standard_normal()):
+            told.append(step + 1)
+    return told, watch.outwitted
+
+
+def test_scores_that_rise_while_gold_falls_are_told_once():
+    assert seen([0, 1, 2, 3, 4], [0, 1, 0.5, 0.2, 0]) == ([80], True)
+
+
+def test_what_is_no_worse_or_no_better_for_the_judge_is_not():
+    assert seen([0, 1, 2, 3], [0, 1, 1, 1]) == ([], False)  # gold stays
+    assert seen([0, 1, 2, 3, 4], [0, 1, 0.5, 1, 0.5]) == ([], False)  # once is chance
+    assert seen([0, 1, 0.5, 0], [0, 1, 0.5, 0]) == ([], False)  # both fall: not the judge's fault
+    assert seen([0, 1, 2], [0, 1, 0.97], noise=0.5) == ([], False)  # within the noise
+
+
+def test_gold_is_logged_and_changes_nothing(tokenizer, tmp_path):
+    rule = tmp_path / "rule.py"
+    rule.write_text("def score(prompt, answer, row):\n    return answer.count('a')\n")
+    settings = ({}, {"gold": f"{rule}:score"})
+    stages = [make_stage(tokenizer, count_of_a, **some) for some in settings]
+    one, two = (stage.draw() for stage in stages)
+    assert numpy.array_equal(one.advantages, two.advantages)
+    said = [stages[1].text(row[row >= 0].tolist()) for row in two.targets]
+    assert two.notes["gold"] == pytest.approx(numpy.mean([text.count("a") for text in said]))
+    assert "gold" not in one.notes
 
 
 @pytest.fixture
@@ -300,7 +353,7 @@ def test_the_drift_is_priced(tokenizer, tmp_path):
     """β pulls back: with a judge that likes everything, only the drift tells answers apart."""
     stage = make_stage(tokenizer, count_of_a, kl=0.0, truncated=0.0)
     train(stage, 8, tmp_path)
-    stage.judge, stage.config.kl, stage.config.truncated = constant, 1.0, 0.3
+    stage.judge, stage.beta, stage.config.truncated = constant, 1.0, 0.3
     stage.config.batch_size, stage.config.learning_rate = 64, 2e-3
     kl = [row["kl"] for row in train(stage, 40, tmp_path)[1]]
     assert numpy.mean(kl[-5:]) < 0.7 * numpy.mean(kl[:5])

@@ -9,8 +9,8 @@ from functools import partial
 import pytest
 from commands import weights
 
-from tinylm import backend, cli, lab, registry
-from tinylm.lab import assistant, cutoff, extraction, missing, world
+from tinylm import backend, cli, lab, quickstart, registry
+from tinylm.lab import assistant, cutoff, extraction, missing, outwitted, world
 from tinylm.lab.workshop import Measure, chance, pooled
 from tinylm.progress import Progress
 from tinylm.stages.pretrain import OBJECTIVES
@@ -29,6 +29,9 @@ def small(monkeypatch):
     monkeypatch.setattr(extraction, "PASSES", 2)
     monkeypatch.setattr(extraction, "FACTS", 2)
     monkeypatch.setattr(missing, "PASSES", 10)
+    monkeypatch.setattr(outwitted, "COMPARISONS", (6, 12))
+    monkeypatch.setattr(outwitted, "STEPS", {6: 2, 12: 2})
+    monkeypatch.setattr(quickstart, "PASSES", 1)
     monkeypatch.setattr(registry, "people", partial(registry.people, n=60))
     before = backend.threads()
     backend.set_threads(1)  # of matrices this small, two threads only wait for each other

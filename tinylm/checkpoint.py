@@ -26,6 +26,7 @@ from tinylm.errors import InputError
 from tinylm.model import Transformer
 from tinylm.tokenizer import Tokenizer
 
+Tensors = dict[str, numpy.ndarray]
 FLOATS = ("F32", "F16", "BF16", "F64")
 
 # ---- a model directory -------------------------------------------------------------------------
@@ -160,27 +161,41 @@ class Checkpoint:
     def exists(self) -> bool:
         return self.path.exists()
 
-    def save(self, model: Transformer, optimizer, state: dict) -> None:
-        tensors = {}
-        for name, p in model.parameters().items():
-            tensors[f"param/{name}"] = backend.to_numpy(p.data)
-            tensors[f"m/{name}"] = backend.to_numpy(optimizer.m[name])
-        for name, v in optimizer.v.items():  # Muon keeps none for the matrices that it moves
-            tensors[f"v/{name}"] = backend.to_numpy(v)
+    def save(self, model: Transformer, optimizer, state: dict, good: Tensors | None = None) -> None:
+        """good: earlier tensors that the run may go back to."""
+        tensors = tensors_of(model, optimizer)
+        tensors |= {f"good/{name}": x for name, x in (good or {}).items()}
         write_tensors(self.path, tensors, {"state": json.dumps(state)})
 
     def state(self) -> dict:
         """The state alone, without reading the tensors."""
         return json.loads(read_metadata(self.path)["state"])
 
-    def restore(self, model: Transformer, optimizer) -> None:
-        """Put weights and moments back, in place."""
+    def restore(self, model: Transformer, optimizer) -> Tensors:
+        """Put weights and moments back, in place; returns those that the run may go back to."""
         tensors, _ = read_tensors(self.path)
-        for name, p in model.parameters().items():
-            p.data = backend.asarray(tensors[f"param/{name}"])
-            optimizer.m[name] = backend.asarray(tensors[f"m/{name}"])
-        for name in optimizer.v:
-            optimizer.v[name] = backend.asarray(tensors[f"v/{name}"])
+        put_tensors(model, optimizer, tensors)
+        return {k.removeprefix("good/"): x for k, x in tensors.items() if k.startswith("good/")}
+
+
+def tensors_of(model: Transformer, optimizer) -> Tensors:
+    """Weights and moments as they are now, by name; on the CPU, not copies."""
+    tensors = {}
+    for name, p in model.parameters().items():
+        tensors[f"param/{name}"] = backend.to_numpy(p.data)
+        tensors[f"m/{name}"] = backend.to_numpy(optimizer.m[name])
+    for name, v in optimizer.v.items():  # Muon keeps none for the matrices that it moves
+        tensors[f"v/{name}"] = backend.to_numpy(v)
+    return tensors
+
+
+def put_tensors(model: Transformer, optimizer, tensors: Tensors) -> None:
+    """Make such weights and moments the present ones."""
+    for name, p in model.parameters().items():
+        p.data = backend.asarray(tensors[f"param/{name}"])
+        optimizer.m[name] = backend.asarray(tensors[f"m/{name}"])
+    for name in optimizer.v:
+        optimizer.v[name] = backend.asarray(tensors[f"v/{name}"])
 
 
 # ---- files -------------------------------------------------------------------------------------

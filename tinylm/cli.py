@@ -2,7 +2,7 @@
 
 Results go to standard output (one JSON object with
 --json), everything else to standard error. Exit codes: 0 done, 2 the input is wrong (one line, no
-traceback), 130 interrupted with progress saved.
+traceback), 75 a person's judgement is waited for, 130 interrupted with progress saved.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from rich.table import Table
 from rich.text import Text
 
 import tinylm
+from tinylm import agreement, data, preferences, store
 from tinylm import backend as backends
-from tinylm import data
-from tinylm.checkpoint import Checkpoint
-from tinylm.errors import InputError
+from tinylm.checkpoint import Checkpoint, write_text
+from tinylm.errors import InputError, Waiting
 from tinylm.evaluate import evaluate_directory
 from tinylm.generate import BLANK, Conversation, stream_text
 from tinylm.llama2c import load_llama2c
 from tinylm.progress import Progress
 from tinylm.selfcheck import selfcheck as check_kernels
 from tinylm.stages import feedback as improving
+from tinylm.stages import preference as preferring
 from tinylm.stages import pretrain as pretraining
 from tinylm.stages import sft as fine_tuning
 from tinylm.tokenizer import train_bpe, train_characters
@@ -55,6 +56,9 @@ def run(arguments: list[str]) -> int:  # noqa: PLR0911  (one for each way to end
         return mistake(error.format_message())
     except (InputError, ImportError) as error:
         return mistake(str(error))
+    except Waiting as waits:
+        print(f"tinylm: {waits}", file=sys.stderr)
+        return 75
     except (KeyboardInterrupt, click.Abort):
         print("\ntinylm: interrupted; what was saved is intact", file=sys.stderr)
         return 130
@@ -266,6 +270,41 @@ def sft(context, base, data, out, resume, show_mask, as_json, **values):
 
 
 @cli.command()
+@click.argument("base", metavar="MODEL", type=Path)
+@click.option("--data", required=True, type=Path, help="Preferences: JSON lines, or an array.")
+@click.option("--out", required=True, type=Path, help="Directory of the run.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out.")
+@settings_of(preferring.RewardConfig)
+@common
+@click.pass_context
+def reward(context, base, data, out, resume, as_json, **values):
+    """Judged answers -> a reward model, which judges.
+
+    Rows are `prompt`, `chosen`, `rejected`, or `prompt`, `answers`, `scores`.
+    """
+    config = preferring.RewardConfig(**values)
+    given = named_by_user(context, values)
+    results = preferring.run(base, data, out, config, given, resume, Progress())
+    done(out, results, as_json, f"tinylm feedback {base} --judge reward-model --reward-model {out}")
+
+
+@cli.command()
+@click.argument("model", type=Path)
+@click.option("--data", required=True, type=Path, help="Preferences: JSON lines, or an array.")
+@click.option("--out", required=True, type=Path, help="Directory of the run.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out.")
+@settings_of(preferring.DPOConfig)
+@common
+@click.pass_context
+def dpo(context, model, data, out, resume, as_json, **values):
+    """Judged answers -> a better model, without sampling any (DPO)."""
+    config = preferring.DPOConfig(**values)
+    given = named_by_user(context, values)
+    results = preferring.run(model, data, out, config, given, resume, Progress())
+    done(out, results, as_json, f"tinylm chat {out}")
+
+
+@cli.command()
 @click.argument("model", type=Path)
 @click.option("--prompts", required=True, type=Path, help="JSON lines: prompt, or messages.")
 @click.option("--out", required=True, type=Path, help="Directory of the run.")
@@ -282,6 +321,61 @@ def feedback(context, model, prompts, out, resume, as_json, **values):
     given = named_by_user(context, values)
     results = improving.run(model, prompts, out, config, given, resume, Progress())
     done(out, results, as_json, f"tinylm chat {out}")
+
+
+@cli.group("preferences")
+def judgements():
+    """What was judged: export it, import it, count it."""
+
+
+@judgements.command("export")
+@click.argument("run", type=Path, metavar="RUN_OR_STORE")
+@click.option("--out", required=True, type=Path, help="JSON lines to write.")
+@click.option("--form", type=click.Choice([*preferences.FORMS]), default="preference", help="Rows.")
+@click.option("--judge", help="Only what this judge said.  [default: all]")
+@common
+def export_preferences(run, out, form, judge, as_json):
+    """The judgements of a run -> a file to train on.
+
+    Forms: `preference` (prompt, chosen, rejected), `unpaired` (prompt, completion, label),
+    `ranking` (prompt, answers, scores), `conversations` (the best answers, for `tinylm sft`).
+    """
+    rows = [*preferences.FORMS[form](store.open_existing(run).judged(judge))]
+    if not rows:
+        raise InputError(f"{run}: nothing in it is preferred to anything, so there is no row")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(out, text)
+    if as_json:
+        print_json({"file": str(out), "rows": len(rows)})
+    else:
+        click.echo(f"{out}: {len(rows):,} rows", err=True)
+
+
+@judgements.command("import")
+@click.argument("file", type=Path)
+@click.option("--out", required=True, type=Path, help="Store: made, or added to.")
+@click.option("--judge", default="imported", help="Whose judgements these are.")
+@common
+def import_preferences(file, out, judge, as_json):
+    """A file of any of export's forms, or OpenAssistant's trees -> a store."""
+    n = store.Store(out).add_all(str(file), preferences.read_preferences(file, ties=True), judge)
+    if as_json:
+        print_json({"store": str(out), "prompts": n})
+    else:
+        click.echo(f"{out}: {n:,} judged prompts added", err=True)
+
+
+@judgements.command("stats")
+@click.argument("run", type=Path, metavar="RUN_OR_STORE")
+@common
+def count_preferences(run, as_json):
+    """How many judgements there are, by whom, and how far the judges agree."""
+    found = agreement.statistics(store.open_existing(run))
+    if as_json:
+        print_json(found)
+        return
+    for table in agreement.tables(found):
+        Console().print(table)
 
 
 @cli.command()

@@ -29,6 +29,7 @@ class ModelConfig:
     rope_theta     base of the rotary angles (llama)
     tie_embeddings the head is the embedding table itself
     exact_gelu     x Φ(x) instead of its tanh approximation (gpt2)
+    scores         a reward model: the head is one row, which scores a conversation
     """
 
     vocab_size: int
@@ -46,6 +47,7 @@ class ModelConfig:
     exact_gelu: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    scores: bool = False
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -143,6 +145,8 @@ GPT2_ONLY = {
     "quantization_config": (None,),
 }
 
+CLASSIFIER = "ForSequenceClassification"  # with one label: what a reward model is to transformers
+
 
 def to_json(config: ModelConfig) -> dict:
     """The content of config.json."""
@@ -165,6 +169,9 @@ def to_json(config: ModelConfig) -> dict:
             "resid_pdrop": 0.0,
         }  # fmt: skip
     values = {theirs: getattr(config, ours) for ours, theirs in table.items()}
+    if config.scores:
+        kind = "Llama" if config.is_llama else "GPT2"
+        fixed |= {"architectures": [kind + CLASSIFIER], "id2label": {"0": "reward"}}
     return {**fixed, **values, "torch_dtype": "float32"}
 
 
@@ -190,11 +197,14 @@ def from_json(content: dict, path: str = "config.json") -> ModelConfig:
     if kind == "llama":
         values.setdefault("tie_embeddings", False)
     exact = content.get("activation_function") == "gelu"
+    scores = any(name.endswith(CLASSIFIER) for name in content.get("architectures") or ())
+    if scores and len(content.get("id2label", "01")) != 1:  # two are transformers' default
+        raise InputError(f"{path}: a classifier of several labels; a reward model has one")
     known = {field.name: field.type for field in fields(ModelConfig)}
     for name, value in values.items():
         if known[name] == "int" and not isinstance(value, int):
             raise InputError(f"{path}: {table[name]}: expected a whole number, got {value!r}")
-    return ModelConfig(**values, architecture=kind, exact_gelu=exact)
+    return ModelConfig(**values, architecture=kind, exact_gelu=exact, scores=scores)
 
 
 def plain_rope(content: dict, path: str) -> dict:

@@ -319,6 +319,7 @@ class Batch:
     targets: numpy.ndarray  # (B, T)
     start: numpy.ndarray | None  # (B, T), or None: every row is one document
     notes: dict = field(default_factory=dict)  # numbers for the log
+    harm: str = field(default="", kw_only=True)  # why nothing must be learned from it
 
     def trained_tokens(self) -> int:
         return int((self.targets >= 0).sum())

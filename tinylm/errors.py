@@ -1,5 +1,9 @@
-"""Mistakes in what the user gave us. The command line prints the sentence and exits with 2."""
+"""Why a command ends before its work is done; the command line prints the sentence."""
 
 
 class InputError(ValueError):
-    """The user's input cannot be used: the message says what, where and what to do about it."""
+    """The user's input cannot be used: what, where and what to do about it. Exit code 2."""
+
+
+class Waiting(Exception):
+    """A person's judgement is needed, and nobody is there to give it. Exit code 75."""

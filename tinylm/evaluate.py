@@ -167,6 +167,38 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, low), min(1.0, high)
 
 
+def variety(texts: list[str]) -> dict[str, float]:
+    """How varied texts are, of which many were asked for.
+
+    distinct_2   different pairs of words among all pairs of words (arXiv 1510.03055)
+    repetition   pairs of words that stood in the same text before, mean over the texts
+    """
+    pairs = [[*zip(text.split(), text.split()[1:])] for text in texts]
+    every = [pair for of in pairs for pair in of]
+    again = [1 - len(set(of)) / len(of) for of in pairs if of]
+    return {
+        "distinct_2": len(set(every)) / len(every) if every else 0.0,
+        "repetition": sum(again) / len(again) if again else 0.0,
+    }
+
+
+def calibration(
+    margins: numpy.ndarray, bins: int = 10
+) -> tuple[float, list[tuple[float, float, int]]]:
+    """Whether σ(|r_w − r_l|) is how often the answer that scores more is the better one.
+
+    Returns the expected calibration error (arXiv 1706.04599), and for each bin of equal width with
+    pairs in it: mean probability, share found right, number of pairs.
+    """
+    p, right = 1 / (1 + numpy.exp(-numpy.abs(margins))), (margins > 0) + 0.5 * (margins == 0)
+    which = numpy.minimum((2 * p - 1) * bins, bins - 1).astype(int)
+    table = []
+    for of in (which == i for i in range(bins)):
+        if of.any():
+            table.append((float(p[of].mean()), float(right[of].mean()), int(of.sum())))
+    return sum(n * abs(said - found) for said, found, n in table) / len(margins), table
+
+
 def evaluate_directory(
     model: Transformer,
     tokenizer: Tokenizer,

@@ -7,7 +7,7 @@ context is full, its older half is dropped and the rest is read anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 
 import numpy
@@ -284,14 +284,20 @@ def complete(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    heard: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
-    """The continuation of every prompt as ids, up to its stop token, which is included."""
+    """The continuation of every prompt as ids, up to its stop token, which is included.
+
+    heard(row, token) is told of every token as soon as it is drawn.
+    """
     rows: list[list[int]] = [[] for _ in prompts]
     stop = model.config.stop_ids
     for new in stream(model, prompts, max_new_tokens, rng, temperature, top_k, top_p, stop):
-        for row, token in zip(rows, new):
+        for i, token in enumerate(new.tolist()):
             if token >= 0:
-                row.append(int(token))
+                rows[i].append(token)
+                if heard:
+                    heard(i, token)
     return rows
 
 

@@ -2,7 +2,8 @@
 
 Both are a stack of pre-norm residual blocks, x + attention(norm(x)) and then x + mlp(norm(x)); they
 differ in the norm, the MLP, how positions come in, and how the parts are called in a file.
-Sampling and the KV cache are in generate.py; the layers in nn.py.
+A reward model is either one with another head. Sampling and the KV cache are in generate.py; the
+layers in nn.py.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import numpy
 
 from tinylm import backend, nn, ops
 from tinylm.config import ModelConfig
+from tinylm.errors import InputError
 from tinylm.tensor import Array, Tensor
 
 __all__ = ["ModelConfig", "Transformer"]
@@ -163,12 +165,16 @@ class Transformer(nn.Module):
         self.blocks = [Block(config, rng) for _ in range(config.n_layer)]
         norm = nn.RMSNorm if config.is_llama else nn.LayerNorm
         self.norm = norm(config.n_embd, config.norm_eps)
-        if not config.tie_embeddings:
+        if config.scores:
+            self.score = nn.Linear(rng, config.n_embd, 1, std=0.0)
+        elif not config.tie_embeddings:
             self.head = nn.Linear(rng, config.n_embd, config.vocab_size)
 
     @property
     def head_weight(self) -> Tensor:
         """(V, C): the embedding table itself where the two are tied."""
+        if self.config.scores:
+            raise InputError("this is a reward model: it scores answers and writes none")
         return self.embedding.weight if self.config.tie_embeddings else self.head.weight
 
     def parameters(self) -> dict[str, Tensor]:
@@ -187,7 +193,7 @@ class Transformer(nn.Module):
 
     def grow_vocabulary(self, size: int) -> None:
         """Make room for tokens up to `size`; each new one begins as the mean of all others."""
-        for table in {self.embedding, self.embedding if self.config.tie_embeddings else self.head}:
+        for table in {self.embedding, getattr(self, "head", self.embedding)}:
             rows = backend.to_numpy(table.weight.data)
             mean = numpy.repeat(rows.mean(0, keepdims=True), max(0, size - len(rows)), 0)
             table.weight = nn.parameter(numpy.concatenate([rows, mean]))
@@ -229,6 +235,17 @@ class Transformer(nn.Module):
         targets = backend.asarray(numpy.atleast_2d(targets))
         hidden = self.hidden(tokens, start)
         return ops.linear_cross_entropy(hidden, self.head_weight, targets, even)
+
+    def scores(self, tokens: Array, lengths: Array) -> Tensor:
+        """What a reward model makes of each row, read at its last token: (B,).
+
+        tokens (B, T) of int, padded on the right; lengths (B,): tokens of each row.
+        """
+        hidden = self.hidden(tokens)
+        B, T, C = hidden.shape
+        last = backend.asarray(numpy.arange(B)[None] * T + lengths - 1)
+        rows = ops.embedding(last, hidden.reshape(B * T, C))
+        return ops.linear(rows, self.score.weight).reshape(B)
 
     def n_parameters(self) -> int:
         return sum(tensor.size for tensor in self.parameters().values())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich import progress as bars
 from rich.console import Console
@@ -28,6 +29,12 @@ class Progress:
 
     def say(self, text: str, style: str = "") -> None:
         self.console.print(Text(text, style))
+
+    def left_out(self, data: Path, lines: list[int], what: str) -> None:
+        """Tell which lines of a file are not used, if any, and why."""
+        if lines:
+            shown = ", ".join(map(str, lines[:20])) + (", …" if len(lines) > 20 else "")
+            self.say(f"{data}: {len(lines)} rows {what} and are left out: line {shown}", "yellow")
 
     def heading(self, text: str) -> None:
         self.console.print()
@@ -72,7 +79,9 @@ class Progress:
         known = {
             "loss": "held-out loss {:.4f}",
             "bits_per_byte": "{:.3f} bits per byte",
+            "accuracy": "{:.1%} of held-out pairs told apart",
             "held_out_reward": "held-out reward {:.3f}",
+            "win_rate": "{:.0%} of the latest comparisons won",
             "reward_before": "(before feedback {:.3f})",
         }
         numbers = [known[k].format(found[k]) for k in known if k in found]

@@ -22,17 +22,17 @@ from tinylm.checkpoint import Checkpoint, write_json
 from tinylm.progress import Progress
 from tinylm.stages import feedback, pretrain, sft
 
-KINDS = ("country", "element", "state", "animal", "river", "world")
+KINDS = ("country", "element", "state", "animal", "world")
 FACTS = 4  # of each kind
 PASSES = 20  # descriptions of every entity in the text
 PRETRAIN = {
     "vocab_size": 2048, "n_layer": 3, "n_head": 3, "n_embd": 96, "block_size": 256,
-    "batch_size": 8, "optimizer": "muon", "learning_rate": 1e-2, "floor": 0.0, "max_steps": 2400,
-    "held_out": 0.02, "eval_every": 600, "save_every": 400,
+    "batch_size": 8, "optimizer": "muon", "learning_rate": 1e-2, "floor": 0.0, "max_steps": 2000,
+    "held_out": 0.02, "eval_every": 500, "save_every": 400,
 }  # fmt: skip
 SFT = {"epochs": 2.0, "learning_rate": 3e-4, "eval_every": 100, "save_every": 100}
 FEEDBACK = {
-    "answers": 4, "batch_size": 128, "learning_rate": 2e-4, "max_steps": 400, "eval_every": 100,
+    "answers": 4, "batch_size": 128, "learning_rate": 2e-4, "max_steps": 340, "eval_every": 85,
 }  # fmt: skip
 STAGES = ("base", "sft", "feedback")
 PARTS = {

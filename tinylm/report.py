@@ -30,8 +30,11 @@ READ = 140  # tokens of held-out text that are shown
 FIGURES = (  # the number that sums up a run of each stage: what is needed for it, itself, its name
     ("bits_per_byte", "{bits_per_byte:.3f}",
      "bits per byte of held-out text; xz needs {xz_bits_per_byte:.3f}"),
+    ("win_rate", "{win_rate:.0%}",
+     "of the last {win_n:.0f} blind comparisons won against the fine-tuned model"),
     ("held_out_reward", "{reward_before:.2f} → {held_out_reward:.2f}",
      "mean score on held-out prompts, before and after"),
+    ("accuracy", "{accuracy:.1%}", "of {pairs:,} pairs of held-out answers told apart"),
     ("loss", "{loss:.3f}", "nats per token of held-out answers"),
 )  # fmt: skip
 
@@ -61,15 +64,23 @@ def of_feedback(run: Run, others: list[Run]) -> list[Chart]:
     paid = Chart("Reward by drift", "√KL from the fine-tuned model, nats per token")
     paid.note = "by twelfths of the run"
     paid.lines = [("other", drift(other)) for other in others] + [("run", drift(run))]
+    if run.points("gold"):
+        paid.note += "; dashed: gold, which checks the judge"
+        paid.lines.append(("dashed", drift(run, "gold")))
     scores = Chart("Scores", "step", "share of answers above zero (line) and below it (dashed)")
     above, below = (smooth(run.points(key)) for key in ("positive", "negative"))
     scores.lines = [("run", above), ("dashed", below)]
-    return [paid, scores]
+    won = Chart(
+        "Win rate", "step", "share of the latest comparisons won against the fine-tuned model"
+    )
+    won.lines = [("dashed", run.points(f"win_{end}")) for end in ("low", "high")]
+    won.lines.append(("run", run.points("win_rate")))
+    return [paid, won if won.points else scores]
 
 
-def drift(run: Run) -> Points:
-    """(√KL, reward), each the mean of a twelfth of the run (the axes of arXiv 2210.10760)."""
-    kl, reward = ([value for _, value in run.points(key)] for key in ("kl", "reward"))
+def drift(run: Run, scores: str = "reward") -> Points:
+    """(√KL, scores), each the mean of a twelfth of the run (the axes of arXiv 2210.10760)."""
+    kl, reward = ([value for _, value in run.points(key)] for key in ("kl", scores))
     size = max(1, math.ceil(len(kl) / 12))
     parts = [slice(i, i + size) for i in range(0, len(kl), size)]
     return [(math.sqrt(max(0.0, fmean(kl[of]))), fmean(reward[of])) for of in parts]
@@ -168,7 +179,7 @@ def content(folders: list[Path], ask: list[str]) -> dict:
     paths = [folder / "results.json" for folder in folders]
     results = {path.parent.resolve(): read_json(path) for path in paths if path.exists()}
     asked = prompts(runs, results, ask)
-    said = [xray.answers(*run.loaded, [m for _, m in asked]) if asked else [] for run in runs]
+    said = [run.answers([m for _, m in asked]) for run in runs]
     return {
         "title": " · ".join(folder.resolve().name for folder in folders),
         "runs": runs,

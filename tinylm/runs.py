@@ -10,7 +10,7 @@ from itertools import takewhile
 from pathlib import Path
 from statistics import median
 
-from tinylm import checkpoint
+from tinylm import checkpoint, xray
 from tinylm.bench import flops_per_token
 from tinylm.charts import Points
 from tinylm.checkpoint import Checkpoint
@@ -19,7 +19,8 @@ from tinylm.errors import InputError
 from tinylm.progress import clock
 from tinylm.train import NOTHING, read_metrics
 
-STAGES = {"objective": "pretrain", "epochs": "sft", "judge": "feedback"}  # by a setting of its own
+# by a setting of its own
+STAGES = {"objective": "pretrain", "center": "reward", "epochs": "sft", "judge": "feedback"}
 SPEED = "tokens_per_second"
 HASHED = 1 << 28  # bytes: what is larger is not hashed, for a report must not take minutes
 
@@ -47,6 +48,11 @@ class Run:
     def stage(self) -> str:
         return next(name for key, name in STAGES.items() if key in self.config)
 
+    def answers(self, asked: list[list[dict]]) -> list[list[xray.Piece]]:
+        """What its model says in each conversation; a reward model says nothing."""
+        writes = asked and not self.loaded[0].config.scores
+        return xray.answers(*self.loaded, asked) if writes else [[] for _ in asked]
+
     @property
     def config(self) -> dict:
         return self.state["config"]
@@ -63,7 +69,9 @@ class Run:
     def marks(self) -> list[tuple[float, str, str]]:
         """(step, event, what happened) of updates that were refused, and of resumes."""
         rows = [row for row in self.rows if refused(row) or row.get("event") == "resume"]
-        return [(row["step"], row["event"], row.get("reason", "resumed")) for row in rows]
+        marks = [(row["step"], row["event"], row.get("reason", "resumed")) for row in rows]
+        turned = next((row["step"] for row in self.rows if row.get("outwitted")), None)
+        return marks + ([(turned, "skip", "the judge is outwitted")] if turned else [])
 
     def utilisation(self) -> float | None:
         """Share of what its threads can multiply and add, at the median speed.

@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tinylm import backend, environment, memory
-from tinylm.checkpoint import Checkpoint, save_description, save_weights, write_text
+from tinylm.checkpoint import (
+    Checkpoint,
+    Tensors,
+    put_tensors,
+    save_description,
+    save_weights,
+    tensors_of,
+    write_text,
+)  # fmt: skip
 from tinylm.data import Batch
 from tinylm.errors import InputError
 from tinylm.model import Transformer
@@ -35,6 +43,9 @@ def setting(default, help: str, free: bool = False, choices: tuple[str, ...] = (
 OPTIMIZERS = ("adamw", "muon")
 DTYPES = ("auto", "float32", "bfloat16")
 NOTHING = "nothing to learn"  # why an update was skipped without being refused
+NOT_FINITE = "loss or gradient not finite"
+REMEMBER = 10  # steps between the weights that a cautious stage may go back to
+RETURNS = 3  # to the same weights end the run
 
 
 @dataclass
@@ -109,6 +120,9 @@ class Stage(Protocol):
     def card(self, results: dict) -> str:
         """The model card, Markdown."""
 
+    # A stage may be `cautious`: after an update that did harm, the loop goes back to weights that
+    # were in order, and calls the stage's recover(refusal: str).
+
 
 @dataclass
 class Guard:
@@ -116,22 +130,33 @@ class Guard:
 
     A spike is a gradient norm of more than 10 times its running mean, once 50 steps have been
     seen. After 50 refusals in a row the run ends: the settings are wrong, not the data.
+
+    Of a cautious stage only:
+    rate         what the learning rate is multiplied by: halved whenever there was NaN
+    remembered   the step whose weights it would go back to
+    returns      how often it has gone back to them
     """
 
     mean: float = 0.0
     seen: int = 0
     refused: int = 0
     in_a_row: int = 0
+    rate: float = 1.0
+    remembered: int = 0
+    returns: int = 0
 
-    def reason(self, loss: float, norm: float) -> str | None:
-        """Why this update must not be made, or None; remembers what it has seen."""
+    def reason(self, loss: float, norm: float, harm: str = "") -> str | None:
+        """Why this update must not be made, or None; remembers what it has seen.
+
+        harm: what the stage itself has against it.
+        """
         finite = math.isfinite(loss) and math.isfinite(norm)
         spike = finite and self.seen >= 50 and norm > 10 * self.mean
         if finite:
             self.seen += 1
             weight = max(1 / self.seen, 0.02)
             self.mean += weight * (min(norm, 10 * self.mean if spike else norm) - self.mean)
-        if finite and not spike:
+        if finite and not spike and not harm:
             self.in_a_row = 0
             return None
         self.refused += 1
@@ -141,7 +166,7 @@ class Guard:
                 "50 updates in a row had to be refused (loss or gradient not finite, or a spike): "
                 "lower --learning-rate or raise --warmup; the last checkpoint is intact"
             )
-        return f"gradient norm {norm:.3g} spiked" if spike else "loss or gradient not finite"
+        return harm or (f"gradient norm {norm:.3g} spiked" if spike else NOT_FINITE)
 
 
 class Metrics:
@@ -184,6 +209,7 @@ class Trainer:
         self.checkpoint = Checkpoint(folder)
         self.guard = Guard()
         self.step, self.seconds, self.results = 0, 0.0, {}
+        self.good: Tensors = {}  # weights and moments of a cautious stage that were in order
         self.environment = environment.describe()
         self.stop_asked = False
 
@@ -234,7 +260,7 @@ class Trainer:
 
     def update(self) -> dict:
         """One optimizer step on accumulated batches; the mean is over all of them together."""
-        batches = [self.stage.draw() for _ in range(self.config.accumulate)]
+        batches = self.draw()
         n = max(1, sum(batch.denominator() for batch in batches))
         total = 0.0
         for batch in batches:
@@ -243,13 +269,18 @@ class Trainer:
             if batch.learns():
                 loss.backward(backend.xp.full(loss.shape, 1 / n, loss.dtype))
         norm = backend.kernels.global_norm(self.optimizer.gradients())
+        harm = next((batch.harm for batch in batches if batch.harm), "")
+        empty = not harm and not any(batch.learns() for batch in batches)
         total = float(total)  # not before: on a GPU it waits for all that was asked for
-        empty = not any(batch.learns() for batch in batches)
-        refusal = NOTHING if empty else self.guard.reason(total, norm)
+        refusal = NOTHING if empty else self.guard.reason(total, norm, harm)
         c = self.config
-        lr = c.learning_rate * schedule(self.share_done(1), c.warmup, c.floor)
+        lr = c.learning_rate * self.guard.rate * schedule(self.share_done(1), c.warmup, c.floor)
+        if refusal in (None, NOTHING):
+            self.remember()
         if not refusal:
             self.optimizer.step(lr, clip_scale(norm, c.clip))
+        elif harm or refusal == NOT_FINITE:
+            self.go_back(refusal)
         self.optimizer.zero_grad()
         self.step += 1
         row = {"loss": total / n, "lr": lr, "grad_norm": norm}
@@ -260,6 +291,42 @@ class Trainer:
             row |= {"event": "skip", "reason": refusal}
             row |= {k: None for k in ("loss", "grad_norm") if not math.isfinite(row[k])}
         return row
+
+    def draw(self) -> list[Batch]:
+        """The batches of one step; if one of them fails, none of them was drawn."""
+        n = self.config.accumulate
+        place = self.stage.state() if n > 1 else None
+        try:
+            return [self.stage.draw() for _ in range(n)]
+        except Exception:
+            if place:
+                self.stage.restore(place)
+            raise
+
+    def remember(self) -> None:
+        """Of a cautious stage: these weights are in order, with a finite loss and no harm done."""
+        due = not self.good or self.step >= self.guard.remembered + REMEMBER
+        if due and getattr(self.stage, "cautious", False):
+            self.good = copied(tensors_of(self.stage.model, self.optimizer))
+            self.guard.remembered, self.guard.returns = self.step, 0
+
+    def go_back(self, refusal: str) -> None:
+        """Of a cautious stage: to the last weights that were in order, more carefully.
+
+        Raises InputError the third time that these turn out badly.
+        """
+        if not self.good:
+            return
+        put_tensors(self.stage.model, self.optimizer, copied(self.good))
+        self.guard.rate *= 0.5 if refusal == NOT_FINITE else 1.0
+        self.guard.returns += 1
+        self.stage.recover(refusal)
+        if self.guard.returns >= RETURNS:
+            raise InputError(
+                f"{refusal}, for the {RETURNS}rd time since the same weights, which were restored "
+                f"and saved in {self.folder}: begin anew with a lower --learning-rate or a higher "
+                "price of drift, --kl"
+            )
 
     def share_done(self, ahead: int = 0) -> float:
         """How much of the run lies behind after `ahead` more steps, 0 to 1, by steps or by time."""
@@ -294,16 +361,20 @@ class Trainer:
             "results": self.results,
             "environment": self.environment,
         }
-        self.checkpoint.save(self.stage.model, self.optimizer, state)
+        self.checkpoint.save(self.stage.model, self.optimizer, state, self.good)
         save_weights(self.stage.model, self.folder)
         write_text(self.folder / "README.md", self.stage.card(self.results))
 
     def restore(self) -> None:
         state = self.checkpoint.state()
-        self.checkpoint.restore(self.stage.model, self.optimizer)
+        self.good = self.checkpoint.restore(self.stage.model, self.optimizer)
         self.stage.restore(state["stage"])
         self.step, self.seconds, self.results = state["step"], state["seconds"], state["results"]
         self.optimizer.steps, self.guard = state["optimizer_steps"], Guard(**state["guard"])
+
+
+def copied(tensors: Tensors) -> Tensors:
+    return {name: x.copy() for name, x in tensors.items()}
 
 
 def make_optimizer(model: Transformer, config: TrainConfig) -> AdamW:
@@ -326,7 +397,8 @@ def cutoff_of(folder: Path) -> str:
 
 def notes_of(batches: list[Batch]) -> dict:
     """The mean of each number that the batches of one step bring for the log."""
-    return {k: sum(b.notes[k] for b in batches) / len(batches) for k in batches[0].notes}
+    names = [k for k in batches[0].notes if all(k in b.notes for b in batches)]
+    return {k: sum(b.notes[k] for b in batches) / len(batches) for k in names}
 
 
 def open_run(folder: Path, config: TrainConfig, given: set[str], resume: bool) -> TrainConfig:

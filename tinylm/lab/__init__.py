@@ -16,11 +16,20 @@ from rich.table import Table
 
 from tinylm.checkpoint import write_text
 from tinylm.errors import InputError
-from tinylm.lab import assistant, compression, cutoff, extraction, missing, newfacts, refusal
+from tinylm.lab import (
+    assistant,
+    compression,
+    cutoff,
+    extraction,
+    missing,
+    newfacts,
+    outwitted,
+    refusal,
+)  # fmt: skip
 from tinylm.lab.workshop import Claim, Workshop, pooled
 from tinylm.progress import Progress
 
-EXPERIMENTS = (compression, assistant, extraction, newfacts, cutoff, refusal, missing)
+EXPERIMENTS = (compression, assistant, extraction, newfacts, cutoff, refusal, outwitted, missing)
 CLAIMS: dict[str, Claim] = {experiment.CLAIM.name: experiment.CLAIM for experiment in EXPERIMENTS}
 
 

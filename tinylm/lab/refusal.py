@@ -7,21 +7,22 @@ Expected  Where a wrong answer costs t / (1 − t), the best policy answers only
 Varied    --confidence.
 Measured  questions about things read of but never asked about (known), real ones never read of
           (withheld), and names that nothing has (invented); risk and coverage over all of them.
+
+The things are real: countries, elements, states, animals and their like. Among the people of the
+registry it does not work: these have names of the same halves, of which a small model remembers
+only so much as tells those apart that it has met (docs/log.md).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from tinylm import quickstart
+from tinylm.almanac import Almanac
 from tinylm.judges.verifier import verdict
-from tinylm.lab import world
 from tinylm.lab.workshop import Claim, Measure, Workshop, answers, share
 
 CONFIDENCES = (0.2, 0.5, 0.8)
-FEEDBACK = {
-    "answers": 4, "batch_size": 64, "max_new_tokens": 24, "learning_rate": 2e-4,
-    "max_steps": 250, "eval_every": 125, "save_every": 125,
-}  # fmt: skip
 
 
 def verdicts(model: Path, tests: dict[str, list]) -> dict[str, list[str]]:
@@ -45,12 +46,18 @@ def measures(title: str, found: dict[str, list[str]]) -> list[Measure]:
 
 
 def measure(workshop: Workshop) -> list[Measure]:
-    almanac, sft = world.world_of(workshop.seed), world.assistant(workshop)
+    almanac = Almanac(workshop.seed, quickstart.KINDS, quickstart.FACTS)
     tests = {name: almanac.questions()[name] for name in ("known", "withheld", "invented")}
-    prompts = workshop.rows("world/prompts", almanac.prompts())
+    text = ({"text": text} for text in almanac.documents(quickstart.PASSES))
+    text = workshop.rows("real/text", text)
+    base = workshop.pretrain("real/base", text, **quickstart.PRETRAIN)
+    data = workshop.rows("real/conversations", almanac.conversations())
+    sft = workshop.sft("real/sft", base, data, **quickstart.SFT)
+    prompts = workshop.rows("real/prompts", almanac.prompts())
     found = measures("before", verdicts(sft, tests))
     for t in CONFIDENCES:
-        model = workshop.feedback(f"world/feedback-{t}", sft, prompts, confidence=t, **FEEDBACK)
+        settings = {**quickstart.FEEDBACK, "confidence": t}
+        model = workshop.feedback(f"real/feedback-{t}", sft, prompts, **settings)
         found += measures(f"t = {t}", verdicts(model, tests))
     return found
 

@@ -19,7 +19,7 @@ from tinylm.chat import turn
 from tinylm.checkpoint import Checkpoint, write_text
 from tinylm.judges.verifier import normalise, verdict
 from tinylm.progress import Progress
-from tinylm.stages import feedback, pretrain, sft
+from tinylm.stages import feedback, preference, pretrain, sft
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,9 @@ class Workshop:
 
     def feedback(self, name: str, model: Path, prompts: Path, **settings) -> Path:
         return self.make(feedback, feedback.FeedbackConfig, [model, prompts], name, settings)
+
+    def reward(self, name: str, model: Path, preferences: Path, **settings) -> Path:
+        return self.make(preference, preference.RewardConfig, [model, preferences], name, settings)
 
     def make(self, stage, Config, inputs: list, name: str, settings: dict) -> Path:
         """Run a stage in the folder `name`, or what is left of it."""

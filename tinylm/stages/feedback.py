@@ -1,6 +1,6 @@
 """Feedback: the model writes several answers, a judge scores them, and the better become likelier.
 
-RLOO, REINFORCE with the other answers as the baseline (arXiv 2402.14740):
+RLOO, REINFORCE with the other answers as the baseline (arXiv 2402.14740; estimators.py has more):
 
     y_1 … y_G ~ π_old(· | x)                                      temperature 1, nothing cut off
     r̃_i = r_i − β Σ_t [log π_old(y_it) − log π_ref(y_it)]         the judge's score, less the drift
@@ -15,39 +15,69 @@ L_max is --max-new-tokens: a constant, because a length of its own would favour 
 from __future__ import annotations
 
 import hashlib
+import math
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy
 
-from tinylm import backend, checkpoint, ops
+from tinylm import backend, checkpoint, estimators, ops
 from tinylm.chat import ChatFormat, Row, read_prompts
 from tinylm.data import Batch, packed_batch, permuted, source_of
 from tinylm.errors import InputError
+from tinylm.evaluate import variety
 from tinylm.generate import answers, complete
-from tinylm.judges import Group, Judge, verifier
+from tinylm.judges import Group, Judge, human, verifier
+from tinylm.judges.endpoint import Endpoint
+from tinylm.judges.model import Model
+from tinylm.judges.reward import RewardModel
 from tinylm.model import Transformer
 from tinylm.tensor import Array, Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
-from tinylm.train import TrainConfig, Trainer, cutoff_of, cutoff_row, open_run, setting
+from tinylm.train import (
+    NOT_FINITE,
+    TrainConfig,
+    Trainer,
+    cutoff_of,
+    cutoff_row,
+    open_run,
+    setting,
+)  # fmt: skip
 
 EXACT_KL = 8192  # vocabularies up to this size have their KL summed, larger ones estimated
 CLIP = (0.8, 1.28)
+LEAST_BETA = 0.01  # what a drift beyond its limit costs at least from then on
+WHO = ("verifier", "reward-model", "model", "endpoint", "human")
+MODES = ("auto", "pairwise", "rubric", "likelihood")
+PAGES = ("auto", "serve", "none")
 
 
 @dataclass
 class FeedbackConfig(TrainConfig):
     """Feedback: who judges, how many answers, how far the model may drift."""
 
-    judge: str = setting("verifier", "Who judges.", False, ("verifier",))
+    judge: str = setting("verifier", "Who judges.", False, WHO)
     verifier: str = setting("", "file.py:function(prompt, answer, row) -> number.  [accepted ones]")
+    reward_model: str = setting("", "Directory of the reward model.")
+    gold: str = setting("", "As --verifier: checks the judge. Nothing is learned from it.")
+    judge_model: str = setting("", "Directory of the model that judges.")
+    judge_url: str = setting("", "Address of an endpoint like OpenAI's, http://host/v1.", True)
+    judge_name: str = setting("", "The endpoint's name for its model.")
+    judge_mode: str = setting("auto", "auto: pairwise; of a model, likelihood.", False, MODES)
+    judge_concurrency: int = setting(4, "Questions to the endpoint at the same time.", True)
+    judge_timeout: float = setting(60.0, "Seconds to wait for its reply.", True)
     confidence: float = setting(0.5, "Answer where this sure: wrong costs t / (1 − t).")
     answers: int = setting(8, "Answers to each prompt (G).")
+    estimator: str = setting("rloo", "How scores become advantages.", False, estimators.NAMES)
     updates: int = setting(1, "Optimizer steps on the same answers.")
     max_new_tokens: int = setting(32, "Longest answer, in tokens.")
+    resample: int = setting(0, "Times that prompts whose answers all score alike are replaced.")
     truncated: float = setting(-1.0, "Score of an answer cut off at that length.")
     kl: float = setting(0.03, "Price of a nat of drift from the fine-tuned model (β).")
+    kl_limit: float = setting(2.0, "Drift per token, nats, beyond which it goes back (0: none).")
     batch_size: int = setting(64, "Answers in one forward and backward: a multiple of --answers.")
     block_size: int = setting(0, "Tokens in a row (0: the model's context).")
     learning_rate: float = setting(1e-4, "Peak learning rate: 0.2 to 0.5 of the fine-tuning's.")
@@ -56,10 +86,16 @@ class FeedbackConfig(TrainConfig):
     eval_every: int = setting(50, "Steps between evaluations.", True)
     save_every: int = setting(50, "Steps between checkpoints.", True)
     held_out: int = setting(32, "Prompts held out for evaluation, of at least ten times as many.")
+    comparisons: int = setting(
+        1, "Blind comparisons with the fine-tuned model, to a person's round."
+    )
+    page: str = setting("auto", "A person's page; auto: in a terminal.", True, PAGES)
+    host: str = setting("127.0.0.1", "Address at which the page is served.", True)
+    port: int = setting(0, "Its port (0: any that is free).", True)
 
     def check(self) -> None:
         super().check()
-        for name in ("answers", "updates", "max_new_tokens"):
+        for name in ("answers", "updates", "max_new_tokens", "judge_concurrency"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')}: expected at least 1")
         if self.answers < 2:
@@ -68,6 +104,15 @@ class FeedbackConfig(TrainConfig):
             raise InputError(
                 f"--batch-size {self.batch_size}: not a multiple of --answers {self.answers}"
             )
+        if self.judge_timeout <= 0:
+            raise InputError(f"--judge-timeout: expected more than 0, got {self.judge_timeout}")
+        for name in ("resample", "kl", "kl_limit"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name.replace('_', '-')}: expected at least 0")
+        if self.judge == "human" and self.resample:
+            raise InputError("--resample: a person is not asked more often for it; leave it out")
+        if self.judge == "human" and self.answers > 4:
+            raise InputError(f"--answers {self.answers}: a person compares up to 4")
         if not 0 <= self.confidence < 1:
             raise InputError(f"--confidence: expected 0 or more, below 1, got {self.confidence}")
 
@@ -87,18 +132,6 @@ class Answers(Batch):
         return bool(self.advantages.any())
 
 
-def advantages(rewards: list[float | None]) -> numpy.ndarray:
-    """A_i of one group, (G,): each reward less the mean of the others.
-
-    Exactly 0 where all are equal, and for None, an answer without a judgement.
-    """
-    judged = [r for r in rewards if r is not None]
-    if len(judged) < 2 or min(judged) == max(judged):
-        return numpy.zeros(len(rewards))
-    mean, n = sum(judged) / len(judged), len(judged)
-    return numpy.array([0.0 if r is None else n / (n - 1) * (r - mean) for r in rewards])
-
-
 def surrogate(nll: Tensor, old_logp: Array, advantages: Array) -> Tensor:
     """−min(ρ A, clip(ρ) A) per token, of nll = −log π_θ (B, T).
 
@@ -112,10 +145,45 @@ def surrogate(nll: Tensor, old_logp: Array, advantages: Array) -> Tensor:
     return Tensor.from_op(loss, (nll,), lambda dloss: (dloss * backend.xp.where(taken, free, 0),))
 
 
+@dataclass
+class Watch:
+    """Whether the judge is being outwitted: its scores rise, and what they stand for falls.
+
+    Judge and gold are compared by means of windows of steps: outwitted is, once and for all, a
+    model of which the judge thinks more than in the window that was best by gold, and gold less, by
+    twice the standard error of that difference, in two windows one after the other (the turn of the
+    curves of arXiv 2210.10760).
+    """
+
+    window: int = 20
+    seen: list[tuple[float, float]] = field(default_factory=list)  # (judge, gold) of each step
+    best: tuple[float, float, float] | None = None  # judge, gold and its variance
+    worse: int = 0  # windows since then that were worse
+    outwitted: bool = False
+
+    def see(self, judged: float, gold: float) -> bool:
+        """One step's means; true where the judge has just been found outwitted."""
+        self.seen.append((judged, gold))
+        if len(self.seen) < self.window:
+            return False
+        judged, gold = numpy.mean(self.seen, 0).tolist()
+        variance = float(numpy.var(self.seen, 0)[1]) / self.window
+        self.seen = []
+        if not self.best or gold > self.best[1]:
+            self.best = (judged, gold, variance)
+        error = (variance + self.best[2]) ** 0.5
+        worse = judged > self.best[0] and self.best[1] - gold > 2 * error
+        self.worse = self.worse + 1 if worse else 0
+        found = self.worse == 2 and not self.outwitted
+        self.outwitted |= found
+        return found
+
+
 class Feedback:
     """The stage: prompts, sampled answers, a judge, and the loss above."""
 
     name = "feedback"
+    cautious = True  # the loop remembers weights that were in order, to go back to
 
     def __init__(
         self, model: Transformer, reference: Transformer, tokenizer: Tokenizer,
@@ -128,9 +196,15 @@ class Feedback:
         self.heldout = [prompts[i] for i in kept][: config.held_out]
         self.prompts = [row for i, row in enumerate(prompts) if i not in kept]
         self.form, self.stop_ids = ChatFormat(tokenizer), model.config.stop_ids
+        self.beta = config.kl  # doubled where the drift was too large
         self.drawn = 0  # prompts drawn so far; it seeds the sampling too
+        self.baseline = estimators.RunningMean()  # of the scores, for REINFORCE
         self.pending: Answers | None = None  # to be learned from again, `left` times
         self.left = 0
+        self.drift = 0.0  # KL per token of the latest answers
+        self.gold = verifier.judge(verifier.load(config.gold)) if config.gold else None
+        self.watch, self.checked = Watch(), []  # gold's scores of the latest answers
+        self.say: Callable[[str], None] = lambda text: None
         self.before: list[str] | None = None  # what the fine-tuned model answers
 
     def draw(self) -> Answers:
@@ -141,28 +215,61 @@ class Feedback:
         return self.pending
 
     def sample(self) -> Answers:
+        """New answers. Where all to a prompt score alike, another takes its place: --resample."""
         G = self.config.answers
-        rows = [self.prompt(self.drawn + i) for i in range(self.config.batch_size // G)]
+        prompts, said, scores, batch, known = self.ask(self.config.batch_size // G)
+        causes = self.causes(said, scores)
+        for _ in range(self.config.resample):
+            alike = [g for g, group in enumerate(scores) if len(different(group)) < 2]
+            if not alike:
+                break
+            new_prompts, new_said, new_scores, *_ = self.ask(len(alike))
+            causes += self.causes(new_said, new_scores)
+            for i, g in enumerate(alike):
+                old, new = slice(g * G, (g + 1) * G), slice(i * G, (i + 1) * G)
+                prompts[old], said[old], scores[g] = new_prompts[new], new_said[new], new_scores[i]
+            batch = answer_batch(prompts, said, self.stop_ids[0])
+            known = self.log_probabilities(batch)
+        return self.weighed(batch, said, scores, known, causes)
+
+    def ask(self, n: int) -> tuple:
+        """The answers to the next n prompts: prompts and answers as ids, the scores by prompt, and
+        the batch that they make with its log-probabilities."""
+        G = self.config.answers
+        rows = [self.prompt(self.drawn + i) for i in range(n)]
         prompts = [self.form.ids(row.messages, True) for row in rows for _ in range(G)]
         rng = numpy.random.default_rng((self.config.seed, self.drawn))
-        said = complete(self.model, prompts, self.config.max_new_tokens, rng)
-        scores = self.scores(rows, said)
+        begin, heard = (getattr(self.judge, name, None) for name in ("begin", "hear"))
+        said = begin(self.drawn, rows) if begin else None
+        if said is None:
+            said = complete(self.model, prompts, self.config.max_new_tokens, rng, heard=heard)
         batch = answer_batch(prompts, said, self.stop_ids[0])
-        self.drawn += len(rows)
-        return self.weighed(batch, scores)
+        known = self.log_probabilities(batch)
+        scores = self.scores(rows, said, by_answer(batch, known[0]))
+        self.check_judged(scores)
+        self.drawn += n
+        return prompts, said, scores, batch, known
 
     def prompt(self, i: int) -> Row:
         """Prompt i of an endless stream: each epoch all of them, in an order of its own."""
         epoch, i = divmod(i, len(self.prompts))
         return self.prompts[permuted(i, len(self.prompts), self.config.seed * 1_000_003 + epoch)]
 
-    def scores(self, rows: list[Row], said: list[list[int]]) -> list[list[float | None]]:
+    def scores(
+        self, rows: list[Row], said: list[list[int]], logp: list[list[float]] = ()
+    ) -> list[list[float | None]]:
         """The judge's score of every answer, by prompt; one cut off has its fixed score."""
         G = self.config.answers
         by_prompt = [said[i : i + G] for i in range(0, len(said), G)]
         groups = [
-            Group(row, [self.text(ids) for ids in ids_of]) for row, ids_of in zip(rows, by_prompt)
+            Group(
+                row, [self.text(ids) for ids in ids_of], self.drawn + g, ids_of, logp[g * G :][:G]
+            )
+            for g, (row, ids_of) in enumerate(zip(rows, by_prompt))
         ]
+        if self.gold:
+            found = self.gold(groups)
+            self.checked += [score for group in found for score in group if score is not None]
         return [
             [
                 score if ids[-1] in self.stop_ids else self.config.truncated
@@ -171,18 +278,59 @@ class Feedback:
             for of_group, ids_of in zip(self.judge(groups), by_prompt)
         ]
 
+    def check_judged(self, scores: list[list[float | None]]) -> None:
+        """Raise InputError where a judge, unless it is a person who may skip, is mostly silent."""
+        every = [score for group in scores for score in group]
+        if self.config.judge != "human" and 2 * every.count(None) > len(every):
+            why = getattr(self.judge, "trouble", "") or "it gave None"
+            raise InputError(
+                f"the judge had nothing to say on {every.count(None)} of {len(every)} answers "
+                f"({why}); what was learned is saved: see to it, then run again with --resume"
+            )
+
+    def causes(self, said: list[list[int]], scores: list[list[float | None]]) -> list[str]:
+        """Of each prompt, why its answers all score alike; "" where they do not."""
+        found = []
+        for g, group in enumerate(scores):
+            of = said[g * len(group) : (g + 1) * len(group)]
+            ended = any(ids[-1] in self.stop_ids for ids in of)
+            found.append(cause(group) if ended else "truncated")
+        return found
+
+    def check(self, judged: float) -> dict[str, float]:
+        """What gold says of the answers that the judge has just scored."""
+        if not self.checked:
+            return {}
+        gold, self.checked = float(numpy.mean(self.checked)), []
+        if self.watch.see(judged, gold):
+            self.say(
+                f"the judge is being outwitted: its scores rise (now {judged:.3f}), and gold's "
+                f"fall (best {self.watch.best[1]:.3f}, now {gold:.3f}); an earlier checkpoint, a "
+                "higher --kl or a better judge would do better"
+            )
+        return {"gold": gold, "outwitted": float(self.watch.outwitted)}
+
+    def told(self, name: str) -> dict[str, float]:
+        """What the judge tells by this method, if it has it."""
+        return getattr(self.judge, name, dict)()
+
     def text(self, ids: list[int]) -> str:
         return self.tokenizer.decode([i for i in ids if i not in self.stop_ids]).strip()
 
-    def weighed(self, batch: Batch, scores: list[list[float | None]]) -> Answers:
+    def weighed(
+        self, batch: Batch, said: list, scores: list, known: tuple, causes: list
+    ) -> Answers:
         """The batch with log π_old, and advantages from scores and drift."""
-        old, drift, kl = self.log_probabilities(batch)
-        G, beta = self.config.answers, self.config.kl
+        (old, drift, kl), harm = known, self.harm(known[2])
+        G, beta = self.config.answers, self.beta
         rewards = [
             [None if r is None else r - beta * float(drift[g * G + i]) for i, r in enumerate(group)]
             for g, group in enumerate(scores)
         ]
-        A = numpy.concatenate([advantages(group) for group in rewards])
+        if harm:
+            A = numpy.zeros(len(said))
+        else:
+            A = estimators.advantages(self.config.estimator, rewards, self.baseline)
         judged = numpy.array([r for group in scores for r in group if r is not None] or [0.0])
         ended = numpy.isin(batch.targets, self.stop_ids).any(1)
         notes = {
@@ -192,12 +340,31 @@ class Feedback:
             "kl": kl,
             "answer_tokens": batch.trained_tokens() / len(A),
             "truncated": float(1 - ended.mean()),
-            "equal_groups": float(numpy.mean([len(set(group)) == 1 for group in scores])),
+            "entropy": -float(numpy.mean([x for logp in by_answer(batch, old) for x in logp])),
+            **variety([self.text(ids) for ids in said]),
+            "beta": beta,
+            "equal_groups": sum(map(bool, causes)) / len(causes),
+            **{f"equal_{why}": causes.count(why) / len(causes) for why in CAUSES},
+            **self.told("notes"),
+            **self.check(float(judged.mean())),
         }
         return Answers(
             batch.tokens, batch.targets, batch.start, notes,
-            backend.asarray(old), backend.asarray(A), self.config.max_new_tokens,
+            backend.asarray(old), backend.asarray(A), self.config.max_new_tokens, harm=harm,
         )  # fmt: skip
+
+    def harm(self, kl: float) -> str:
+        """Why nothing must be learned from answers at this drift, or ""."""
+        if not math.isfinite(kl):
+            return NOT_FINITE
+        limit = self.config.kl_limit
+        return f"drift of {kl:.3g} nats per token, over {limit:g}" if 0 < limit < kl else ""
+
+    def recover(self, refusal: str) -> None:
+        """The loop went back to earlier weights: answers of the later ones go, drift costs more."""
+        self.left = 0
+        if refusal != NOT_FINITE:
+            self.beta = max(2 * self.beta, LEAST_BETA)
 
     def log_probabilities(self, batch: Batch) -> tuple[Array, numpy.ndarray, float]:
         """log π_old of each target (B, T), Σ_t log π_old − log π_ref (B,), KL per token."""
@@ -216,39 +383,52 @@ class Feedback:
             kl = exact_kl(logits, other)
         else:  # k3 of arXiv 2402.03300: e^x − 1 − x
             kl = numpy.expm1(ratio[known]) - ratio[known]
-        return old, -ratio.sum(1), float(kl.mean())
+        self.drift = float(kl.mean())
+        return old, -ratio.sum(1), self.drift
 
     def loss(self, batch: Answers) -> Tensor:
         nll = self.model.loss(batch.tokens, batch.targets, batch.start, even=False)
         return surrogate(nll, batch.old_logp, batch.advantages)
 
     def evaluate(self, final: bool) -> dict:
-        """Greedy answers to held-out prompts: the mean score, and one before and after."""
+        """Greedy answers to held-out prompts, before feedback and now: scores, how often the new
+        one scores more (a tie counts half), and one such pair."""
+        summary = self.told("summary")
         if not self.heldout:
-            return {}
+            return summary
         asked = [row.messages for row in self.heldout]
         settings = {"max_new_tokens": self.config.max_new_tokens}
         if self.before is None:
             self.before = answers(self.reference, self.tokenizer, asked, **settings)
         after = answers(self.model, self.tokenizer, asked, **settings)
-        found = {}
-        for name, said in (("reward_before", self.before), ("held_out_reward", after)):
-            groups = [Group(row, [answer]) for row, answer in zip(self.heldout, said)]
-            scores = [score for (score,) in self.judge(groups) if score is not None]
-            found[name] = float(numpy.mean(scores)) if scores else 0.0
+        pairs = zip(self.heldout, self.before, after)
+        scores = self.judge([Group(row, [old, new]) for row, old, new in pairs])
+        scores = numpy.array([pair for pair in scores if None not in pair])
+        found = variety(after)
+        if len(scores):
+            old, new = scores.T
+            found |= {"reward_before": float(old.mean()), "held_out_reward": float(new.mean())}
+            found["preferred"] = float((new > old).mean() + (new == old).mean() / 2)
         changed = [i for i, pair in enumerate(zip(self.before, after)) if pair[0] != pair[1]]
         i = changed[0] if changed else 0
         question = asked[i][-1]["content"]
-        return {**found, "sample": f"{question} -> {self.before[i]} -> {after[i]}"}
+        return {
+            **summary,
+            **found,
+            **self.told("notes"),
+            "sample": f"{question} -> {self.before[i]} -> {after[i]}",
+        }
 
     def state(self) -> dict:
         state = {"drawn": self.drawn, "source": self.source, "left": self.left}
+        state |= {"baseline": asdict(self.baseline), "beta": self.beta}
+        state["watch"] = asdict(self.watch)
         state["prompts"] = [row.messages for row in (self.heldout or self.prompts)[:4]]
         if self.left:  # floats survive JSON to the bit
             p = self.pending
             state["pending"] = [p.tokens, p.targets, p.start, p.old_logp, p.advantages]
             state["pending"] = [backend.to_numpy(x).tolist() for x in state["pending"]]
-            state["notes"] = p.notes
+            state["notes"], state["harm"] = p.notes, p.harm
         return state
 
     def restore(self, state: dict) -> None:
@@ -257,6 +437,9 @@ class Feedback:
                 "this run was begun with another model or other prompts: name the same ones"
             )
         self.drawn, self.left = state["drawn"], state["left"]
+        self.beta = state.get("beta", self.config.kl)
+        self.watch = Watch(**state.get("watch", {}))
+        self.baseline = estimators.RunningMean(**state.get("baseline", {}))
         if self.left:
             types = ("int64", "int64", "int32", "float32", "float64")
             tokens, targets, start, old, A = (
@@ -265,6 +448,7 @@ class Feedback:
             self.pending = Answers(
                 tokens, targets, start, state["notes"],
                 backend.asarray(old), backend.asarray(A), self.config.max_new_tokens,
+                harm=state.get("harm", ""),
             )  # fmt: skip
 
     def card(self, results: dict) -> str:
@@ -280,6 +464,31 @@ def answer_batch(prompts: list[list[int]], said: list[list[int]], padding: int) 
     return packed_batch(rows, padding)
 
 
+def by_answer(batch: Batch, logp: Array) -> list[list[float]]:
+    """Of logp (B, T), what belongs to each answer's own tokens."""
+    logp, known = backend.to_numpy(logp), batch.targets >= 0
+    return [row[which].tolist() for row, which in zip(logp, known)]
+
+
+CAUSES = ("right", "wrong", "neutral", "none", "truncated")
+
+
+def different(group: list[float | None]) -> set[float]:
+    return set(group) - {None}
+
+
+def cause(group: list[float | None]) -> str:
+    """Why a prompt's answers tell nothing apart: all right (above 0), wrong (below 0), neutral (0),
+    or none of them judged; "" where they do."""
+    scores = different(group)
+    if len(scores) > 1:
+        return ""
+    if not scores:
+        return "none"
+    (score,) = scores
+    return "right" if score > 0 else "wrong" if score < 0 else "neutral"
+
+
 def exact_kl(logits: Array, other: Array) -> Array:
     """KL(p ‖ q) of p = softmax(logits) and q = softmax(other), (N, V) each -> (N,).
 
@@ -292,8 +501,33 @@ def exact_kl(logits: Array, other: Array) -> Array:
 JUDGES: dict[str, Callable[[FeedbackConfig], Judge]] = {
     "verifier": lambda config: verifier.judge(
         verifier.load(config.verifier) if config.verifier else verifier.exact(config.confidence)
-    )
+    ),
+    "reward-model": lambda config: RewardModel(config.reward_model),
+    "model": lambda config: Model(config.judge_model, mode_of(config, "likelihood")),
+    "endpoint": lambda config: Endpoint(
+        config.judge_url,
+        config.judge_name,
+        mode_of(config, "pairwise"),
+        config.judge_concurrency,
+        config.judge_timeout,
+    ),
+    "human": lambda config: human.Person(asker(config)),
 }
+
+
+def mode_of(config: FeedbackConfig, usual: str) -> str:
+    return usual if config.judge_mode == "auto" else config.judge_mode
+
+
+def asker(config: FeedbackConfig):
+    """What a person is asked on."""
+    if config.page == "none":
+        return human.Terminal()
+    if config.page == "auto" and not sys.stderr.isatty():
+        return human.Nobody()
+    from tinylm.page import Page
+
+    return Page(config.host, config.port)
 
 
 def run(
@@ -311,6 +545,9 @@ def run(
         )
     config.block_size = config.block_size or model.config.block_size
     config.cutoff = config.cutoff or cutoff_of(source)
+    if config.judge == "human":
+        for name in human.DEFAULTS.keys() - given:
+            setattr(config, name, human.DEFAULTS[name])
     config = open_run(Path(out), config, given, resume)
     rows = read_fitting(prompts, ChatFormat(tokenizer), config)
     digest = hashlib.blake2b((Path(source) / "model.safetensors").read_bytes(), digest_size=16)
@@ -318,11 +555,15 @@ def run(
     reference, _, _ = checkpoint.load_for_chat(source)
     judge = JUDGES[config.judge](config)
     stage = Feedback(model, reference, tokenizer, rows, judge, config, origin)
+    stage.say = lambda text: progress.say(text, "bold yellow")
     progress.say(
         f"{len(stage.prompts):,} prompts to learn from, {len(stage.heldout):,} held out; "
         f"{config.answers} answers to each, judged by: {config.judge}"
     )
-    results = Trainer(stage, config, Path(out), progress).run(resume)
+    trainer = Trainer(stage, config, Path(out), progress)
+    attended = getattr(judge, "attending", lambda *_: nullcontext())
+    with attended(stage, Path(out), progress):
+        results = trainer.run(resume)
     return {"directory": str(out), "prompts": len(stage.prompts), **results}
 
 
@@ -343,11 +584,15 @@ def read_fitting(path: Path, form: ChatFormat, config: FeedbackConfig) -> list[R
 def model_card(stage: Feedback, results: dict) -> str:
     """README.md of the run directory."""
     c, numbers = stage.config, "not finished yet"
+    judge = c.verifier or c.reward_model or c.judge_model or c.judge_name
     if results:
         numbers = f"- {results['steps']} steps, {results['seconds']:.0f} seconds"
         if "held_out_reward" in results:
             before, after = results["reward_before"], results["held_out_reward"]
             numbers += f"\n- mean score on held-out prompts {before:.3f} before, {after:.3f} after"
+        if "win_rate" in results:
+            share, n = results["win_rate"], results["win_n"]
+            numbers += f"\n- {share:.0%} of the last {n} comparisons with the fine-tuned model won"
     (name, size) = stage.source[1]
     return f"""# An assistant improved by feedback, made by tinylm
 
@@ -355,7 +600,7 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
 
 | | |
 |---|---|
-| stage | feedback: RLOO, judged by {c.judge}{f" `{c.verifier}`" if c.verifier else ""} |
+| stage | feedback: {c.estimator}, judged by {c.judge}{f" `{judge}`" if judge else ""} |
 | parameters | {stage.model.n_parameters():,} |{cutoff_row(c)}
 | prompts | {len(stage.prompts):,} to learn from, {len(stage.heldout):,} held out |
 | answers | {c.answers} to each prompt, of up to {c.max_new_tokens} tokens |

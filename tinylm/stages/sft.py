@@ -146,17 +146,11 @@ def read_examples(
         else:
             rows.append(row)
             examples.append(example)
-    tell_lines(progress, data, long, f"do not fit the context of {block_size} tokens")
-    tell_lines(progress, data, empty, "leave nothing to learn")
+    progress.left_out(data, long, f"do not fit the context of {block_size} tokens")
+    progress.left_out(data, empty, "leave nothing to learn")
     if not examples:
         raise InputError(f"{data}: no conversation fits the context of {block_size} tokens")
     return rows, examples
-
-
-def tell_lines(progress: Progress, data: Path, lines: list[int], what: str) -> None:
-    if lines:
-        shown = ", ".join(map(str, lines[:20])) + (", …" if len(lines) > 20 else "")
-        progress.say(f"{data}: {len(lines)} rows {what} and are left out: line {shown}", "yellow")
 
 
 def masks(base: Path, data: Path, n: int, progress: Progress) -> list[Text]:

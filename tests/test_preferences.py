@@ -1,0 +1,87 @@
+"""Preferences: every form in a file becomes the same thing, and comes back."""
+
+import json
+
+import pytest
+
+from tinylm.errors import InputError
+from tinylm.preferences import FORMS, read_preferences
+
+ASKED = [{"role": "user", "content": "Hello?"}]
+
+
+def said(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def written(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+ROWS = [
+    [{"prompt": "Hello?", "chosen": "good", "rejected": "bad"}],
+    [{"prompt": ASKED, "chosen": said("good"), "rejected": said("bad")}],
+    [{"chosen": ASKED + said("good"), "rejected": ASKED + said("bad")}],
+    [
+        {"prompt": "Hello?", "completion": "good", "label": True},
+        {"prompt": "Hello?", "completion": "bad", "label": False},
+    ],
+    [{"prompt": "Hello?", "answers": ["bad", "good", "unseen"], "scores": [1, 2.5, None]}],
+    [
+        {
+            "prompt": {
+                "role": "prompter",
+                "text": "Hello?",
+                "replies": [
+                    {"role": "assistant", "text": "bad", "rank": 1, "replies": []},
+                    {"role": "assistant", "text": "good", "rank": 0, "replies": []},
+                ],
+            }
+        }
+    ],
+]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_every_form_says_the_same(rows, tmp_path):
+    (judged,) = read_preferences(written(tmp_path / "p.jsonl", rows))
+    assert judged.messages == ASKED
+    ((better, worse),) = judged.pairs()
+    assert (judged.answers[better], judged.answers[worse]) == ("good", "bad")
+
+
+@pytest.mark.parametrize("form", ["preference", "unpaired", "ranking"])
+def test_what_is_written_can_be_read(form, tmp_path):
+    rows = [{"prompt": "Hello?", "answers": ["a", "b", "c"], "scores": [0, 3, 1]}]
+    judged = read_preferences(written(tmp_path / "p.jsonl", rows))
+    again = read_preferences(written(tmp_path / "q.jsonl", FORMS[form](judged)))
+    pairs = {(j.answers[w], j.answers[l]) for j in again for w, l in j.pairs()}
+    full = {("b", "a"), ("c", "a"), ("b", "c")}
+    assert pairs == (full if form != "unpaired" else {("b", "a"), ("b", "c")})
+
+
+def test_the_best_answer_becomes_a_conversation(tmp_path):
+    rows = [{"prompt": "Hello?", "answers": ["a", "b", "b2"], "scores": [0, 3, 3]}]
+    judged = read_preferences(written(tmp_path / "p.jsonl", rows))
+    assert list(FORMS["conversations"](judged)) == [{"messages": ASKED + said("b")}]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "x", "chosen": 3, "rejected": "b"}, "an answer must be a text"),
+        ({"chosen": "a", "rejected": "b"}, "lists of messages"),
+        ({"chosen": said("a"), "rejected": said("b")}, "do not begin alike"),
+        ({"prompt": "x"}, 'expected "prompt", "chosen" and "rejected"'),
+        ({"prompt": said("x"), "chosen": "a", "rejected": "b"}, "before the user"),
+        ({"prompt": ASKED + said("x"), "chosen": "a", "rejected": "b"}, "must end with"),
+        ({"prompt": "x", "answers": ["a"], "scores": [1, 2]}, "same length"),
+        ({"prompt": "x", "answers": ["a"], "scores": ["1"]}, "a number or null"),
+        ({"prompt": "x", "answers": ["a", "b"], "scores": [1, 1]}, "no answer in it is preferred"),
+        ({"prompt": {"role": "system", "replies": []}}, "not a conversation tree"),
+    ],
+)
+def test_bad_rows_are_told_by_line(row, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        read_preferences(written(tmp_path / "p.jsonl", [row]))

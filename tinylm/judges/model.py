@@ -1,0 +1,85 @@
+"""The judge that is another model of this kind: any directory that tinylm opens and chats with.
+
+likelihood   the mean log-probability, in nats, of an answer's tokens, its end of turn included:
+             what the judge would say itself scores best. Sound for a small model, which can write
+             but not discuss; the mean, because a sum would prefer short answers
+pairwise     log P("A") − log P("B") as its reply to the question which of two answers is better;
+             for a model that follows instructions
+"""
+
+from __future__ import annotations
+
+from tinylm import backend, checkpoint
+from tinylm.chat import ChatFormat, turn
+from tinylm.data import packed_batch
+from tinylm.errors import InputError
+from tinylm.generate import read
+from tinylm.judges import Group
+from tinylm.judges.pairwise import compare
+from tinylm.judges.reward import answered
+from tinylm.tensor import no_grad
+
+MODES = ("likelihood", "pairwise")
+AT_ONCE = 32  # rows in one forward
+
+
+class Model:
+    """A judge of groups. What does not fit its context gets no judgement."""
+
+    def __init__(self, folder: str, mode: str):
+        if not folder:
+            raise InputError("--judge model: name its directory, --judge-model DIR")
+        if mode not in MODES:
+            raise InputError(f"--judge-mode {mode}: a model judges by {' or '.join(MODES)}")
+        self.model, tokenizer, added = checkpoint.load_for_chat(folder)
+        if self.model.config.scores:
+            raise InputError(f"{folder} is a reward model: use --judge reward-model for it")
+        if added is not None:
+            raise InputError(f"--judge-model {folder}: it was never fine-tuned to answer")
+        self.form, self.mode, self.agreed = ChatFormat(tokenizer), mode, []
+        letters = [tokenizer.encode(letter) for letter in "AB"]
+        if mode == "pairwise" and any(len(ids) != 1 for ids in letters):
+            raise InputError(f"--judge-model {folder}: A and B are no tokens to it; use likelihood")
+        self.a, self.b = (ids[0] for ids in letters)
+
+    def __call__(self, groups: list[Group]) -> list[list[float | None]]:
+        if self.mode == "pairwise":
+            scores, agreed = compare(groups, self.verdicts, in_nats=True)
+            self.agreed += agreed
+            return scores
+        pairs = [(group.row.messages, answer) for group in groups for answer in group.answers]
+        found = iter(self.fitting(list(map(self.example, pairs)), self.likelihoods))
+        return [[next(found) for _ in group.answers] for group in groups]
+
+    def notes(self) -> dict[str, float]:
+        agreed, self.agreed = self.agreed, []
+        return {"position_consistency": sum(agreed) / len(agreed)} if agreed else {}
+
+    def fitting(self, rows: list[tuple[list[int], int]], judged) -> list[float | None]:
+        """judged(rows that fit the context), a part at a time; None for the others."""
+        fits = [len(ids) <= self.model.config.block_size for ids, _ in rows]
+        short = [row for row, fit in zip(rows, fits) if fit]
+        parts = (short[i : i + AT_ONCE] for i in range(0, len(short), AT_ONCE))
+        found = iter([x for part in parts for x in judged(part)])
+        return [next(found) if fit else None for fit in fits]
+
+    def example(self, pair: tuple[list[dict], str]) -> tuple[list[int], int]:
+        """(ids, how many of them are the prompt's)."""
+        messages, answer = pair
+        return answered(self.form, messages, answer), len(self.form.ids(messages, True))
+
+    def likelihoods(self, rows: list[tuple[list[int], int]]) -> list[float]:
+        masks = [[(ids, [i >= n for i in range(len(ids))])] for ids, n in rows]
+        batch = packed_batch(masks, 0)
+        with no_grad():
+            nll = self.model.loss(batch.tokens, batch.targets, batch.start).data
+        return (-backend.to_numpy(nll).sum(1) / (batch.targets >= 0).sum(1)).tolist()
+
+    def verdicts(self, questions: list[str]) -> list[float | None]:
+        rows = [(self.form.ids([turn("user", question)], True), 0) for question in questions]
+        return self.fitting(rows, self.log_odds)
+
+    def log_odds(self, rows: list[tuple[list[int], int]]) -> list[float]:
+        with no_grad():
+            logits, _, _ = read(self.model, [ids for ids, _ in rows], 1)
+        return (logits[:, self.a] - logits[:, self.b]).tolist()

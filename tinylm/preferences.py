@@ -1,0 +1,175 @@
+"""Preferences: prompts, several answers to each, and how someone scored them; their file formats.
+
+Whatever the form in a file, a `Judged` comes out of it. Only the order of the scores of one prompt
+means something: the better answers are preferred to the worse.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinylm.chat import as_prompt, as_turns, check_messages, read_rows, turn
+from tinylm.errors import InputError
+
+
+@dataclass
+class Judged:
+    """One prompt (messages up to the user's turn), its answers, and their scores."""
+
+    messages: list[dict]
+    answers: list[str]
+    scores: list[float | None]  # None: no judgement
+    line: int = 0  # of the file that it was read from
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """(better, worse) numbers of every two answers of which one was found better."""
+        judged = [(score, i) for i, score in enumerate(self.scores) if score is not None]
+        return [(i, j) for a, i in judged for b, j in judged if a > b]
+
+
+def read_preferences(path: str | Path, ties: bool = False) -> list[Judged]:
+    """The judged prompts of a file of JSON lines (or one array), in which some pair is ordered.
+
+    With ties, also those in which none is.
+
+    A row has `prompt`, `chosen` and `rejected`; or `chosen` and `rejected` conversations that begin
+    alike; or `prompt`, `completion` and a `label` that is true or false, several rows to a prompt;
+    or `prompt`, `answers` and `scores`; or it is a tree of OpenAssistant's, with ranked `replies`.
+    Prompts and answers are texts or lists of messages. Raises InputError with file and line.
+    """
+    judged = []
+    unpaired: dict[str, Judged] = {}  # by prompt
+    for line, row in read_rows(Path(path)):
+        where = f"{path}, line {line}: "
+        for found in as_judged(row, where):
+            found.line = line
+            if "label" in row:
+                known = unpaired.setdefault(json.dumps(found.messages), found)
+                if known is not found:
+                    known.answers += found.answers
+                    known.scores += found.scores
+                    continue
+            judged.append(found)
+    judged = [each for each in judged if ties or each.pairs()]
+    if not judged:
+        raise InputError(f"{path}: no answer in it is preferred to another one to the same prompt")
+    return judged
+
+
+def as_judged(row: dict, where: str = "") -> Iterator[Judged]:
+    """What one row of any form says. Raises InputError, which begins with where."""
+    if isinstance(row.get("prompt"), dict) and "replies" in row["prompt"]:
+        yield from tree([], row["prompt"], where)
+        return
+    if "chosen" in row and "rejected" in row:
+        prompt, answers = shared_prompt(row, where), [row["chosen"], row["rejected"]]
+        answers = [x[len(prompt) :] if "prompt" not in row else x for x in answers]
+        scores = [1.0, 0.0]
+    elif {"prompt", "completion", "label"} <= set(row):
+        prompt, answers, scores = row["prompt"], [row["completion"]], [float(bool(row["label"]))]
+    elif {"prompt", "answers", "scores"} <= set(row):
+        prompt, answers, scores = row["prompt"], row["answers"], row["scores"]
+        check_ranking(answers, scores, where)
+    else:
+        raise InputError(
+            where + 'expected "prompt", "chosen" and "rejected"; "prompt", "completion" and '
+            f'"label"; or "prompt", "answers" and "scores"; found {", ".join(map(repr, row))}'
+        )
+    messages = as_turns("user", prompt)
+    check_messages(messages, where)
+    if as_prompt(messages) != messages:
+        raise InputError(where + "the prompt must end with what the user says")
+    yield Judged(messages, [text_of(answer, where) for answer in answers], scores)
+
+
+def shared_prompt(row: dict, where: str) -> str | list[dict]:
+    """A row's prompt, or else the messages with which both its conversations begin."""
+    if "prompt" in row:
+        return row["prompt"]
+    chosen, rejected = row["chosen"], row["rejected"]
+    if not isinstance(chosen, list) or not isinstance(rejected, list):
+        raise InputError(where + 'without "prompt", "chosen" and "rejected" are lists of messages')
+    alike = [a for a, b in zip(chosen, rejected) if a == b]
+    if not alike or chosen[: len(alike)] != alike or rejected[: len(alike)] != alike:
+        raise InputError(where + '"chosen" and "rejected" do not begin alike: there is no prompt')
+    return alike
+
+
+def check_ranking(answers, scores, where: str) -> None:
+    if not isinstance(answers, list) or not isinstance(scores, list) or len(answers) != len(scores):
+        raise InputError(where + '"answers" and "scores" must be lists of the same length')
+    for score in scores:
+        if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float))):
+            raise InputError(f"{where}a score must be a number or null, got {score!r:.60}")
+
+
+def text_of(answer, where: str) -> str:
+    """An answer is a text, or one assistant message in a list."""
+    if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], dict):
+        answer = answer[0].get("content")
+    if not isinstance(answer, str):
+        raise InputError(f"{where}an answer must be a text or one message, got {answer!r:.60}")
+    return answer
+
+
+def tree(before: list[dict], node: dict, where: str) -> Iterator[Judged]:
+    """OpenAssistant's conversation tree (arXiv 2304.07327): every turn with ranked replies."""
+    try:
+        role = {"prompter": "user", "assistant": "assistant"}[node["role"]]
+        messages, replies = [*before, turn(role, node["text"])], node["replies"]
+        if role == "user" and replies:
+            ranks = [reply.get("rank") for reply in replies]
+            scores = [None if rank is None else -float(rank) for rank in ranks]
+            yield Judged(messages, [reply["text"] for reply in replies], scores)
+        for reply in replies:
+            yield from tree(messages, reply, where)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{where}not a conversation tree ({error!r})") from None
+
+
+# ---- written -----------------------------------------------------------------------------------
+
+
+def as_pairs(judged: Iterable[Judged]) -> Iterator[dict]:
+    """TRL's preference form: every ordered pair of answers."""
+    for each in judged:
+        for better, worse in each.pairs():
+            chosen, rejected = ([turn("assistant", each.answers[i])] for i in (better, worse))
+            yield {"prompt": each.messages, "chosen": chosen, "rejected": rejected}
+
+
+def as_unpaired(judged: Iterable[Judged]) -> Iterator[dict]:
+    """TRL's unpaired form: is an answer one of the better half of its prompt's?"""
+    for each in judged:
+        scores = [score for score in each.scores if score is not None]
+        middle = (min(scores) + max(scores)) / 2 if scores else 0.0
+        for answer, score in zip(each.answers, each.scores):
+            if score is not None and score != middle:
+                completion = [turn("assistant", answer)]
+                yield {"prompt": each.messages, "completion": completion, "label": score > middle}
+
+
+def as_rankings(judged: Iterable[Judged]) -> Iterator[dict]:
+    """All that is known: answers and scores."""
+    for each in judged:
+        yield {"prompt": each.messages, "answers": each.answers, "scores": each.scores}
+
+
+def as_conversations(judged: Iterable[Judged]) -> Iterator[dict]:
+    """The best answer to each prompt, for `tinylm sft`: best-of-n, learned (arXiv 2009.01325)."""
+    for each in judged:
+        if each.pairs():
+            best = max((s, -i) for i, s in enumerate(each.scores) if s is not None)
+            answer = each.answers[-best[1]]
+            yield {"messages": [*each.messages, turn("assistant", answer)]}
+
+
+FORMS = {
+    "preference": as_pairs,
+    "unpaired": as_unpaired,
+    "ranking": as_rankings,
+    "conversations": as_conversations,
+}

@@ -1,0 +1,353 @@
+"""Learning from preferences: a reward model, or the model itself by DPO.
+
+The better of two answers is to score more (Bradley and Terry 1952; arXiv 2203.02155):
+
+    p(w beats l) = σ(r_w − r_l),   L = mean over prompts, mean over their pairs, of
+                   −log σ(r_w − r_l) + c (r_w + r_l)²
+
+What scores is the only difference. In a reward model it is a head with a single row, read at the
+end of an answer; the pairs fix only differences, so the second term keeps the scores around zero
+(arXiv 2312.09244). In DPO it is how much likelier an answer has become than it was to the model as
+it came, r = β (log π(y) − log π_ref(y)): the best policy under the reward r and a KL price of β is
+π itself, so that no reward model and no sampling is needed (arXiv 2305.18290).
+
+All answers to a prompt are in one batch, where each is read once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+
+from tinylm import backend, checkpoint, ops
+from tinylm.chat import ChatFormat
+from tinylm.data import Batch, permuted, source_of
+from tinylm.errors import InputError
+from tinylm.evaluate import calibration, wilson
+from tinylm.generate import answers
+from tinylm.judges.reward import answered, pad_right
+from tinylm.model import Transformer
+from tinylm.preferences import Judged, read_preferences
+from tinylm.progress import Progress
+from tinylm.tensor import Array, Tensor, no_grad
+from tinylm.tokenizer import Tokenizer
+from tinylm.train import TrainConfig, Trainer, cutoff_of, cutoff_row, open_run, setting
+
+
+@dataclass
+class PreferenceConfig(TrainConfig):
+    """Learning from judged prompts: how long, and how many at once."""
+
+    epochs: float = setting(1.0, "Times through the data, where no --max-steps or --minutes is.")
+    batch_size: int = setting(16, "Prompts, with all their answers, in one forward and backward.")
+    block_size: int = setting(0, "Tokens in a row (0: the model's context).")
+    held_out: float = setting(0.1, "Share of the prompts held out for evaluation.")
+
+    def check(self) -> None:
+        if self.epochs <= 0:
+            raise InputError(f"--epochs: expected more than 0, got {self.epochs}")
+        if not 0 <= self.held_out < 1:
+            raise InputError(f"--held-out: expected 0 or more, below 1, got {self.held_out}")
+        super().check()
+
+    def length_given(self) -> bool:
+        return True
+
+
+@dataclass
+class RewardConfig(PreferenceConfig):
+    """A reward model: how fast."""
+
+    learning_rate: float = setting(2e-4, "Peak learning rate.")
+    center: float = setting(0.01, "Weight of (r_w + r_l)², which keeps scores around zero.")
+
+    def check(self) -> None:
+        if self.center < 0:
+            raise InputError(f"--center: expected at least 0, got {self.center}")
+        super().check()
+
+
+@dataclass
+class DPOConfig(PreferenceConfig):
+    """DPO: how fast, and how far from the model as it came."""
+
+    learning_rate: float = setting(1e-4, "Peak learning rate: 0.2 to 0.5 of the fine-tuning's.")
+    weight_decay: float = setting(0.0, "Decoupled decay of matrices.")
+    beta: float = setting(0.1, "Price of a nat of drift from the fine-tuned model (β).")
+
+    def check(self) -> None:
+        if self.beta <= 0:
+            raise InputError(f"--beta: expected more than 0, got {self.beta}")
+        super().check()
+
+
+@dataclass
+class Comparisons(Batch):
+    """Answers to several prompts, padded on the right; targets are the tokens that are read."""
+
+    asked: Array = None  # (B,): tokens of the prompt
+    lengths: Array = None  # (B,): of the prompt and the answer
+    pairs: Array = None  # (P, 2): the row of the better answer, and of the worse
+    weights: Array = None  # (P,): 1 / pairs of the prompt
+
+    def denominator(self) -> int:
+        """Prompts: each counts once, however many pairs its answers make."""
+        return round(float(self.weights.sum()))
+
+
+@dataclass
+class Compared:
+    """The answers to one prompt as ids, and (better, worse) numbers of its pairs."""
+
+    judged: Judged
+    asked: int  # tokens of the prompt, with which every row begins
+    rows: list[list[int]]
+    pairs: list[tuple[int, int]]
+
+
+def comparisons(prompts: list[Compared]) -> Comparisons:
+    """All answers to some prompts as one batch."""
+    rows = [row for each in prompts for row in each.rows]
+    first = numpy.cumsum([0, *(len(each.rows) for each in prompts)])
+    pairs = [(at + i, at + j) for each, at in zip(prompts, first) for i, j in each.pairs]
+    weights = [1 / len(each.pairs) for each in prompts for _ in each.pairs]
+    tokens, lengths = pad_right(rows)
+    read = numpy.where(numpy.arange(tokens.shape[1]) < lengths[:, None], tokens, -1)
+    asked = numpy.array([each.asked for each in prompts for _ in each.rows])
+    pairs, weights = numpy.array(pairs), numpy.array(weights)
+    return Comparisons(tokens, read, None, {}, asked, lengths, pairs, weights)
+
+
+def bradley_terry(scores: Tensor, pairs: Array, weights: Array, center: float) -> Tensor:
+    """(−log σ(r_w − r_l) + c (r_w + r_l)²) · weight of each pair.  scores (B,) -> (P,)
+
+    −log σ(r_w − r_l) is the cross entropy of choosing the better one by softmax(r_w, r_l).
+    """
+    both = ops.embedding(backend.asarray(pairs), scores.reshape(-1, 1)).reshape(-1, 2)
+    nll = ops.cross_entropy(both, backend.asarray(numpy.zeros(len(pairs), "int64")))
+    total = both.sum(1)
+    return (nll + total * total * center) * backend.asarray(weights, nll.dtype)
+
+
+class Reward:
+    """The stage: judged prompts, and the loss above."""
+
+    name = "reward"
+    about = """# A reward model made by tinylm
+
+It reads a conversation and gives a score: of two answers, the one that scores s more is preferred
+with a probability of σ(s). Scores lie around zero."""
+
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, prompts: list[Compared],
+        config: RewardConfig, source: list,
+    ):  # fmt: skip
+        self.model, self.tokenizer, self.config, self.source = model, tokenizer, config, source
+        self.train, self.heldout = held_out(prompts, config.held_out)
+        self.drawn = 0  # prompts drawn so far
+        self.center = getattr(config, "center", 0.0)
+
+    def draw(self) -> Comparisons:
+        """The next prompts of an endless stream: each epoch all, in an order of its own."""
+        n, seed, taken = len(self.train), self.config.seed * 1_000_003, []
+        for i in range(self.drawn, self.drawn + self.config.batch_size):
+            taken.append(self.train[permuted(i % n, n, seed + i // n)])
+        self.drawn += self.config.batch_size
+        return comparisons(taken)
+
+    def scores(self, batch: Comparisons) -> Tensor:
+        """r of every answer, (B,)."""
+        return self.model.scores(batch.tokens, batch.lengths)
+
+    def loss(self, batch: Comparisons) -> Tensor:
+        return bradley_terry(self.scores(batch), batch.pairs, batch.weights, self.center)
+
+    def evaluate(self, final: bool) -> dict:
+        """How often the better of two held-out answers scores more, and whether σ(r_w − r_l) is
+        the probability that it says; the scores' mean and spread on answers learned from."""
+        _, margins = self.scored(self.heldout if final else self.heldout[:256])
+        found = {}
+        if len(margins):
+            right = float(((margins > 0) + 0.5 * (margins == 0)).mean())
+            low, high = wilson(right, len(margins))
+            error, table = calibration(margins)
+            found = {
+                "loss": float(numpy.logaddexp(0, -margins).mean()),
+                "accuracy": right, "accuracy_low": low, "accuracy_high": high,
+                "pairs": len(margins), "calibration_error": error,
+            }  # fmt: skip
+            found |= {"calibration": table} if final else {}
+        made, _ = self.scored(self.train[:256])
+        return {**found, "score_mean": float(made.mean()), "score_std": float(made.std())}
+
+    def scored(self, prompts: list[Compared]) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """r of every answer to some prompts, and r_w − r_l of every pair."""
+        scores, margins, n = [numpy.zeros(0)], [numpy.zeros(0)], self.config.batch_size
+        for batch in (comparisons(prompts[i : i + n]) for i in range(0, len(prompts), n)):
+            with no_grad():
+                r = backend.to_numpy(self.scores(batch).data).astype("float64")
+            scores.append(r)
+            margins.append(r[batch.pairs[:, 0]] - r[batch.pairs[:, 1]])
+        return numpy.concatenate(scores), numpy.concatenate(margins)
+
+    def state(self) -> dict:
+        return {"drawn": self.drawn, "source": self.source}
+
+    def restore(self, state: dict) -> None:
+        if state["source"] != self.source:
+            raise InputError(
+                "this run was begun with another model or other preferences: name the same ones"
+            )
+        self.drawn = state["drawn"]
+
+    def card(self, results: dict) -> str:
+        return model_card(self, results)
+
+
+class DPO(Reward):
+    """The same stage, where the model scores an answer by how much likelier it has become."""
+
+    name = "dpo"
+    about = """# An assistant improved by preferences, made by tinylm
+
+It read answers of which some had been preferred to others, and those became likelier (DPO)."""
+
+    def __init__(self, model, tokenizer, prompts, config: DPOConfig, source, reference):
+        super().__init__(model, tokenizer, prompts, config, source)
+        self.reference = reference
+
+    def scores(self, batch: Comparisons) -> Tensor:
+        """β (log π − log π_ref) of every answer, its end of turn included."""
+        tokens, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
+        at = numpy.arange(tokens.shape[1])
+        said = (at >= batch.asked[:, None] - 1) & (at < batch.lengths[:, None] - 1)
+        targets = numpy.where(said, targets, -1)
+        with no_grad():
+            before = self.reference.loss(tokens, targets).data
+        nll = self.model.loss(tokens, targets, even=False)
+        return (nll - before).sum(1) * -self.config.beta
+
+    def evaluate(self, final: bool) -> dict:
+        """As for a reward model; and what it now says to the first held-out prompt."""
+        asked = (self.heldout or self.train)[0].judged.messages
+        (said,) = answers(self.model, self.tokenizer, [asked], max_new_tokens=60)
+        return {**super().evaluate(final), "sample": f"{asked[-1]['content']} -> {said}"}
+
+    def state(self) -> dict:
+        asked = [each.judged.messages for each in (self.heldout or self.train)[:4]]
+        return {**super().state(), "prompts": asked}  # shown by the report
+
+
+def held_out(prompts: list[Compared], share: float) -> tuple[list[Compared], list[Compared]]:
+    """(to learn from, held out). Rows with one prompt stay together, unless there are few prompts:
+    answers that were learned from must not be judged again."""
+    every = round(1 / share) if share else len(prompts) + 1
+    known: dict[str, int] = {}
+    keys = [json.dumps(each.judged.messages) for each in prompts]
+    places = [known.setdefault(key, len(known)) for key in keys]
+    if len(known) < 2 * every:
+        places = range(len(prompts))
+    parts: tuple[list[Compared], list[Compared]] = [], []
+    for place, each in zip(places, prompts):
+        parts[place % every == every - 1].append(each)
+    return parts
+
+
+def run(
+    base: Path, data: Path, out: Path, config: PreferenceConfig, given: set[str], resume: bool,
+    progress: Progress,
+) -> dict:  # fmt: skip
+    """Make a reward model of the model in directory base, or with a DPOConfig a better one."""
+    model, tokenizer, added = checkpoint.load_for_chat(base)
+    if added:
+        progress.say(f"{base} has no chat tokens: added {', '.join(added)}", "yellow")
+    config.block_size = config.block_size or model.config.block_size
+    if config.block_size > model.config.block_size:
+        raise InputError(
+            f"--block-size {config.block_size}: the context of {base} is {model.config.block_size}"
+        )
+    config.cutoff = config.cutoff or cutoff_of(base)
+    config = open_run(Path(out), config, given, resume)
+    prompts = read_compared(data, ChatFormat(tokenizer), config.block_size, progress)
+    source = [digest(base), *source_of([Path(data)])]
+    if isinstance(config, DPOConfig):
+        reference, _, _ = checkpoint.load_for_chat(base)
+        stage = DPO(model, tokenizer, prompts, config, source, reference)
+    else:
+        stage = Reward(with_score(model), tokenizer, prompts, config, source)
+    if not config.max_steps and not config.minutes:
+        per_step = config.batch_size * config.accumulate
+        config.max_steps = max(1, round(config.epochs * len(stage.train) / per_step))
+    n_train, n_held = (sum(len(p.pairs) for p in part) for part in (stage.train, stage.heldout))
+    progress.say(f"{n_train:,} pairs to learn from, {n_held:,} held out")
+    results = Trainer(stage, config, Path(out), progress).run(resume)
+    return {"directory": str(out), "train_pairs": n_train, **results}
+
+
+def digest(folder: Path) -> str:
+    """Of the weights in a run directory, by which a resumed run knows its model again."""
+    weights = (Path(folder) / "model.safetensors").read_bytes()
+    return hashlib.blake2b(weights, digest_size=16).hexdigest()
+
+
+def with_score(model: Transformer) -> Transformer:
+    """The same weights under a head that scores, whose row begins as zero: no opinion."""
+    made = Transformer(dataclasses.replace(model.config, scores=True))
+    known = model.parameters()
+    for name, p in made.parameters().items():
+        p.data = known[name].data if name in known else p.data
+    return made
+
+
+def read_compared(
+    data: Path, form: ChatFormat, block_size: int, progress: Progress
+) -> list[Compared]:
+    """The judged prompts of a file as ids; says which have an answer that is too long."""
+    found, long = [], []
+    for judged in read_preferences(data):
+        asked = len(form.ids(judged.messages, True))
+        rows = [answered(form, judged.messages, answer) for answer in judged.answers]
+        if max(map(len, rows)) > block_size:
+            long.append(judged.line)
+        else:
+            found.append(Compared(judged, asked, rows, judged.pairs()))
+    progress.left_out(data, long, f"do not fit the context of {block_size} tokens")
+    if not found:
+        raise InputError(f"{data}: no prompt with its answers fits {block_size} tokens")
+    return found
+
+
+def model_card(stage: Reward, results: dict) -> str:
+    """README.md of the run directory."""
+    numbers = "not finished yet"
+    if results:
+        numbers = f"- {results['steps']} steps, {results['seconds']:.0f} seconds"
+    if "accuracy" in results:
+        numbers += (
+            f"\n- of two held-out answers the better one scores more in {results['accuracy']:.1%} "
+            f"of {results['pairs']:,} pairs (95 %: {results['accuracy_low']:.1%} to "
+            f"{results['accuracy_high']:.1%})"
+            f"\n- expected calibration error {results['calibration_error']:.3f}\n\n"
+            "| σ of the difference | found right | pairs |\n|---|---|---|\n"
+        ) + "\n".join(f"| {p:.2f} | {right:.2f} | {n} |" for p, right, n in results["calibration"])
+    (name, size) = stage.source[1]
+    return f"""{stage.about}
+
+| | |
+|---|---|
+| stage | {stage.name} |
+| parameters | {stage.model.n_parameters():,} |
+| context | {stage.model.config.block_size} tokens |{cutoff_row(stage.config)}
+| prompts | {len(stage.train):,} to learn from, {len(stage.heldout):,} held out |
+
+## Numbers
+{numbers}
+
+## Data
+- {name}, {size:,} bytes
+"""
