@@ -13,8 +13,8 @@ from test_feedback import make_stage as untitled
 from tinylm.chat import turn, with_chat_tokens
 from tinylm.checkpoint import Checkpoint
 from tinylm.errors import InputError
+from tinylm.estimators import cause
 from tinylm.progress import Progress
-from tinylm.stages.feedback import cause
 from tinylm.tokenizer import train_characters
 from tinylm.train import Trainer, read_metrics
 

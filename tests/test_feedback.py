@@ -11,15 +11,14 @@ import tinylm
 from tinylm import ops
 from tinylm.chat import Row, turn, with_chat_tokens
 from tinylm.errors import InputError
-from tinylm.estimators import RunningMean, advantages, rloo
+from tinylm.estimators import RunningMean, advantages, rloo, surrogate
 from tinylm.judges import Group, verifier
+from tinylm.judges.watch import Watch
 from tinylm.stages.feedback import (
     Answers,
     Feedback,
     FeedbackConfig,
-    Watch,
     answer_batch,
-    surrogate,
 )
 from tinylm.tensor import Tensor, no_grad
 from tinylm.tokenizer import train_characters

@@ -13,10 +13,10 @@ from commands import SMALL, metrics
 import tinylm
 from tinylm import backend, memory, selfcheck
 from tinylm.cli import run
+from tinylm.estimators import surrogate
 from tinylm.generate import beam_search
 from tinylm.kernels.cases import OPS
 from tinylm.model import ModelConfig, Transformer
-from tinylm.stages.feedback import surrogate
 
 FEW = ["--max-steps", 2, "--batch-size", 2, "--eval-every", 2, "--learning-rate", 1e-3]
 SAID = [{"prompt": "the cat?", "completion": "a bird", "accepted": ["a bird"]}] * 8

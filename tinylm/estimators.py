@@ -1,4 +1,4 @@
-"""Estimators: from the scores of answers to their advantages, by which log π is pushed up or down.
+"""Estimators: from the scores of answers to their advantages, and what pushes log π by them.
 
 All of them estimate the gradient of the expected score, E[r ∇ log π(y)], from sampled answers, and
 none of these is biased: what is taken off a score does not depend on the answer it belongs to.
@@ -18,6 +18,11 @@ from dataclasses import dataclass
 
 import numpy
 
+from tinylm import backend
+from tinylm.tensor import Array, Tensor
+
+CLIP = (0.8, 1.28)  # of ρ, where answers are learned from several times
+NAMES = ("rloo", "reinforce")
 Scores = list[float | None]  # of one prompt's answers; None: no judgement
 
 
@@ -64,4 +69,44 @@ def advantages(name: str, groups: list[Scores], baseline: RunningMean) -> numpy.
     return found
 
 
-NAMES = ("rloo", "reinforce")
+def surrogate(nll: Tensor, old_logp: Array, advantages: Array) -> Tensor:
+    """−min(ρ A, clip(ρ) A) per token, of nll = −log π_θ (B, T).
+
+    As ρ = exp(−nll − log π_old), its gradient by nll is ρ A, and 0 where the clipped term is taken.
+    """
+    rho = backend.xp.exp(-nll.data - old_logp)
+    A = advantages[:, None].astype(nll.dtype)
+    free, clipped = rho * A, backend.xp.clip(rho, *CLIP) * A
+    taken = free <= clipped
+    loss = -backend.xp.where(taken, free, clipped)
+    return Tensor.from_op(loss, (nll,), lambda dloss: (dloss * backend.xp.where(taken, free, 0),))
+
+
+# ---- what is told of them ----------------------------------------------------------------------
+
+CAUSES = ("right", "wrong", "neutral", "none", "truncated")
+
+
+def different(group: Scores) -> set[float]:
+    return set(group) - {None}
+
+
+def cause(group: Scores) -> str:
+    """Why a prompt's answers tell nothing apart: all right (above 0), wrong (below 0), neutral (0),
+    or none of them judged; "" where they do."""
+    scores = different(group)
+    if len(scores) > 1:
+        return ""
+    if not scores:
+        return "none"
+    (score,) = scores
+    return "right" if score > 0 else "wrong" if score < 0 else "neutral"
+
+
+def exact_kl(logits: Array, other: Array) -> Array:
+    """KL(p ‖ q) of p = softmax(logits) and q = softmax(other), (N, V) each -> (N,).
+
+    As log q − log p = log Σ exp(−gap) p − gap, with gap = logits − other, one exp is enough.
+    """
+    p, gap = backend.kernels.softmax_forward(logits), logits - other
+    return (p * gap).sum(-1) + backend.xp.log((p * backend.xp.exp(-gap)).sum(-1))

@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy
@@ -28,12 +27,12 @@ from tinylm import backend, checkpoint, estimators, ops
 from tinylm.chat import ChatFormat, Row, read_prompts
 from tinylm.data import Batch, packed_batch, permuted, source_of
 from tinylm.errors import InputError
+from tinylm.estimators import CAUSES, cause, different, exact_kl, surrogate
 from tinylm.evaluate import variety
 from tinylm.generate import answers, complete
 from tinylm.judges import Group, Judge, human, verifier
-from tinylm.judges.endpoint import Endpoint
-from tinylm.judges.model import Model
-from tinylm.judges.reward import RewardModel
+from tinylm.judges.choice import JUDGES, MODES, PAGES
+from tinylm.judges.watch import Watch
 from tinylm.model import Transformer
 from tinylm.tensor import Array, Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
@@ -48,18 +47,14 @@ from tinylm.train import (
 )  # fmt: skip
 
 EXACT_KL = 8192  # vocabularies up to this size have their KL summed, larger ones estimated
-CLIP = (0.8, 1.28)
 LEAST_BETA = 0.01  # what a drift beyond its limit costs at least from then on
-WHO = ("verifier", "reward-model", "model", "endpoint", "human")
-MODES = ("auto", "pairwise", "rubric", "likelihood")
-PAGES = ("auto", "serve", "none")
 
 
 @dataclass
 class FeedbackConfig(TrainConfig):
     """Feedback: who judges, how many answers, how far the model may drift."""
 
-    judge: str = setting("verifier", "Who judges.", False, WHO)
+    judge: str = setting("verifier", "Who judges.", False, tuple(JUDGES))
     verifier: str = setting("", "file.py:function(prompt, answer, row) -> number.  [accepted ones]")
     reward_model: str = setting("", "Directory of the reward model.")
     gold: str = setting("", "As --verifier: checks the judge. Nothing is learned from it.")
@@ -130,53 +125,6 @@ class Answers(Batch):
 
     def learns(self) -> bool:
         return bool(self.advantages.any())
-
-
-def surrogate(nll: Tensor, old_logp: Array, advantages: Array) -> Tensor:
-    """−min(ρ A, clip(ρ) A) per token, of nll = −log π_θ (B, T).
-
-    As ρ = exp(−nll − log π_old), its gradient by nll is ρ A, and 0 where the clipped term is taken.
-    """
-    rho = backend.xp.exp(-nll.data - old_logp)
-    A = advantages[:, None].astype(nll.dtype)
-    free, clipped = rho * A, backend.xp.clip(rho, *CLIP) * A
-    taken = free <= clipped
-    loss = -backend.xp.where(taken, free, clipped)
-    return Tensor.from_op(loss, (nll,), lambda dloss: (dloss * backend.xp.where(taken, free, 0),))
-
-
-@dataclass
-class Watch:
-    """Whether the judge is being outwitted: its scores rise, and what they stand for falls.
-
-    Judge and gold are compared by means of windows of steps: outwitted is, once and for all, a
-    model of which the judge thinks more than in the window that was best by gold, and gold less, by
-    twice the standard error of that difference, in two windows one after the other (the turn of the
-    curves of arXiv 2210.10760).
-    """
-
-    window: int = 20
-    seen: list[tuple[float, float]] = field(default_factory=list)  # (judge, gold) of each step
-    best: tuple[float, float, float] | None = None  # judge, gold and its variance
-    worse: int = 0  # windows since then that were worse
-    outwitted: bool = False
-
-    def see(self, judged: float, gold: float) -> bool:
-        """One step's means; true where the judge has just been found outwitted."""
-        self.seen.append((judged, gold))
-        if len(self.seen) < self.window:
-            return False
-        judged, gold = numpy.mean(self.seen, 0).tolist()
-        variance = float(numpy.var(self.seen, 0)[1]) / self.window
-        self.seen = []
-        if not self.best or gold > self.best[1]:
-            self.best = (judged, gold, variance)
-        error = (variance + self.best[2]) ** 0.5
-        worse = judged > self.best[0] and self.best[1] - gold > 2 * error
-        self.worse = self.worse + 1 if worse else 0
-        found = self.worse == 2 and not self.outwitted
-        self.outwitted |= found
-        return found
 
 
 class Feedback:
@@ -468,66 +416,6 @@ def by_answer(batch: Batch, logp: Array) -> list[list[float]]:
     """Of logp (B, T), what belongs to each answer's own tokens."""
     logp, known = backend.to_numpy(logp), batch.targets >= 0
     return [row[which].tolist() for row, which in zip(logp, known)]
-
-
-CAUSES = ("right", "wrong", "neutral", "none", "truncated")
-
-
-def different(group: list[float | None]) -> set[float]:
-    return set(group) - {None}
-
-
-def cause(group: list[float | None]) -> str:
-    """Why a prompt's answers tell nothing apart: all right (above 0), wrong (below 0), neutral (0),
-    or none of them judged; "" where they do."""
-    scores = different(group)
-    if len(scores) > 1:
-        return ""
-    if not scores:
-        return "none"
-    (score,) = scores
-    return "right" if score > 0 else "wrong" if score < 0 else "neutral"
-
-
-def exact_kl(logits: Array, other: Array) -> Array:
-    """KL(p ‖ q) of p = softmax(logits) and q = softmax(other), (N, V) each -> (N,).
-
-    As log q − log p = log Σ exp(−gap) p − gap, with gap = logits − other, one exp is enough.
-    """
-    p, gap = backend.kernels.softmax_forward(logits), logits - other
-    return (p * gap).sum(-1) + backend.xp.log((p * backend.xp.exp(-gap)).sum(-1))
-
-
-JUDGES: dict[str, Callable[[FeedbackConfig], Judge]] = {
-    "verifier": lambda config: verifier.judge(
-        verifier.load(config.verifier) if config.verifier else verifier.exact(config.confidence)
-    ),
-    "reward-model": lambda config: RewardModel(config.reward_model),
-    "model": lambda config: Model(config.judge_model, mode_of(config, "likelihood")),
-    "endpoint": lambda config: Endpoint(
-        config.judge_url,
-        config.judge_name,
-        mode_of(config, "pairwise"),
-        config.judge_concurrency,
-        config.judge_timeout,
-    ),
-    "human": lambda config: human.Person(asker(config)),
-}
-
-
-def mode_of(config: FeedbackConfig, usual: str) -> str:
-    return usual if config.judge_mode == "auto" else config.judge_mode
-
-
-def asker(config: FeedbackConfig):
-    """What a person is asked on."""
-    if config.page == "none":
-        return human.Terminal()
-    if config.page == "auto" and not sys.stderr.isatty():
-        return human.Nobody()
-    from tinylm.page import Page
-
-    return Page(config.host, config.port)
 
 
 def run(

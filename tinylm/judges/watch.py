@@ -1,0 +1,41 @@
+"""Whether a judge is being outwitted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy
+
+
+@dataclass
+class Watch:
+    """Whether the judge is being outwitted: its scores rise, and what they stand for falls.
+
+    Judge and gold are compared by means of windows of steps: outwitted is, once and for all, a
+    model of which the judge thinks more than in the window that was best by gold, and gold less, by
+    twice the standard error of that difference, in two windows one after the other (the turn of the
+    curves of arXiv 2210.10760).
+    """
+
+    window: int = 20
+    seen: list[tuple[float, float]] = field(default_factory=list)  # (judge, gold) of each step
+    best: tuple[float, float, float] | None = None  # judge, gold and its variance
+    worse: int = 0  # windows since then that were worse
+    outwitted: bool = False
+
+    def see(self, judged: float, gold: float) -> bool:
+        """One step's means; true where the judge has just been found outwitted."""
+        self.seen.append((judged, gold))
+        if len(self.seen) < self.window:
+            return False
+        judged, gold = numpy.mean(self.seen, 0).tolist()
+        variance = float(numpy.var(self.seen, 0)[1]) / self.window
+        self.seen = []
+        if not self.best or gold > self.best[1]:
+            self.best = (judged, gold, variance)
+        error = (variance + self.best[2]) ** 0.5
+        worse = judged > self.best[0] and self.best[1] - gold > 2 * error
+        self.worse = self.worse + 1 if worse else 0
+        found = self.worse == 2 and not self.outwitted
+        self.outwitted |= found
+        return found
