@@ -1,6 +1,6 @@
-"""Who judges answers: verifier.py, a Python function of each answer; reward.py, a reward model;
-model.py, another model; endpoint.py, one behind an address; human.py, a person. choice.py makes them,
-watch.py tells whether one is outwitted.
+"""Who judges answers. verifier.py: a Python function of each of them; reward.py: a reward model;
+model.py: another model; endpoint.py: one behind an address; human.py: a person. choice.py makes one
+of the settings, watch.py tells whether one is outwitted.
 
 A judge maps groups of answers to scores; None means "no judgement". It may also have `notes()`,
 numbers for the log since the last call; `summary()`, those of the whole run; `begin(place, rows)`,
