@@ -289,7 +289,8 @@ class Trainer:
             if not empty:
                 self.progress.say(f"step {self.step}: update skipped, {refusal}")
             row |= {"event": "skip", "reason": refusal}
-            row |= {k: None for k, v in row.items() if v != v or v in (math.inf, -math.inf)}
+            numbers = {k: v for k, v in row.items() if isinstance(v, float)}
+            row |= {k: None for k, v in numbers.items() if not math.isfinite(v)}
         return row
 
     def draw(self) -> list[Batch]:
