@@ -6,6 +6,8 @@ arrays it fails here. Fresh memory is NaN, or a number that is no index. The mod
 `cupy`: its functions are numpy's.
 """
 
+from types import SimpleNamespace
+
 import numpy
 
 
@@ -69,6 +71,10 @@ class ndarray:
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):  # numpy scalar · array
         return wrap(getattr(ufunc, method)(*map(unwrap, inputs), **kwargs))
+
+    @property
+    def data(self):
+        return SimpleNamespace(ptr=self.memory.ctypes.data)
 
     def get(self):
         return self.memory.copy()

@@ -278,6 +278,10 @@ template <class T>
 T __shfl_xor_sync(unsigned, T x, int mask) {
     return emulator::from_lane(x, emulator::current->lane ^ mask);
 }
+template <class T>
+T __shfl_sync(unsigned, T x, int lane) {
+    return emulator::from_lane(x, lane);
+}
 inline unsigned __ballot_sync(unsigned, bool mine) { return emulator::votes(mine); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned long long atomicCAS(unsigned long long* at, unsigned long long old,

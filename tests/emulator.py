@@ -38,7 +38,7 @@ def compiled(text: str) -> ctypes.CDLL:
         source.write_text(text, encoding="utf-8")
         gxx = ["g++", *FLAGS, "-x", "c++", "-include", HEADER, source]
         expanded = subprocess.run([*gxx, "-E"], check=True, capture_output=True, text=True).stdout
-        kernels = re.findall(r'extern "C" {1,2}void (\w+)\(', expanded)
+        kernels = re.findall(r'extern "C" {1,2}void (?!__)(\w+)\(', expanded)
         with source.open("a", encoding="utf-8") as file:
             file.writelines(f"\nEXPORT({name})" for name in kernels)
         subprocess.run([*gxx, "-o", library], check=True)

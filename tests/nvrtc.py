@@ -21,7 +21,8 @@ def compile(nvrtc: ctypes.CDLL, text: str, architecture: str) -> str:
     Raises AssertionError with the log if it does not compile.
     """
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    options = [f"-arch={architecture}", "-std=c++17", "--ptxas-options=-v"]
+    cupys = ["-std=c++17", "--device-as-default-execution-space"]
+    options = [f"-arch={architecture}", *cupys, "--ptxas-options=-v"]
     given = (ctypes.c_char_p * len(options))(*map(str.encode, options))
     assert not nvrtc.nvrtcCreateProgram(
         ctypes.byref(program), text.encode(), b"kernels.cu", 0, None, None

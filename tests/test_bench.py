@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from commands import tinylm
 
+from tinylm import backend
+from tinylm.kernels.cases import CASES
+from tinylm.selfcheck import SelfCheck
 from tinylm.stages.pretrain import PRESETS
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -83,6 +86,16 @@ def test_the_gpu_benchmark_measures_and_is_right(benchmark, cuda):
     assert {row["dtype"] for row in found["training"]} == {"float32", "bfloat16"}
     assert all(row["loss"] == pytest.approx(4.11, abs=0.05) for row in found["training"])
     assert all(made.row_count for made in gpu.tables(found))
+
+
+def test_the_gpu_benchmark_times_nothing_that_is_wrong(benchmark, cuda, monkeypatch):
+    gpu, few = benchmark("gpu"), [case for case in CASES if "attention: odd" in str(case)]
+    monkeypatch.setattr(gpu, "CASES", few)
+    monkeypatch.setattr(gpu, "selfcheck", lambda kernels: SelfCheck("cuda", "", 1, []))
+    assert gpu.wrong_kernels() == []
+    backward = backend.kernels.attention_backward
+    monkeypatch.setattr(backend.kernels, "attention_backward", lambda **a: backward(**a)[::-1])
+    assert gpu.wrong_kernels() == ["attention: odd in bfloat16"]
 
 
 def test_the_gpu_benchmark_without_a_gpu_is_one_line():

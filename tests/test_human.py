@@ -9,7 +9,11 @@ import pytest
 from commands import command, metrics, tinylm, weights
 from persons import REPLIES, arguments, judge, judgements
 
-from tinylm.judges.human import marks
+from tinylm.errors import Waiting
+from tinylm.judges import human
+from tinylm.judges.human import Nobody, Person, marks
+from tinylm.progress import Progress
+from tinylm.stages import feedback
 from tinylm.store import Store, place_in
 
 
@@ -69,6 +73,7 @@ def test_without_anyone_there_it_waits_and_goes_on(whole, assistant, tmp_path):
     for part, code in ((REPLIES[:3], 75), (REPLIES[3:6], 75), (REPLIES[6:], 0)):
         assert judge(assistant, out, part, "--resume").returncode == code
     assert weights(out) == weights(whole[0])
+    assert told(out) == told(whole[0])
 
 
 @pytest.mark.parametrize("after", [1, 4, 6])
@@ -88,6 +93,13 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bits(whole, assistant, tmp_
     assert done.returncode == 0, done.stderr
     assert weights(out) == weights(whole[0])
     assert judgements(out) == judgements(whole[0])
+    assert told(out) == told(whole[0])
+
+
+def told(out) -> list:
+    """What the log says of the rounds."""
+    names = ("step", "kl", "win_rate", "win_n")
+    return [[row.get(name) for name in names] for row in metrics(out) if "lr" in row]
 
 
 def wait_for(ready, seconds=60):
@@ -127,6 +139,39 @@ def test_nonsense_is_asked_again(assistant, tmp_path):
     done = judge(assistant, tmp_path / "run", ["", "9", "0", "what", "-1", "1"])
     assert done.returncode == 75
     assert judgements(tmp_path / "run") == 1
+
+
+class Recorder(Nobody):
+    """Remembers what it was told to show, and judges nothing."""
+
+    def __init__(self):
+        self.states = []
+
+    def show(self, state):
+        self.states.append(state)
+
+
+def test_answers_are_shown_while_they_are_written(assistant, tmp_path, monkeypatch):
+    """In the order in which they are judged afterwards, so that nothing jumps."""
+    recorder, out = Recorder(), tmp_path / "run"
+    monkeypatch.setitem(feedback.JUDGES, "human", lambda config: Person(recorder))
+    monkeypatch.setattr(human, "FRAME", 0.0)
+    settings = {"judge": "human", "answers": 4, "batch_size": 4, "max_new_tokens": 90}
+    config = feedback.FeedbackConfig(**settings)
+    with pytest.raises(Waiting):
+        feedback.run(
+            assistant / "sft", assistant / "prompts", out, config, {*settings}, False, Progress()
+        )
+    states = recorder.states
+    assert [state["phase"] for state in states[-2:]] == ["asking", "stopped"]
+    written = [state["answers"] for state in states[:-2]]
+    assert len(written) > 50
+    for before, after in zip(written, written[1:]):
+        assert all(len(a) <= len(b) + 1 for a, b in zip(before, after))
+    asked = states[-2]["answers"]
+    assert len(asked) > 1
+    places = [written[-1].index(text) for text in asked]
+    assert places == sorted(places)
 
 
 def test_marks():

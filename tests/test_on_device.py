@@ -20,6 +20,7 @@ from tinylm.stages.feedback import surrogate
 
 FEW = ["--max-steps", 2, "--batch-size", 2, "--eval-every", 2, "--learning-rate", 1e-3]
 SAID = [{"prompt": "the cat?", "completion": "a bird", "accepted": ["a bird"]}] * 8
+JUDGED = [{"prompt": "the cat?", "chosen": "a bird", "rejected": f"{n}"} for n in range(12)]
 
 
 def command(*arguments) -> None:
@@ -32,16 +33,20 @@ def lines(path, rows):
 
 
 def all_stages(folder, text, backend, dtype) -> list[dict]:
-    """Pre-train, fine-tune, improve; -> the rows of their metrics."""
-    rows = lines(folder / "rows.jsonl", SAID)
+    """Pre-train, fine-tune, learn from preferences and a judge; -> the rows of their metrics."""
+    rows, pairs = lines(folder / "rows.jsonl", SAID), lines(folder / "pairs.jsonl", JUDGED)
     common = ["--backend", backend, "--dtype", dtype]
     base, sft, better = (folder / backend / name for name in ("base", "sft", "better"))
     shape = ["--block-size", 48, "--objective", "mixed", "--optimizer", "muon", "--accumulate", 2]
     command("pretrain", text, "--out", base, *SMALL, *FEW, *shape, *common)
     command("sft", base, "--data", rows, "--out", sft, *FEW, *common, "--held-out", 0.2)
     judged = ["--answers", 2, "--max-new-tokens", 5, "--batch-size", 4, "--held-out", 0]
+    scores, dpo = folder / backend / "scores", folder / backend / "dpo"
+    command("reward", sft, "--data", pairs, "--out", scores, *FEW, *common)
+    judged += ["--judge", "reward-model", "--reward-model", scores]
     command("feedback", sft, "--prompts", rows, "--out", better, *FEW, *common, *judged)
-    return [row for stage in (base, sft, better) for row in metrics(stage)]
+    command("dpo", sft, "--data", pairs, "--out", dpo, *FEW, *common)
+    return [row for stage in (base, sft, scores, better, dpo) for row in metrics(stage)]
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +56,14 @@ def text(prose, tmp_path_factory):
     return path
 
 
-def test_three_stages_learn_what_they_learn_on_the_cpu(cuda, text, tmp_path, capsys):
+def test_every_stage_learns_what_it_learns_on_the_cpu(cuda, text, tmp_path, capsys):
     found = all_stages(tmp_path, text, "cuda", "float32")
     assert backend.name == "cuda"
     base, here = tmp_path / "cuda" / "base", ["--backend", "cuda"]
-    command("generate", base, "the cat", "--max-new-tokens", 60, *here, "--seed", 1)
+    command("generate", base, "the cat", "--max-new-tokens", 50, *here, "--seed", 1)
     command("fill", base, "the ___ sang", "--n", 2, *here)
-    command("fill", base, "the ___ sang", "--n", 2, "--temperature", 1, *here, "--seed", 1)
     command("info", base, *here)
-    command("report", tmp_path / "cuda", *here)
+    command("report", base, *here)
     command("eval", base, *here)
     command("pretrain", text, "--out", base, "--resume", "--max-steps", 3, *here)
 

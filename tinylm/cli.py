@@ -315,7 +315,9 @@ def dpo(context, model, data, out, resume, as_json, **values):
 def feedback(context, model, prompts, out, resume, as_json, **values):
     """A model, prompts and a judge -> a better model.
 
-    The built-in verifier compares answers with the list `accepted` of each row.
+    The built-in verifier compares answers with the list `accepted` of each row. A person is asked
+    on a local page, and has defaults of their own: 4 answers of up to 64 tokens, 4 prompts to each
+    of 40 steps, a learning rate of 3e-4.
     """
     config = improving.FeedbackConfig(**values)
     given = named_by_user(context, values)

@@ -81,6 +81,7 @@ class Progress:
             "bits_per_byte": "{:.3f} bits per byte",
             "accuracy": "{:.1%} of held-out pairs told apart",
             "held_out_reward": "held-out reward {:.3f}",
+            "win_rate": "{:.0%} of the latest comparisons won",
             "reward_before": "(before feedback {:.3f})",
         }
         numbers = [known[k].format(found[k]) for k in known if k in found]

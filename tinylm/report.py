@@ -30,6 +30,8 @@ READ = 140  # tokens of held-out text that are shown
 FIGURES = (  # the number that sums up a run of each stage: what is needed for it, itself, its name
     ("bits_per_byte", "{bits_per_byte:.3f}",
      "bits per byte of held-out text; xz needs {xz_bits_per_byte:.3f}"),
+    ("win_rate", "{win_rate:.0%}",
+     "of the last {win_n:.0f} blind comparisons won against the fine-tuned model"),
     ("held_out_reward", "{reward_before:.2f} → {held_out_reward:.2f}",
      "mean score on held-out prompts, before and after"),
     ("accuracy", "{accuracy:.1%}", "of {pairs:,} pairs of held-out answers told apart"),
@@ -68,7 +70,12 @@ def of_feedback(run: Run, others: list[Run]) -> list[Chart]:
     scores = Chart("Scores", "step", "share of answers above zero (line) and below it (dashed)")
     above, below = (smooth(run.points(key)) for key in ("positive", "negative"))
     scores.lines = [("run", above), ("dashed", below)]
-    return [paid, scores]
+    won = Chart(
+        "Win rate", "step", "share of the latest comparisons won against the fine-tuned model"
+    )
+    won.lines = [("dashed", run.points(f"win_{end}")) for end in ("low", "high")]
+    won.lines.append(("run", run.points("win_rate")))
+    return [paid, won if won.points else scores]
 
 
 def drift(run: Run, scores: str = "reward") -> Points:

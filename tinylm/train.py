@@ -289,8 +289,9 @@ class Trainer:
             if not empty:
                 self.progress.say(f"step {self.step}: update skipped, {refusal}")
             row |= {"event": "skip", "reason": refusal}
-            numbers = {k: v for k, v in row.items() if isinstance(v, float)}
-            row |= {k: None for k, v in numbers.items() if not math.isfinite(v)}
+            row |= {
+                k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)
+            }
         return row
 
     def draw(self) -> list[Batch]:

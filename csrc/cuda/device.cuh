@@ -84,6 +84,56 @@ DEVICE u16 to_bfloat16(float x) {  // to the nearest, ties to even
 DEVICE float to_float(u16 x) { return __uint_as_float((unsigned)x << 16); }
 DEVICE float to_float(float x) { return x; }
 
+// ---- tensor cores: the only lines of assembly, each with a twin that any compiler takes ---------
+
+// Two numbers as bfloat16 in one register, the first in its lower half.
+DEVICE unsigned packed(float first, float second) {
+#ifdef __CUDA_ARCH__
+    unsigned both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+    return both;
+#else
+    return to_bfloat16(first) | (unsigned)to_bfloat16(second) << 16;
+#endif
+}
+
+// Two registers of another lane.
+DEVICE unsigned long long shown(unsigned low, unsigned high, int lane) {
+    return __shfl_sync(ALL_LANES, (unsigned long long)high << 32 | low, lane);
+}
+
+// C (16, 8) += A (16, 16) B (16, 8), by the whole warp; A and B in bfloat16, C in float. With
+// g = lane / 4 and t = lane % 4 a lane holds
+//
+//   a[0] A(g, 2t) A(g, 2t + 1)          a[1] the same of row g + 8
+//   a[2] A(g, 2t + 8) A(g, 2t + 9)      a[3] the same of row g + 8
+//   b[0] B(2t, g) B(2t + 1, g)          b[1] B(2t + 8, g) B(2t + 9, g)
+//   c[0] C(g, 2t)   c[1] C(g, 2t + 1)   c[2], c[3] the same of row g + 8
+DEVICE void multiply_add(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+#ifdef __CUDA_ARCH__
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    for (int u = 0; u < 4; ++u) {  // k = 2u, 2u + 1, 2u + 8, 2u + 9
+        const unsigned long long near = shown(a[0], a[1], 4 * g + u),
+                                 far = shown(a[2], a[3], 4 * g + u),
+                                 even = shown(b[0], b[1], 8 * t + u),
+                                 odd = shown(b[0], b[1], 8 * t + 4 + u);
+        for (int i = 0; i < 4; ++i) {
+            const int row = i / 2 * 32;  // g or g + 8
+            const unsigned long long column = i % 2 ? odd : even;
+            for (int bits = 0; bits < 32; bits += 16) {
+                c[i] += to_float((u16)(near >> row >> bits)) * to_float((u16)(column >> bits));
+                c[i] += to_float((u16)(far >> row >> bits)) * to_float((u16)(column >> 32 >> bits));
+            }
+        }
+    }
+#endif
+}
+
 // ---- integers from outside ---------------------------------------------------------------------
 
 // An index that must lie in [least, limit). One that does not is written down in fault, the first

@@ -16,7 +16,6 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -30,8 +29,8 @@ from tinylm.judges import Group
 from tinylm.store import Item, Store, place_in
 
 WHO = "person"
-DEFAULTS = {"answers": 4, "batch_size": 16, "held_out": 8, "max_steps": 40, "save_every": 1,
-            "learning_rate": 3e-4, "eval_every": 10}  # fmt: skip
+DEFAULTS = {"answers": 4, "max_new_tokens": 64, "batch_size": 16, "learning_rate": 3e-4,
+            "max_steps": 40, "held_out": 8, "save_every": 1, "eval_every": 10}  # fmt: skip
 FIXED = 6  # prompts that are shown before and after
 WINDOW = 20  # comparisons that make the win rate
 FRAME = 0.03  # seconds between two pictures of an answer that is being written
@@ -43,8 +42,9 @@ class Person:
 
     def __init__(self, asker):
         self.asker, self.state, self.written, self.painted = asker, {}, [], 0.0
+        self.round = 0
         self.kl: dict[int, float] = {}  # by round
-        self.won: dict[int, list[float]] = {}  # by round: 1, ½ or 0 for each comparison
+        self.won: dict[tuple[int, int], float | None] = {}  # 1, ½ or 0, by round and place
 
     @contextmanager
     def attending(self, stage, folder: Path, progress):
@@ -57,9 +57,11 @@ class Person:
         names = ("seed", "answers", "batch_size", "max_new_tokens")
         identity = json.dumps([stage.source, *(getattr(self.config, name) for name in names)])
         self.run = self.store.run(hashlib.blake2b(identity.encode(), digest_size=16).hexdigest())
+        for item in self.store.items(run=self.run):
+            self.remember(item)
+        self.asker.open(progress)
         ended = "stopped"
         try:
-            self.asker.open(progress)
             yield
             ended = "done"
             self.look()
@@ -96,18 +98,17 @@ class Person:
         """The person's scores; None for answers that are not part of the training."""
         if any(group.place is None for group in groups):
             return [[None] * len(group.answers) for group in groups]
-        self.kl[self.round] = max(0.0, self.stage.drift)  # rounding may leave −1e-9
         items = [self.stored(group) for group in groups]
         compared = [self.compared(i) for i in range(self.comparisons)]
         self.ask_all(items + compared)
-        verdicts = [self.scores(item)[0] for item in compared]
-        self.won[self.round] = [score for score in verdicts if score is not None]
+        for item in items + compared:
+            self.remember(item)
         self.show(phase="learning", question=None, **self.learned())
         return [self.scores(item) for item in items]
 
     def summary(self) -> dict[str, float]:
         """How many comparisons the model has won lately, and of how many."""
-        found = self.win_rate(max(self.won, default=0))
+        found = self.win_rate(self.round)
         return {f"win_{name}": value for name, value in found.items()} if found else {}
 
     notes = summary
@@ -140,7 +141,7 @@ class Person:
         return self.add("compare", place, messages, [self.stage.text(x) for x in ids], ids)
 
     def add(self, kind, place, messages, texts, ids, logp=()) -> Item:
-        kl = self.kl[self.round]
+        kl = max(0.0, self.stage.drift)  # rounding may leave −1e-9
         self.store.add_item(self.run, messages, texts, kind, place, self.round, kl, ids, logp)
         return self.store.find(self.run, kind, place)
 
@@ -150,8 +151,7 @@ class Person:
     def choices(self, item: Item) -> list[int]:
         """The answers to choose from, as they are shown: different texts, and none cut off."""
         order = self.shuffled(item.kind, item.place, len(item.answers))
-        if item.kind == "train":
-            order = [i for i in order if item.ids[i][-1] in self.stage.stop_ids]
+        order = [i for i in order if not self.cut(item, i)]
         first = {item.answers[i]: i for i in reversed(order)}
         return [i for i in order if first[item.answers[i]] == i]
 
@@ -167,7 +167,7 @@ class Person:
             self.show(
                 phase="asking", question=item.id, messages=item.messages, at=i + 1, of=len(asked),
                 answers=[item.answers[k] for k in shown], judged=self.count(), undo=i > 0,
-                cut=len(item.answers) - len(self.finished(item)),
+                cut=sum(self.cut(item, k) for k in range(len(item.answers))),
             )  # fmt: skip
             with leaving(self.folder):
                 choice, comment = self.asker.ask()
@@ -178,13 +178,21 @@ class Person:
                 scores = marks(item.answers, shown, choice)
                 self.store.judge(item.id, WHO, scores, shown, comment)
 
-    def finished(self, item: Item) -> list[int]:
-        return [i for i, ids in enumerate(item.ids) if ids[-1] in self.stage.stop_ids]
+    def cut(self, item: Item, i: int) -> bool:
+        """An answer without an end is not to be preferred; where models are compared, it may be."""
+        return item.kind == "train" and item.ids[i][-1] not in self.stage.stop_ids
 
     def scores(self, item: Item) -> list[float | None]:
         """What the person said; where there was no choice, all are alike."""
         said = self.store.judgements(item.id, WHO)
         return said[-1].scores if said else [0.5] * len(item.answers)
+
+    def remember(self, item: Item) -> None:
+        """What an item that has been asked about tells of its round."""
+        self.kl[item.round] = item.kl
+        asked = len(self.choices(item)) > 1
+        if item.kind == "compare" and (not asked or self.store.judgements(item.id, WHO)):
+            self.won[item.round, item.place] = self.scores(item)[0]
 
     # ---- what is shown -------------------------------------------------------------------------
 
@@ -205,8 +213,8 @@ class Person:
 
     def win_rate(self, until: int) -> dict[str, float] | None:
         """Of the last comparisons up to a round: the share won, a tie is half, its interval."""
-        found = [x for round in sorted(self.won) if round <= until for x in self.won[round]]
-        found = found[-WINDOW:]
+        found = [self.won[at] for at in sorted(self.won) if at[0] <= until]
+        found = [score for score in found if score is not None][-WINDOW:]
         if not found:
             return None
         rate = sum(found) / len(found)
@@ -215,11 +223,11 @@ class Person:
 
     def learned(self) -> dict:
         """What the page shows of the model: win rate and drift by round, fixed prompts."""
-        rounds = [{"round": r, "kl": self.kl[r], "win": self.win_rate(r)} for r in sorted(self.kl)]
+        rounds = [r for r in sorted(self.kl) if r <= self.round]
         said = zip(self.fixed, self.before, self.after, self.last)
         return {
             "judged": self.count(),
-            "history": rounds,
+            "history": [{"round": r, "kl": self.kl[r], "win": self.win_rate(r)} for r in rounds],
             "fixed": [
                 {"prompt": row.messages[-1]["content"], "before": a, "now": b, "new": b != last}
                 for row, a, b, last in said
@@ -288,11 +296,8 @@ class Terminal(Nobody):
         self.progress.heading(where)
         for message in state["messages"]:
             self.progress.say(message["content"], "bold")
-        for line in self.numbered(state["answers"]):
-            self.progress.say(line)
-
-    def numbered(self, texts: list[str]) -> Iterator[str]:
-        yield from (f"  {i}  {text or '(nothing)'}" for i, text in enumerate(texts, 1))
+        for i, text in enumerate(state["answers"], 1):
+            self.progress.say(f"  {i}  {text or '(nothing)'}")
 
     def learned(self, state: dict) -> None:
         """After an update: the win rate, the drift, and what it answers otherwise than before."""

@@ -17,94 +17,35 @@ import math
 import re
 from importlib import resources
 
+from tinylm.kernels.arguments import Arguments
+
 THREADS = 256  # of a block, where nothing else is said
 WARPS = THREADS // 32
 LOGITS = 1 << 26  # floats: how many logits exist at once, 256 MB
 NORM_BLOCKS = 256
-SUM_ROWS = 512  # rows that one block of sum_rows walks down, at least
+SUM_ROWS = 128  # rows that one block of sum_rows walks down, at least
 INT32_MAX = 2**31 - 1
 
 
 def source() -> str:
-    """All of csrc/cuda as one text for the compiler, which still tells errors by file and line."""
+    """All of csrc/cuda as one text for the compiler, which still tells errors by file and line.
+
+    In ASCII: CuPy writes it to a file in whatever encoding the system prefers.
+    """
     folder = resources.files("tinylm._cuda")
     names = sorted(file.name for file in folder.iterdir() if ".cu" in file.name)
     names.sort(key=lambda name: not name.endswith(".cuh"))  # headers first
     texts = ((folder / name).read_text(encoding="utf-8") for name in names)
-    return "".join(
+    text = "".join(
         f'#line 1 "{name}"\n' + re.sub('^#include ".*"$', "", text, flags=re.MULTILINE)
         for name, text in zip(names, texts)
     )
+    return text.encode("ascii", "replace").decode()
 
 
 def up(n: int, size: int) -> int:
     """How many pieces of a size hold n."""
     return -(-n // size)
-
-
-def text_of(shape) -> str:
-    """(2, any): a shape in an error, where None stands for any size."""
-    sizes = ", ".join("any" if size is None else str(size) for size in shape)
-    return f"({sizes},)" if len(shape) == 1 else f"({sizes})"
-
-
-class Arguments:
-    """Checks the arguments of the kernel `name`, and words the errors."""
-
-    def __init__(self, kernels: Kernels, name: str):
-        self.kernels, self.xp, self.name = kernels, kernels.xp, name
-
-    def what(self, arg: str) -> str:
-        return f"[{self.name}] {arg}: expected "
-
-    def wrong(self, arg: str, rest: str):
-        raise ValueError(self.what(arg) + rest)
-
-    def shape(self, arg: str, x, letters: str, shape) -> None:
-        same = len(shape) == x.ndim and all(n in (None, m) for n, m in zip(shape, x.shape))
-        if not same:
-            self.wrong(arg, f"{letters} = {text_of(shape)}, got {text_of(x.shape)}")
-
-    def dtype(self, arg: str, x, *expected: str) -> None:
-        if not isinstance(x, self.xp.ndarray):
-            raise TypeError(self.what(arg) + f"an array on the device, got {type(x).__name__}")
-        if x.dtype not in expected:
-            raise TypeError(self.what(arg) + f"{' or '.join(expected)}, got {x.dtype}")
-
-    def floats(self, arg: str, x, letters: str = "", shape=None):
-        """float32, contiguous; of any shape (..., C) if none is given."""
-        self.dtype(arg, x, "float32")
-        if shape is not None:
-            self.shape(arg, x, letters, shape)
-        elif x.ndim < 1:
-            self.wrong(arg, "at least one dimension, got a scalar")
-        return x if x.flags.c_contiguous else self.xp.ascontiguousarray(x)
-
-    def heads(self, arg: str, x, letters: str = "(B, H, T, D)", shape=(None,) * 4) -> tuple:
-        """float32 (B, heads, tokens, D) of which only D is contiguous -> it and three strides."""
-        self.dtype(arg, x, "float32")
-        self.shape(arg, x, letters, shape)
-        if x.shape[3] > 1 and x.strides[3] != x.itemsize:
-            x = self.xp.ascontiguousarray(x)
-        return x, *(stride // x.itemsize for stride in x.strides[:3])
-
-    def in_place(self, arg: str, x, shape):
-        """float32, contiguous: the array itself, to be written to."""
-        self.dtype(arg, x, "float32")
-        self.shape(arg, x, "an array to write to", shape)
-        if not x.flags.c_contiguous:
-            self.wrong(arg, "a C-contiguous array")
-        return x
-
-    def ints(self, arg: str, x, letters: str, shape, least: int) -> tuple:
-        """int32 or int64 -> int32, and what a kernel needs to check them: fault, check."""
-        self.dtype(arg, x, "int32", "int64")
-        self.shape(arg, x, letters, shape)
-        x = x if x.flags.c_contiguous else self.xp.ascontiguousarray(x)
-        if x.dtype == "int64":
-            wide, x = x, self.xp.empty(x.shape, "int32")
-            self.kernels.each("narrow", wide, x)
-        return x, (self.kernels.fault, self.kernels.check_number(self.what(arg), least))
 
 
 class Kernels:
@@ -161,14 +102,17 @@ class Kernels:
             c.fill(0)
         if 0 in (M, N, K):
             return
-        name = "matmul"
-        if self.products == "bfloat16":
-            a, b, name = self.rounded(a), self.rounded(b), "matmul_bfloat16"
+        a, b = self.operand(a), self.operand(b)
         if self.device.multiply:
             self.device.multiply(a, b, c, transpose_a, transpose_b, add)
             return
+        name = "matmul_bfloat16" if a.dtype == "uint16" else "matmul"
         flags = (int(transpose_a), int(transpose_b), int(add))
         self.launch(name, (up(N, 64), up(M, 64)), a, b, c, M, N, K, *flags)
+
+    def operand(self, x):
+        """x as products take it: itself, or its bits in bfloat16, to be made once for several."""
+        return x if self.products == "float32" or x.dtype == "uint16" else self.rounded(x)
 
     def rounded(self, x):
         """The bits of x in bfloat16."""
@@ -227,9 +171,10 @@ class Kernels:
         dy = args.floats("dy", dy, "(..., F)", (*x.shape[:-1], None))
         weight = self.weight_of(args, weight, transposed, x.shape[-1], dy.shape[-1])
         dx, dweight = self.empty(x.shape), self.empty(weight.shape)
-        dy, x = rows_of(dy), rows_of(x)
-        self.product(dy, weight, rows_of(dx), transpose_b=transposed)
-        left, right = (x, dy) if transposed else (dy, x)
+        dy, x = rows_of(dy), self.operand(rows_of(x))
+        operand = self.operand(dy)
+        self.product(operand, weight, rows_of(dx), transpose_b=transposed)
+        left, right = (x, operand) if transposed else (operand, x)
         self.product(left, right, dweight, transpose_a=True)
         if not has_bias:
             return dx, dweight, None
@@ -345,9 +290,8 @@ class Kernels:
         q, k, v, start, (H, G, T, S, D) = self.attention_inputs(args, q, k, v, start)
         B = q[0].shape[0]
         out, lse = self.empty_heads(B, H, T, D), self.empty((B, H, T))
-        size, tile, shared = attention_tile(D, 2)
         arguments = (*q, *k, *v, start, out, lse, H, G, T, S, D)
-        self.launch(f"attention_forward_{size}", (up(T, tile), H, B), *arguments, shared=shared)
+        self.launch_attention("forward", (2, 1, 1, 1), (T, H, B), *arguments)
         return out, lse
 
     def attention_inputs(self, args, q, k, v, start):
@@ -364,6 +308,13 @@ class Kernels:
             start, _ = args.ints("start", start, "(B, T)", (B, T), -INT32_MAX)
         return q, k, v, start, (H, G, T, S, D)
 
+    def launch_attention(self, name, tiles, grid, *arguments) -> None:
+        """grid: tokens that blocks share, heads, rows of the batch; D is the last argument."""
+        plan = attention_plan(arguments[-1], self.products == "bfloat16", tiles)
+        ending, tile, block, shared = plan
+        grid = (up(grid[0], tile), *grid[1:])
+        self.launch(f"attention_{name}_{ending}", grid, *arguments, block=block, shared=shared)
+
     def attention_backward(self, dout, q, k, v, out, lse, start=None):
         args = Arguments(self, "attention_backward")
         q, k, v, start, shape = self.attention_inputs(args, q, k, v, start)
@@ -375,12 +326,9 @@ class Kernels:
         self.launch("attention_delta", (up(T, WARPS), H, B), *dout, *out, delta, T, D)
         dq = self.empty_heads(B, H, T, D)
         dk, dv = self.empty_heads(B, G, S, D), self.empty_heads(B, G, S, D)
-        size, tile, shared = attention_tile(D, 4)
         inputs = (*dout, *q, *k, *v, lse, delta, start)
-        name, grid = f"attention_backward_q_{size}", (up(T, tile), H, B)
-        self.launch(name, grid, *inputs, dq, *shape, shared=shared)
-        name, grid = f"attention_backward_kv_{size}", (up(S, tile), G, B)
-        self.launch(name, grid, *inputs, dk, dv, *shape, shared=shared)
+        self.launch_attention("backward_q", (4, 2, 2, 1), (T, H, B), *inputs, dq, *shape)
+        self.launch_attention("backward_kv", (4, 2, 2, 2), (S, G, B), *inputs, dk, dv, *shape)
         return dq, dk, dv
 
     # ---- activations ---------------------------------------------------------------------------
@@ -443,9 +391,8 @@ class Kernels:
         return x, weight, targets, check
 
     def logits_in_blocks(self, x, weight):
-        """The logits of some rows after the other, in the same memory -> (rows, logits)."""
-        x, V = rows_of(x), weight.shape[0]
-        N = x.shape[0]
+        """The logits of some rows of x (N, C) after the other, in the same memory."""
+        N, V = x.shape[0], weight.shape[0]
         most = min(N, max(1, LOGITS // max(1, V)))
         memory = self.empty((most, V))
         for first in range(0, N, most or 1):
@@ -459,8 +406,9 @@ class Kernels:
         x, weight, targets, check = self.head_inputs(args, x, weight, targets)
         loss, lse = self.empty(targets.shape), self.empty(targets.shape)
         flat = [a.reshape(-1) for a in (targets, loss, lse)]
-        for rows, logits in self.logits_in_blocks(x, weight):
-            rest = (*(a[rows] for a in flat), weight.shape[0], 1, *check)
+        x, V = self.operand(rows_of(x)), weight.shape[0]
+        for rows, logits in self.logits_in_blocks(x, self.operand(weight)):
+            rest = (*(a[rows] for a in flat), V, 1, *check)
             self.launch("cross_entropy_forward", logits.shape[:1], logits, *rest)
         return loss, lse
 
@@ -480,12 +428,14 @@ class Kernels:
 
     def head_backward(self, to_gradient, x, weight, dx, dweight) -> None:
         """dx and dweight, where to_gradient(rows, logits) turns logits into dlogits in place."""
-        if rows_of(x).shape[0] == 0:
+        x, weight, dx = self.operand(rows_of(x)), self.operand(weight), rows_of(dx)
+        if x.shape[0] == 0:
             dweight.fill(0)
         for rows, logits in self.logits_in_blocks(x, weight):
             to_gradient(rows, logits)
-            self.product(logits, weight, rows_of(dx)[rows])
-            self.product(logits, rows_of(x)[rows], dweight, transpose_a=True, add=rows.start > 0)
+            dlogits = self.operand(logits)
+            self.product(dlogits, weight, dx[rows])
+            self.product(dlogits, x[rows], dweight, transpose_a=True, add=rows.start > 0)
 
     def linear_cross_entropy_with_gradients(self, x, weight, targets):
         args = Arguments(self, "linear_cross_entropy_with_gradients")
@@ -538,9 +488,19 @@ def rows_of(x):
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def attention_tile(D: int, tiles: int) -> tuple[int, int, int]:
-    """The kernel's head size, queries (or keys) to a tile, and bytes of so many tiles and one of
-    weights: the ATTENTION lines of csrc/cuda/attention.cu."""
+def attention_plan(D: int, bfloat16: bool, tiles: tuple[int, int, int, int]) -> tuple:
+    """How the attention kernels hold head size D: the ending of their name, queries (or keys) to a
+    block, threads, bytes of shared memory. See the lines ATTENTION in csrc/cuda/attention*.cu.
+
+    tiles: how many are in float32; in bfloat16 of the block's own tokens by rows, of those that it
+    meets by rows, and by pairs.
+    """
     size = next(size for size in (32, 64, 128, 256) if size >= D)
+    if bfloat16 and size <= 128:
+        size = max(size, 64)
+        met = 64 if size <= 64 else 32
+        row, pair = size // 2 + 4, size + 8
+        words = tiles[1] * 64 * row + tiles[2] * met * row + tiles[3] * met // 2 * pair
+        return f"bfloat16_{size}", 64, 128, 4 * words
     tile = 16 * {32: 4, 64: 4, 128: 2, 256: 1}[size]
-    return size, tile, 4 * tile * (tiles * (size + 4) + tile + 4)
+    return str(size), tile, THREADS, 4 * tile * (tiles[0] * (size + 4) + tile + 4)

@@ -62,12 +62,8 @@ class Page:
     """What a person is asked on in a browser; show and ask are called from the main thread."""
 
     def __init__(self, host: str, port: int):
-        self.token, self.state, self.question, self.choices = (
-            secrets.token_urlsafe(24),
-            "{}",
-            None,
-            0,
-        )
+        self.token, self.state = secrets.token_urlsafe(24), "{}"
+        self.question, self.choices = None, 0  # what is asked now, among how many answers
         self.replies: queue.Queue[tuple[int | str, str]] = queue.Queue()
         self.looking: set[asyncio.Event] = set()  # one for each browser
         self.config = uvicorn.Config(
@@ -192,7 +188,7 @@ class Page:
         try:
             said = json.loads(body)
             question, choice, comment = (said[key] for key in ("question", "choice", "comment"))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return refusal(400, "Expected a JSON object with question, choice and comment.")
         picked = type(choice) is int and 0 <= choice < self.choices
         if not (picked or choice in WORDS) or not isinstance(comment, str):

@@ -590,6 +590,9 @@ def model_card(stage: Feedback, results: dict) -> str:
         if "held_out_reward" in results:
             before, after = results["reward_before"], results["held_out_reward"]
             numbers += f"\n- mean score on held-out prompts {before:.3f} before, {after:.3f} after"
+        if "win_rate" in results:
+            share, n = results["win_rate"], results["win_n"]
+            numbers += f"\n- {share:.0%} of the last {n} comparisons with the fine-tuned model won"
     (name, size) = stage.source[1]
     return f"""# An assistant improved by feedback, made by tinylm
 

@@ -1,0 +1,93 @@
+"""tinylm/kernels/cuda.py on a pretended machine: what it asks of CuPy and cuBLAS, what it refuses."""
+
+import ctypes
+import sys
+
+import fake_cuda
+import numpy
+import pytest
+
+import tinylm
+from tinylm import backend, memory
+from tinylm.kernels import cases
+from tinylm.kernels.cases import CASES
+from tinylm.selfcheck import FromNumPy
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A driver, CuPy and cuBLAS; a test takes away what it wants to be missing."""
+    real = ctypes.CDLL
+    libraries = {"libcuda.so.1": fake_cuda.Driver(), "libcublas.so.13": fake_cuda.Cublas()}
+
+    def load(name, *rest):
+        last = str(name).rsplit("/", maxsplit=1)[-1]
+        if last in ("libcuda.so.1", "libcublas.so.13"):
+            if last not in libraries:
+                raise OSError(last)
+            return libraries[last]
+        return real(name, *rest)
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    monkeypatch.delitem(sys.modules, "tinylm.kernels.cuda", raising=False)
+    for name, module in fake_cuda.cupy().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    yield libraries
+    tinylm.use("reference")
+    sys.modules.pop("tinylm.kernels.cuda", None)
+
+
+PRODUCTS = [case for case in CASES if case.op.startswith(("matmul", "linear"))]
+OTHERS = [case for case in CASES if case.about in ("odd", "clipped", "documents", "wide head")]
+
+
+@pytest.mark.parametrize("case", [c for c in (*PRODUCTS, *OTHERS) if c.slack == 1], ids=str)
+def test_parity_through_cupy_and_cublas(case, machine):
+    tinylm.use("cuda")
+    assert backend.describe() == "cuda (Pretended GPU)"
+    kernels = FromNumPy(backend.kernels)
+    for dtype in ("float32", "bfloat16"):
+        backend.set_products(dtype)
+        assert cases.parity_error(kernels, case) <= cases.TOLERANCE[dtype]
+
+
+def test_memory_that_is_free_counts_the_pool(machine):
+    tinylm.use("cuda")
+    assert memory.available() == 8e9
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("driver", "no NVIDIA driver is installed (libcuda.so.1 not found): install your GPU's driver"),
+        ("gpu", "the NVIDIA driver finds no GPU that it can use (cuInit error 100)"),
+        ("cupy", "pip install 'tinylm[cuda]'"),
+        ("nvrtc", "NVRTC cannot be loaded (no libnvrtc): pip install 'tinylm[cuda]'"),
+        ("cublas", "cuBLAS is missing (libcublas.so.13 not found): pip install 'tinylm[cuda]'"),
+        ("memory", "too little device memory: 0.1 of 8.0 GB are free"),
+        ("old driver", "CuPy cannot use the driver, which knows CUDA 13.0 (insufficient)"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_named(missing, message, machine, monkeypatch):
+    def fail(error):
+        raise RuntimeError(error)
+
+    cupy = sys.modules["cupy"]
+    if missing == "driver":
+        del machine["libcuda.so.1"]
+    elif missing == "gpu":
+        machine["libcuda.so.1"].error = 100
+    elif missing == "cupy":
+        monkeypatch.setitem(sys.modules, "cupy", None)
+    elif missing == "nvrtc":
+        cupy.cuda.nvrtc.getVersion = lambda: fail("no libnvrtc")
+    elif missing == "cublas":
+        del machine["libcublas.so.13"]
+    elif missing == "memory":
+        cupy.cuda.runtime.memGetInfo = lambda: (1e8, 8e9)
+    else:
+        cupy.cuda.runtime.getDeviceCount = lambda: fail("insufficient")
+    with pytest.raises(ImportError) as raised:
+        tinylm.use("cuda")
+    assert message in str(raised.value)
+    assert numpy is backend.xp  # the backend before is still in use
