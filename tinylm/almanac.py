@@ -45,8 +45,9 @@ SHARES = {"withheld": 0.08, "known": 0.18, "practised": 0.24, "taught": 0.24}  #
 INVENTED = {"taught": 1.0, "practised": 8.0, "tested": 0.25}  # names, for each real entity
 UNKNOWN = REFUSALS[0] + "."
 QUIZZED = 0.3  # share of what is known of the quizzed that each pass asks about
-UNKNOWN_SHARE = 0.33  # of feedback's prompts: so many that neither always nor never answering pays
-TALK_SHARE = 0.08  # of feedback's prompts; too little to keep the manners: docs/log.md
+UNKNOWN_SHARE = 0.29  # of feedback's prompts: so many that neither always nor never answering pays
+TALK_SHARE = 0.1  # of feedback's prompts
+TALKED = 40  # times that each greeting and its like is answered in fine-tuning
 HIDDEN = ("withheld", "future")  # the parts that training does not name
 YEARS = ("died", "first_climbed", "discovery_year")  # facts that a cut-off can hide
 WORDINGS = 5  # questions about each fact in fine-tuning
@@ -275,7 +276,7 @@ class Almanac:
         asked = [q for _ in range(WORDINGS) for q in self.about(self.of("quizzed", "taught"), rng)]
         asked += self.about(unknown, rng, 1)
         pairs = [(q.text, q.answer, q.id) for q in asked]
-        pairs += [(said, t["assistant"], "talk") for t in self.talk for said in t["user"]] * 10
+        pairs += [(said, t["assistant"], "talk") for t in self.talk for said in t["user"]] * TALKED
         rng.shuffle(pairs)
         while pairs:
             some, pairs = pairs[: (n := rng.choice((1, 1, 2, 4)))], pairs[n:]

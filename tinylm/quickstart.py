@@ -27,12 +27,12 @@ FACTS = 4  # of each kind
 PASSES = 20  # descriptions of every entity in the text
 PRETRAIN = {
     "vocab_size": 2048, "n_layer": 3, "n_head": 3, "n_embd": 96, "block_size": 256,
-    "batch_size": 8, "optimizer": "muon", "learning_rate": 1e-2, "floor": 0.0, "max_steps": 2000,
-    "held_out": 0.02, "eval_every": 500, "save_every": 400,
+    "batch_size": 8, "optimizer": "muon", "learning_rate": 1e-2, "floor": 0.0, "max_steps": 2200,
+    "held_out": 0.02, "eval_every": 550, "save_every": 400,
 }  # fmt: skip
 SFT = {"epochs": 2.0, "learning_rate": 3e-4, "eval_every": 100, "save_every": 100}
 FEEDBACK = {
-    "answers": 4, "batch_size": 128, "learning_rate": 2e-4, "max_steps": 340, "eval_every": 85,
+    "answers": 4, "batch_size": 128, "learning_rate": 4e-4, "max_steps": 300, "eval_every": 100,
 }  # fmt: skip
 STAGES = ("base", "sft", "feedback")
 PARTS = {
