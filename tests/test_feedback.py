@@ -145,6 +145,7 @@ def test_the_price_of_a_wrong_answer_follows_from_the_confidence():
     sure, bold = verifier.exact(0.75), verifier.exact(0.0)
     assert [sure("2 + 2", said, row) for said in ("4", "5", "I don't know")] == [1, -3, 0]
     assert bold("2 + 2", "5", row) == 0
+    assert sure("Who are you?", "I don't know", {**row, "must_answer": True}) == -3
 
 
 def group(*answers):

@@ -304,7 +304,8 @@ class Almanac:
         talk = [(said, [t["assistant"]], "talk") for t in self.talk for said in t["user"]]
         rows += islice(cycle(talk), round(total * TALK_SHARE))
         for prompt, accepted, id in rng.sample(rows, len(rows)):
-            yield {"prompt": prompt, "accepted": accepted, "id": id}
+            row = {"prompt": prompt, "accepted": accepted, "id": id}
+            yield row | ({"must_answer": True} if id == "talk" else {})
 
     def questions(self) -> dict[str, list[Question]]:
         """The test; "reworded" asks about the known again, in a wording kept from training."""

@@ -44,14 +44,18 @@ def verdict(answer: str, accepted: list[str]) -> str:
 
 
 def exact(confidence: float) -> Score:
-    """The default function. Rows need "accepted", a list of texts; an empty one: none is right."""
+    """The default function. Rows need "accepted", a list of texts; an empty one: none is right.
+
+    Where a row says "must_answer", a refusal is as bad as a wrong answer: we all know who we are.
+    """
     paid = {"right": 1.0, "idk": 0.0, "wrong": -confidence / (1 - confidence)}
 
     def score(prompt: str, answer: str, row: dict) -> float:
         accepted = row.get("accepted")
         if not isinstance(accepted, list):
             raise InputError('the row has no "accepted", a list of right answers')
-        return paid[verdict(answer, accepted)]
+        found = verdict(answer, accepted)
+        return paid["wrong" if found == "idk" and row.get("must_answer") else found]
 
     return score
 
