@@ -144,7 +144,7 @@ def test_feedback_leaves_a_whole_directory_and_its_numbers(improved):
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
     _, tokenizer = checkpoint.load(out)
     assert tokenizer.config["chat_template"]
-    assert "RLOO" in (out / "README.md").read_text()
+    assert "rloo" in (out / "README.md").read_text()
 
 
 def test_a_verifier_of_one_s_own_judges(assistant, prompts, tmp_path):
