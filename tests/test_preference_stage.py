@@ -1,6 +1,8 @@
 """Learning from preferences: a reward model, that it judges, and DPO."""
 
 import json
+import subprocess
+import sys
 
 import numpy
 import pytest
@@ -153,19 +155,12 @@ def test_interrupted_and_resumed_it_has_the_same_bits(trained, base, preferences
         "sys.exit(run(sys.argv[1:]))"
     )
     arguments = [str(x) for x in [*begin, "--max-steps", steps]]
-    assert tinylm_program(program, arguments) == 130
+    done = subprocess.run(  # not in the checkout, whose tinylm is not compiled
+        [sys.executable, "-c", program, *arguments], cwd=tmp_path, capture_output=True, check=False
+    )
+    assert done.returncode == 130
     assert tinylm(*begin, "--max-steps", steps, "--resume").returncode == 0
     assert weights(tmp_path / "r") == weights(trained[0])
-
-
-def tinylm_program(program, arguments) -> int:
-    import subprocess
-    import sys
-
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
-    )
-    return done.returncode
 
 
 def test_it_judges_answers_to_prompts_it_never_saw(trained):
