@@ -162,8 +162,9 @@ def test_without_the_web_server_it_names_what_to_install(assistant, tmp_path):
     )
     given = map(str, arguments(assistant, tmp_path / "run", "--page", "serve"))
     done = subprocess.run(
-        [sys.executable, "-c", program, *given], capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-c", program, *given], cwd=tmp_path, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
     assert done.returncode == 2
     assert "pip install 'tinylm[serve]'" in done.stderr
     assert "Traceback" not in done.stderr

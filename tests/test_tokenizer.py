@@ -242,7 +242,7 @@ def test_pieces_are_counted_alike_on_any_number_of_threads(strings):
     assert counts[0] == counts[1] == counts[2] == _bpe_python.count_words(strings)
 
 
-def test_a_child_of_fork_can_train_too():
+def test_a_child_of_fork_can_train_too(tmp_path):
     """It has none of its parent's threads; OpenMP would wait for them for ever."""
     program = (
         "import os\n"
@@ -253,7 +253,7 @@ def test_a_child_of_fork_can_train_too():
         "    os._exit(tokenizer.train_bpe(['the cat'] * 99, 266).spec != spec)\n"
         "assert os.waitpid(child, 0)[1] == 0\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60)
 
 
 @pytest.mark.parametrize("module", [tk.bpe, _bpe_python])
