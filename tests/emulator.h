@@ -180,7 +180,7 @@ inline void run_block(int threads) {
     for (Warp& w : warps)
         w.meeting = {std::min(LANES, threads - int(&w - &warps[0]) * LANES), 0, 0};
     for (auto& f : fibers) f->done = false, f->awaited = nullptr, f->turn = 0;
-    memset(shared.data(), 0xff, shared.size() * sizeof(float));  // NaNs
+    std::fill(shared.begin(), shared.end(), NAN);
     std::vector<int> turns(warps.size());
     for (size_t i = 0; i < turns.size(); ++i) turns[i] = order == 1 ? turns.size() - 1 - i : i;
     if (order == 2) std::shuffle(turns.begin(), turns.end(), random);
@@ -242,8 +242,11 @@ T from_lane(T x, int lane) {  // two rows of slots, by turns: one meeting is eno
     return x;
 }
 inline unsigned votes(bool mine) {
+    uint64_t* shown = current->warp->shown[current->turn ^= 1];
+    shown[current->lane] = mine;
+    meet(current->warp->meeting);
     unsigned all = 0;
-    for (int lane = 0; lane < LANES; ++lane) all |= unsigned(from_lane(int(mine), lane)) << lane;
+    for (int lane = 0; lane < LANES; ++lane) all |= unsigned(shown[lane]) << lane;
     return all;
 }
 template <class To, class From>
