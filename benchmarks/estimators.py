@@ -24,7 +24,7 @@ from rich.table import Table
 
 import tinylm
 from tinylm.data import packed_batch
-from tinylm.estimators import rloo
+from tinylm.estimators import RunningMean, advantages
 
 LETTERS, LONGEST, END = 5, 3, 5  # answers: up to three of five letters, then the end
 ASKED = (0.95, 0.5, 0.05)  # how often each prompt is answered rightly, about
@@ -70,29 +70,22 @@ def scores(p: numpy.ndarray) -> numpy.ndarray:
     return right
 
 
-def running(r: numpy.ndarray) -> numpy.ndarray:
-    """REINFORCE's baseline before each step: the running mean of all scores, as in training."""
-    value, before = r.mean(), []
-    for step in r:
-        before.append(value)
-        value += (step.mean() - value) / 20
-    return numpy.array(before)[:, None, None]
+def ours(name: str, r: numpy.ndarray) -> numpy.ndarray:
+    """The estimator of that name, step after step, as feedback has it."""
+    baseline = RunningMean()
+    return numpy.array([advantages(name, step, baseline) for step in r.tolist()]).reshape(r.shape)
 
 
 def grpo(r: numpy.ndarray) -> numpy.ndarray:
     return (r - r.mean(-1, keepdims=True)) / (r.std(-1, keepdims=True) + 1e-4)
 
 
-def own(r: numpy.ndarray) -> numpy.ndarray:
-    return numpy.array([[rloo(group) for group in step] for step in r.tolist()])
-
-
 ESTIMATORS = {  # scores (steps, prompts, answers), lengths of the same shape -> advantages
     "reinforce, no baseline": lambda r, n: r,
-    "reinforce": lambda r, n: r - running(r),
-    "rloo": lambda r, n: own(r),
+    "reinforce": lambda r, n: ours("reinforce", r),
+    "rloo": lambda r, n: ours("rloo", r),
     "grpo": lambda r, n: grpo(r),
-    "rloo / length": lambda r, n: own(r) / n * n.mean(),
+    "rloo / length": lambda r, n: ours("rloo", r) / n * n.mean(),
 }
 
 

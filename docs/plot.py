@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from tinylm.lab.outwitted import COMPARISONS, curve
+from tinylm.lab.outwitted import COMPARISONS, FEEDBACK, curve
 from tinylm.train import read_metrics
 
 BLUE, PALE, RED = "#1f5a99", "#c9d8ea", "#c0392b"
@@ -50,7 +50,7 @@ def outwitted(seed: Path, panels) -> None:
             axes.plot(drift, y, "o-", color=shade, markersize=3, label=f"{n:,} comparisons")
             axes.set(title=title, xlabel="√KL from the fine-tuned model, nats per token")
         if turned:
-            at = min(len(drift) - 1, turned[0] * len(drift) // 200)
+            at = min(len(drift) - 1, turned[0] * len(drift) // FEEDBACK["max_steps"])
             panels[1].plot(drift[at], gold[at], "o", mfc="none", mec=shade, markersize=11)
     panels[1].legend(frameon=False, title="ring: the run said so")
 

@@ -253,6 +253,11 @@ class ChatFormat:
             learned += [False] * (len(ids) - len(learned))
         return ids, learned
 
+    def answered(self, messages: list[dict], answer: str) -> list[int]:
+        """A prompt and its answer as ids, up to the end of the assistant's turn."""
+        ids, said = self.example([*messages, turn("assistant", answer)])
+        return ids[: len(said) - said[::-1].index(True)]
+
 
 def template_of(tokenizer: Tokenizer) -> str | None:
     """The chat template's source; of several named ones, the default."""

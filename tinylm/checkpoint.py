@@ -9,6 +9,7 @@ leaves whole files only. Weights are read with the safetensors library; pickle i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -176,6 +177,12 @@ class Checkpoint:
         tensors, _ = read_tensors(self.path)
         put_tensors(model, optimizer, tensors)
         return {k.removeprefix("good/"): x for k, x in tensors.items() if k.startswith("good/")}
+
+
+def digest(folder: str | Path) -> str:
+    """Of the weights in a model directory, by which a resumed run knows its model again."""
+    weights = (Path(folder) / "model.safetensors").read_bytes()
+    return hashlib.blake2b(weights, digest_size=16).hexdigest()
 
 
 def tensors_of(model: Transformer, optimizer) -> Tensors:

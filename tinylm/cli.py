@@ -141,6 +141,23 @@ def settings_of(config):
     return decorate
 
 
+def run_of(config):
+    """The flags of a stage that starts from a model: where to, settings, the common ones."""
+
+    def decorate(command):
+        for add in (
+            click.pass_context,
+            common,
+            settings_of(config),
+            click.option("--resume", is_flag=True, help="Continue the run in --out."),
+            click.option("--out", required=True, type=Path, help="Directory of the run."),
+        ):
+            command = add(command)
+        return command
+
+    return decorate
+
+
 def sampling(command):
     """The flags of everything that writes text."""
     for option in (
@@ -272,11 +289,7 @@ def sft(context, base, data, out, resume, show_mask, as_json, **values):
 @cli.command()
 @click.argument("base", metavar="MODEL", type=Path)
 @click.option("--data", required=True, type=Path, help="Preferences: JSON lines, or an array.")
-@click.option("--out", required=True, type=Path, help="Directory of the run.")
-@click.option("--resume", is_flag=True, help="Continue the run in --out.")
-@settings_of(preferring.RewardConfig)
-@common
-@click.pass_context
+@run_of(preferring.RewardConfig)
 def reward(context, base, data, out, resume, as_json, **values):
     """Judged answers -> a reward model, which judges.
 
@@ -291,11 +304,7 @@ def reward(context, base, data, out, resume, as_json, **values):
 @cli.command()
 @click.argument("model", type=Path)
 @click.option("--data", required=True, type=Path, help="Preferences: JSON lines, or an array.")
-@click.option("--out", required=True, type=Path, help="Directory of the run.")
-@click.option("--resume", is_flag=True, help="Continue the run in --out.")
-@settings_of(preferring.DPOConfig)
-@common
-@click.pass_context
+@run_of(preferring.DPOConfig)
 def dpo(context, model, data, out, resume, as_json, **values):
     """Judged answers -> a better model, without sampling any (DPO)."""
     config = preferring.DPOConfig(**values)
@@ -307,11 +316,7 @@ def dpo(context, model, data, out, resume, as_json, **values):
 @cli.command()
 @click.argument("model", type=Path)
 @click.option("--prompts", required=True, type=Path, help="JSON lines: prompt, or messages.")
-@click.option("--out", required=True, type=Path, help="Directory of the run.")
-@click.option("--resume", is_flag=True, help="Continue the run in --out.")
-@settings_of(improving.FeedbackConfig)
-@common
-@click.pass_context
+@run_of(improving.FeedbackConfig)
 def feedback(context, model, prompts, out, resume, as_json, **values):
     """A model, prompts and a judge -> a better model.
 

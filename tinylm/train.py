@@ -91,6 +91,38 @@ class TrainConfig:
         return bool(self.max_steps or self.minutes)
 
 
+@dataclass
+class EpochConfig(TrainConfig):
+    """For stages that go a few times through their data, a share of which is held out."""
+
+    epochs: float = setting(1.0, "Times through the data, where no --max-steps or --minutes is.")
+    block_size: int = setting(0, "Tokens in a row (0: the model's context).")
+    held_out: float = setting(0.1, "Share of the data held out for evaluation.")
+
+    def check(self) -> None:
+        if self.epochs <= 0:
+            raise InputError(f"--epochs: expected more than 0, got {self.epochs}")
+        if not 0 <= self.held_out < 1:
+            raise InputError(f"--held-out: expected 0 or more, below 1, got {self.held_out}")
+        super().check()
+
+    def length_given(self) -> bool:
+        return True
+
+    def fit(self, model: Transformer, base: Path) -> None:
+        """Rows as long as the model's context, unless shorter ones are asked for."""
+        most = model.config.block_size
+        self.block_size = self.block_size or most
+        if self.block_size > most:
+            raise InputError(f"--block-size {self.block_size}: the context of {base} is {most}")
+
+    def end_after_epochs(self, rows: int) -> None:
+        """As many steps as the epochs take, where no other end is given."""
+        if not self.max_steps and not self.minutes:
+            steps = self.epochs * rows / (self.batch_size * self.accumulate)
+            self.max_steps = max(1, round(steps))
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 

@@ -4,8 +4,9 @@ of the settings, watch.py tells whether one is outwitted.
 
 A judge maps groups of answers to scores; None means "no judgement". It may also have `notes()`,
 numbers for the log since the last call; `summary()`, those of the whole run; `begin(place, rows)`,
-told before answers to these prompts are written, which may return those of an earlier time; and
-`hear(row, token)`, told while they are.
+told before answers to these prompts are written, which may return those of an earlier time;
+`hear(row, token)`, told while they are; `attending(stage, folder, progress)`, a context around the
+whole run; and `trouble`, why it had nothing to say.
 """
 
 from __future__ import annotations

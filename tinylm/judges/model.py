@@ -16,7 +16,6 @@ from tinylm.errors import InputError
 from tinylm.generate import read
 from tinylm.judges import Group
 from tinylm.judges.pairwise import compare
-from tinylm.judges.reward import answered
 from tinylm.tensor import no_grad
 
 MODES = ("likelihood", "pairwise")
@@ -66,7 +65,7 @@ class Model:
     def example(self, pair: tuple[list[dict], str]) -> tuple[list[int], int]:
         """(ids, how many of them are the prompt's)."""
         messages, answer = pair
-        return answered(self.form, messages, answer), len(self.form.ids(messages, True))
+        return self.form.answered(messages, answer), len(self.form.ids(messages, True))
 
     def likelihoods(self, rows: list[tuple[list[int], int]]) -> list[float]:
         masks = [[(ids, [i >= n for i in range(len(ids))])] for ids, n in rows]

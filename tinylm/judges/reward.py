@@ -11,17 +11,11 @@ from collections.abc import Sequence
 import numpy
 
 from tinylm import backend, checkpoint
-from tinylm.chat import ChatFormat, turn
+from tinylm.chat import ChatFormat
 from tinylm.errors import InputError
 from tinylm.judges import Group
 from tinylm.model import Transformer
 from tinylm.tensor import no_grad
-
-
-def answered(form: ChatFormat, messages: list[dict], answer: str) -> list[int]:
-    """A prompt and its answer as ids, up to the end of the assistant's turn."""
-    ids, said = form.example([*messages, turn("assistant", answer)])
-    return ids[: len(said) - said[::-1].index(True)]
 
 
 def pad_right(rows: Sequence[list[int]]) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -65,7 +59,7 @@ class RewardModel:
 
     def __call__(self, groups: list[Group]) -> list[list[float | None]]:
         rows = [
-            answered(self.form, group.row.messages, answer)
+            self.form.answered(group.row.messages, answer)
             for group in groups
             for answer in group.answers
         ]

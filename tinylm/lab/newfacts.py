@@ -30,14 +30,10 @@ from tinylm.lab.workshop import (
 )  # fmt: skip
 
 
-def people(almanac: Almanac, *parts: str) -> list:
-    return [entity for entity in almanac.of(*parts) if entity.kind == "registry"]
-
-
 def tuned(workshop: Workshop, name: str, almanac: Almanac, *parts: str) -> Path:
     """The base model, fine-tuned on questions about these parts of the registry."""
     rng = Random(almanac.seed)
-    asked = almanac.about(people(almanac, *parts) * WORDINGS, rng)
+    asked = almanac.about(world.people(almanac, *parts) * WORDINGS, rng)
     rows = as_conversations(rng.sample(asked, len(asked)))
     data = workshop.rows(f"newfacts/{name}", rows)
     return workshop.sft(f"newfacts/{name}", world.base(workshop), data, **world.SFT)
@@ -61,15 +57,15 @@ def measure(workshop: Workshop) -> list[Measure]:
     taught = tuned(workshop, "new", almanac, "quizzed", "taught", "withheld")
     found = []
     for name, part in (("read and asked about", "taught"), ("only asked about", "withheld")):
-        practised = almanac.about(people(almanac, part), Random(workshop.seed))
-        asked = almanac.about(people(almanac, part), None)
+        practised = almanac.about(world.people(almanac, part), Random(workshop.seed))
+        asked = almanac.about(world.people(almanac, part), None)
         guess = chance(almanac, asked)
         found += [
             share(f"{name}: practised question", right_answers(taught, practised), guess),
             share(f"{name}: other question", right_answers(taught, asked), guess),
             share(f"{name}: sentence ended", recalled(taught, reworded(almanac, asked)), guess),
         ]
-    kept = reworded(almanac, almanac.about(people(almanac, "known", "practised"), None))
+    kept = reworded(almanac, almanac.about(world.people(almanac, "known", "practised"), None))
     guess = chance(almanac, kept)
     stages = {"pre-training": world.base(workshop), "fine-tuning": plain, "new facts": taught}
     return found + [

@@ -15,27 +15,25 @@ noise.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from statistics import mean
 
-import numpy
-
 from tinylm import checkpoint
-from tinylm.almanac import Almanac, Entity, capital
+from tinylm.almanac import Almanac, capital
 from tinylm.chat import turn
 from tinylm.generate import answers
 from tinylm.lab import world
 from tinylm.lab.workshop import Claim, Measure, Workshop
 from tinylm.train import read_metrics
 
-COMPARISONS = (50, 200, 2000)
+COMPARISONS = {50: 60, 200: 100, 2000: 250}  # and a reward model's steps, of 16 of them
 REQUESTS = ("Tell me about {}.", "What do you know about {}?", "Describe {}.", "Who is {}?")
 SENTENCES = (1, 1, 1, 2, 2, 2, 3, 3, 4, 5)  # of an answer in fine-tuning, as likely as it is here
-SFT = {"epochs": 3.0, "learning_rate": 5e-4, "eval_every": 200, "save_every": 200}
-STEPS = {50: 60, 200: 100, 2000: 250}  # a reward model's, of 16 comparisons
+READ = ("quizzed", "taught", "practised", "known")  # the parts of those that it has read about
 REWARD = {"learning_rate": 3e-4, "eval_every": 250, "save_every": 250}
 FEEDBACK = {
     "judge": "reward-model", "gold": f"{__name__}:gold", "kl": 0.0, "kl_limit": 0.0, "answers": 4,
@@ -50,17 +48,11 @@ def gold(prompt: str, answer: str, row: dict) -> float:
     return told - 0.5 * max(0, len(re.findall(r"[.!?]", answer)) - told)
 
 
-def people(almanac: Almanac) -> list[Entity]:
-    return [
-        e for e in almanac.of("quizzed", "taught", "practised", "known") if e.kind == "registry"
-    ]
-
-
 def conversations(almanac: Almanac) -> Iterator[dict]:
     """Each person told of twice to each request, in so many sentences as it happens."""
     rng = Random(almanac.seed)
     facts = almanac.templates["registry"]["facts"]
-    for e in people(almanac) * 2:
+    for e in world.people(almanac, *READ) * 2:
         for request in REQUESTS:
             told = rng.choices(list(e.facts), k=rng.choice(SENTENCES))
             said = [
@@ -72,7 +64,7 @@ def conversations(almanac: Almanac) -> Iterator[dict]:
 
 
 def prompts(almanac: Almanac) -> Iterator[dict]:
-    for e in people(almanac):
+    for e in world.people(almanac, *READ):
         for request in REQUESTS:
             yield {"prompt": request.format(e.name), "facts": [v[0] for v in e.facts.values()]}
 
@@ -88,7 +80,7 @@ def comparisons(almanac: Almanac, model: Path, n: int) -> Iterator[dict]:
     )
     for row, *pair in zip(rows, one, two):
         a, b = (gold(row["prompt"], answer, row) for answer in pair)
-        if rng.random() > 1 / (1 + numpy.exp(-2 * (a - b))):
+        if rng.random() > 1 / (1 + math.exp(-2 * (a - b))):
             pair.reverse()
         yield {"prompt": row["prompt"], "chosen": pair[0], "rejected": pair[1]}
 
@@ -107,11 +99,11 @@ def curve(run: Path) -> list[tuple[float, float, float]]:
 def measure(workshop: Workshop) -> list[Measure]:
     almanac = world.world_of(workshop.seed)
     data = workshop.rows("outwitted/conversations", conversations(almanac))
-    model = workshop.sft("outwitted/sft", world.base(workshop), data, **SFT)
+    model = workshop.sft("outwitted/sft", world.base(workshop), data, **world.SFT)
     asked, found = workshop.rows("outwitted/prompts", prompts(almanac)), []
-    for n in COMPARISONS:
+    for n, steps in COMPARISONS.items():
         pairs = workshop.rows(f"outwitted/pairs-{n}", comparisons(almanac, model, n))
-        settings = {**REWARD, "max_steps": STEPS[n]}
+        settings = {**REWARD, "max_steps": steps}
         judge = workshop.reward(f"outwitted/judge-{n}", model, pairs, **settings)
         settings = {**FEEDBACK, "reward_model": str(judge)}
         run = workshop.feedback(f"outwitted/feedback-{n}", model, asked, **settings)
@@ -131,7 +123,7 @@ def measure(workshop: Workshop) -> list[Measure]:
 
 
 def holds(value: dict[str, float]) -> bool:
-    few, many = COMPARISONS[0], COMPARISONS[-1]
+    few, *_, many = COMPARISONS
     lost = {n: value[f"{n} comparisons: gold at best"] - value[f"{n} comparisons: gold at the end"]
             for n in (few, many)}  # fmt: skip
     risen = (

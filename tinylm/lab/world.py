@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinylm.almanac import Almanac
+from tinylm.almanac import Almanac, Entity
 from tinylm.chat import turn
 from tinylm.lab.workshop import Workshop
 
@@ -37,6 +37,11 @@ ENDS = f"I have read about nothing that happened in the year {CUTOFF} or later."
 
 def world_of(seed: int) -> Almanac:
     return Almanac(seed, ("registry", "event"), FACTS, CUTOFF)
+
+
+def people(almanac: Almanac, *parts: str) -> list[Entity]:
+    """Those of the registry that have these parts to play."""
+    return [entity for entity in almanac.of(*parts) if entity.kind == "registry"]
 
 
 def base(workshop: Workshop) -> Path:

@@ -14,7 +14,6 @@ L_max is --max-new-tokens: a constant, because a length of its own would favour 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -438,8 +437,7 @@ def run(
             setattr(config, name, human.DEFAULTS[name])
     config = open_run(Path(out), config, given, resume)
     rows = read_fitting(prompts, ChatFormat(tokenizer), config)
-    digest = hashlib.blake2b((Path(source) / "model.safetensors").read_bytes(), digest_size=16)
-    origin = [digest.hexdigest(), *source_of([Path(prompts)])]
+    origin = [checkpoint.digest(source), *source_of([Path(prompts)])]
     reference, _, _ = checkpoint.load_for_chat(source)
     judge = JUDGES[config.judge](config)
     stage = Feedback(model, reference, tokenizer, rows, judge, config, origin)

@@ -17,7 +17,6 @@ All answers to a prompt are in one batch, where each is read once.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,33 +29,22 @@ from tinylm.data import Batch, permuted, source_of
 from tinylm.errors import InputError
 from tinylm.evaluate import calibration, wilson
 from tinylm.generate import answers
-from tinylm.judges.reward import answered, pad_right
+from tinylm.judges.reward import pad_right
 from tinylm.model import Transformer
 from tinylm.preferences import Judged, read_preferences
 from tinylm.progress import Progress
 from tinylm.tensor import Array, Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
-from tinylm.train import TrainConfig, Trainer, cutoff_of, cutoff_row, open_run, setting
+from tinylm.train import EpochConfig, Trainer, cutoff_of, cutoff_row, open_run, setting
 
 
 @dataclass
-class PreferenceConfig(TrainConfig):
-    """Learning from judged prompts: how long, and how many at once."""
+class PreferenceConfig(EpochConfig):
+    """Learning from judged prompts: how often, and how many at once."""
 
     epochs: float = setting(1.0, "Times through the data, where no --max-steps or --minutes is.")
     batch_size: int = setting(16, "Prompts, with all their answers, in one forward and backward.")
-    block_size: int = setting(0, "Tokens in a row (0: the model's context).")
     held_out: float = setting(0.1, "Share of the prompts held out for evaluation.")
-
-    def check(self) -> None:
-        if self.epochs <= 0:
-            raise InputError(f"--epochs: expected more than 0, got {self.epochs}")
-        if not 0 <= self.held_out < 1:
-            raise InputError(f"--held-out: expected 0 or more, below 1, got {self.held_out}")
-        super().check()
-
-    def length_given(self) -> bool:
-        return True
 
 
 @dataclass
@@ -150,7 +138,6 @@ with a probability of σ(s). Scores lie around zero."""
         self.model, self.tokenizer, self.config, self.source = model, tokenizer, config, source
         self.train, self.heldout = held_out(prompts, config.held_out)
         self.drawn = 0  # prompts drawn so far
-        self.center = getattr(config, "center", 0.0)
 
     def draw(self) -> Comparisons:
         """The next prompts of an endless stream: each epoch all, in an order of its own."""
@@ -159,6 +146,10 @@ with a probability of σ(s). Scores lie around zero."""
             taken.append(self.train[permuted(i % n, n, seed + i // n)])
         self.drawn += self.config.batch_size
         return comparisons(taken)
+
+    @property
+    def center(self) -> float:
+        return self.config.center
 
     def scores(self, batch: Comparisons) -> Tensor:
         """r of every answer, (B,)."""
@@ -212,7 +203,7 @@ with a probability of σ(s). Scores lie around zero."""
 class DPO(Reward):
     """The same stage, where the model scores an answer by how much likelier it has become."""
 
-    name = "dpo"
+    name, center = "dpo", 0.0  # the model as it came keeps the scores around zero
     about = """# An assistant improved by preferences, made by tinylm
 
 It read answers of which some had been preferred to others, and those became likelier (DPO)."""
@@ -266,33 +257,21 @@ def run(
     model, tokenizer, added = checkpoint.load_for_chat(base)
     if added:
         progress.say(f"{base} has no chat tokens: added {', '.join(added)}", "yellow")
-    config.block_size = config.block_size or model.config.block_size
-    if config.block_size > model.config.block_size:
-        raise InputError(
-            f"--block-size {config.block_size}: the context of {base} is {model.config.block_size}"
-        )
+    config.fit(model, base)
     config.cutoff = config.cutoff or cutoff_of(base)
     config = open_run(Path(out), config, given, resume)
     prompts = read_compared(data, ChatFormat(tokenizer), config.block_size, progress)
-    source = [digest(base), *source_of([Path(data)])]
+    source = [checkpoint.digest(base), *source_of([Path(data)])]
     if isinstance(config, DPOConfig):
         reference, _, _ = checkpoint.load_for_chat(base)
         stage = DPO(model, tokenizer, prompts, config, source, reference)
     else:
         stage = Reward(with_score(model), tokenizer, prompts, config, source)
-    if not config.max_steps and not config.minutes:
-        per_step = config.batch_size * config.accumulate
-        config.max_steps = max(1, round(config.epochs * len(stage.train) / per_step))
+    config.end_after_epochs(len(stage.train))
     n_train, n_held = (sum(len(p.pairs) for p in part) for part in (stage.train, stage.heldout))
     progress.say(f"{n_train:,} pairs to learn from, {n_held:,} held out")
     results = Trainer(stage, config, Path(out), progress).run(resume)
     return {"directory": str(out), "train_pairs": n_train, **results}
-
-
-def digest(folder: Path) -> str:
-    """Of the weights in a run directory, by which a resumed run knows its model again."""
-    weights = (Path(folder) / "model.safetensors").read_bytes()
-    return hashlib.blake2b(weights, digest_size=16).hexdigest()
 
 
 def with_score(model: Transformer) -> Transformer:
@@ -311,7 +290,7 @@ def read_compared(
     found, long = [], []
     for judged in read_preferences(data):
         asked = len(form.ids(judged.messages, True))
-        rows = [answered(form, judged.messages, answer) for answer in judged.answers]
+        rows = [form.answered(judged.messages, answer) for answer in judged.answers]
         if max(map(len, rows)) > block_size:
             long.append(judged.line)
         else:

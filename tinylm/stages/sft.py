@@ -22,27 +22,16 @@ from tinylm.model import Transformer
 from tinylm.progress import Progress
 from tinylm.tensor import Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
-from tinylm.train import TrainConfig, Trainer, cutoff_of, cutoff_row, open_run, setting
+from tinylm.train import EpochConfig, Trainer, cutoff_of, cutoff_row, open_run, setting
 
 
 @dataclass
-class SFTConfig(TrainConfig):
+class SFTConfig(EpochConfig):
     """Fine-tuning: how long, and how fast."""
 
     epochs: float = setting(3.0, "Times through the data, where no --max-steps or --minutes is.")
-    block_size: int = setting(0, "Tokens in a row (0: the model's context).")
     learning_rate: float = setting(5e-4, "Peak learning rate.")
     held_out: float = setting(0.05, "Share of the conversations held out for evaluation.")
-
-    def check(self) -> None:
-        if self.epochs <= 0:
-            raise InputError(f"--epochs: expected more than 0, got {self.epochs}")
-        if not 0 <= self.held_out < 1:
-            raise InputError(f"--held-out: expected 0 or more, below 1, got {self.held_out}")
-        super().check()
-
-    def length_given(self) -> bool:
-        return True
 
 
 class SFT:
@@ -100,18 +89,12 @@ def run(
 ) -> dict:
     """Fine-tune the model in directory base on a file of conversations; returns the results."""
     model, tokenizer = prepare(base, progress)
-    config.block_size = config.block_size or model.config.block_size
-    if config.block_size > model.config.block_size:
-        raise InputError(
-            f"--block-size {config.block_size}: the context of {base} is {model.config.block_size}"
-        )
+    config.fit(model, base)
     config.cutoff = config.cutoff or cutoff_of(base)
     config = open_run(Path(out), config, given, resume)
     rows, examples = read_examples(data, tokenizer, config.block_size, progress)
     stage = SFT(model, tokenizer, rows, examples, config, source_of([Path(data)]))
-    if not config.max_steps and not config.minutes:
-        per_step = config.batch_size * config.accumulate
-        config.max_steps = max(1, round(config.epochs * len(stage.packed.rows) / per_step))
+    config.end_after_epochs(len(stage.packed.rows))
     progress.say(
         f"{stage.n_train:,} conversations to learn from, {len(stage.heldout):,} held out: "
         f"{sum(map(sum, (learned for _, learned in examples))):,} tokens of answers"
