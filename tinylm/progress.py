@@ -37,6 +37,10 @@ class Progress:
             shown = ", ".join(map(str, lines[:20])) + (", …" if len(lines) > 20 else "")
             self.say(f"{data}: {len(lines)} rows {what} and are left out: line {shown}", "yellow")
 
+    def given_chat_tokens(self, model: Path, tokens: list[str] | None) -> None:
+        if tokens:
+            self.say(f"{model} has no chat tokens: added {', '.join(tokens)}", "yellow")
+
     def heading(self, text: str) -> None:
         self.console.print()
         self.console.print(Rule(Text(text, "bold"), align="left"))

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy
 
 from tinylm import data, evaluate
+from tinylm.card import model_card, took
 from tinylm.data import Batch, Corpus, Windows, next_token_batch
 from tinylm.errors import InputError
 from tinylm.generate import generate
@@ -21,8 +22,11 @@ from tinylm.model import ModelConfig, Transformer
 from tinylm.progress import Progress
 from tinylm.tensor import Tensor
 from tinylm.tokenizer import Tokenizer, train_bpe, train_characters
-from tinylm.train import TrainConfig, Trainer, cutoff_row, open_run, setting
+from tinylm.train import TrainConfig, Trainer, open_run, setting
 
+ABOUT = """A base model made by tinylm
+
+It continues text; it has not been taught to answer."""
 OBJECTIVES = ("next", "missing", "mixed")
 TOKENIZER_SAMPLE = 100_000_000  # characters of text from which a vocabulary is learned
 
@@ -120,7 +124,25 @@ class Pretrain:
         self.windows.drawn = state["drawn"]
 
     def card(self, results: dict) -> str:
-        return model_card(self.model, self.corpus, self.config, results)
+        corpus, c, numbers = self.corpus, self.model.config, []
+        if results:
+            numbers = [
+                f"- {results['bits_per_byte']:.3f} bits per byte of held-out text"
+                f" (xz, the training text known: {corpus.xz_bits_per_byte:.3f})",
+                f"- held-out loss {results['loss']:.4f} nats per token, {took(results)}",
+            ]
+        text = f"{corpus.train_bytes:,} to train on, {corpus.heldout_bytes:,} held out"
+        facts = {
+            "stage": f"pretrain, objective `{self.config.objective}`",
+            "shape": f"{c.architecture}, {c.n_layer} layers, {c.n_embd} wide",
+            "parameters": f"{self.model.n_parameters():,}",
+            "context": f"{c.block_size} tokens",
+            "vocabulary": f"{c.vocab_size} tokens",
+            "knowledge cut-off": self.config.cutoff,
+            "documents": f"{corpus.documents:,}",
+            "bytes of text": text,
+        }
+        return model_card(ABOUT, facts, numbers, corpus.source[:50])
 
 
 class Blanks:
@@ -326,37 +348,3 @@ def describe(model: Transformer, tokenizer: Tokenizer, corpus: Corpus) -> str:
         f"{corpus.documents:,} documents: {corpus.train_tokens:,} tokens to train on, "
         f"{corpus.heldout_tokens:,} held out"
     )
-
-
-def model_card(model: Transformer, corpus: Corpus, config: PretrainConfig, results: dict) -> str:
-    """README.md of the run directory."""
-    c = model.config
-    sources = "\n".join(f"- {name}, {size:,} bytes" for name, size in corpus.source[:50])
-    numbers = "not finished yet"
-    if results:
-        numbers = (
-            f"- {results['bits_per_byte']:.3f} bits per byte of held-out text"
-            f" (xz, the training text known: {corpus.xz_bits_per_byte:.3f})\n"
-            f"- held-out loss {results['loss']:.4f} nats per token, {results['steps']} steps,"
-            f" {results['seconds']:.0f} seconds"
-        )
-    return f"""# A base model made by tinylm
-
-It continues text; it has not been taught to answer.
-
-| | |
-|---|---|
-| stage | pretrain, objective `{config.objective}` |
-| shape | {c.architecture}, {c.n_layer} layers, {c.n_embd} wide |
-| parameters | {model.n_parameters():,} |
-| context | {c.block_size} tokens |
-| vocabulary | {c.vocab_size} tokens |{cutoff_row(config)}
-| documents | {corpus.documents:,} |
-| bytes of text | {corpus.train_bytes:,} to train on, {corpus.heldout_bytes:,} held out |
-
-## Numbers
-{numbers}
-
-## Data
-{sources}
-"""
