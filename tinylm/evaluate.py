@@ -111,12 +111,11 @@ def xz_size(chunks: Iterable[bytes]) -> int:
 
 def shard_bytes(tokenizer: Tokenizer, shards: list[numpy.ndarray], last: int = 0) -> list[bytes]:
     """The text of shards in chunks, without special tokens; only about the last bytes if asked."""
-    special = numpy.array(sorted(tokenizer.special.values()))
     chunks, size = [], 0
     for shard in reversed(shards):
         for end in range(len(shard), 0, -(1 << 20)):
-            tokens = shard[max(0, end - (1 << 20)) : end]
-            chunks.append(tokenizer.decode_bytes(tokens[~numpy.isin(tokens, special)].tolist()))
+            tokens = shard[max(0, end - (1 << 20)) : end].tolist()
+            chunks.append(tokenizer.decode_bytes(tokens, skip_special=True))
             size += len(chunks[-1])
             if last and size >= last:
                 return chunks[::-1]

@@ -152,9 +152,10 @@ def pad_left(rows: Sequence[Sequence[int]], width: int) -> tuple[numpy.ndarray, 
     return numpy.array([[0] * (width - len(row)) + list(row) for row in rows]), padding
 
 
-def last_logits(model, tokens, padding, cache) -> numpy.ndarray:
+def last_logits(model, tokens, padding=None, cache=None) -> numpy.ndarray:
     """Logits of the token after the last column, (B, V)."""
-    start = numpy.repeat(padding, tokens.shape[1], 1) if padding.any() else None
+    padded = padding is not None and padding.any()
+    start = numpy.repeat(padding, tokens.shape[1], 1) if padded else None
     with no_grad():
         hidden = model.hidden(tokens, start, cache)
         last = Tensor(backend.xp.ascontiguousarray(hidden.data[:, -1]))
@@ -378,11 +379,8 @@ def beam_search(
     beams: list[tuple[list[int], float]] = [([], 0.0)]
     done: list[tuple[list[int], float]] = []
     for _ in range(max_new_tokens):
-        tokens = numpy.array([prompt + ids for ids, _ in beams])
-        with no_grad():
-            hidden = model.hidden(tokens).data[:, -1]
-            logits = ops.linear(Tensor(backend.xp.ascontiguousarray(hidden)), model.head_weight)
-        x = backend.to_numpy(logits.data).astype(numpy.float64)
+        x = last_logits(model, numpy.array([prompt + ids for ids, _ in beams]))
+        x = x.astype(numpy.float64)
         logp = x - x.max(-1, keepdims=True)
         logp -= numpy.log(numpy.exp(logp).sum(-1, keepdims=True))
         total = logp + numpy.array([[score] for _, score in beams])

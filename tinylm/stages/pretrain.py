@@ -15,7 +15,7 @@ import numpy
 
 from tinylm import data, evaluate
 from tinylm.card import model_card, took
-from tinylm.data import Batch, Corpus, Windows, next_token_batch
+from tinylm.data import Batch, Corpus, Example, Windows, next_token_batch, packed_batch
 from tinylm.errors import InputError
 from tinylm.generate import generate
 from tinylm.model import ModelConfig, Transformer
@@ -181,25 +181,10 @@ class Blanks:
     def row(self, row: numpy.ndarray, rng, only: bool):
         """(T + 1) tokens -> tokens, targets, start, (T,) each; what does not fit is left out."""
         T = len(row) - 1
-        tokens = numpy.full(T, self.end)
-        targets, start = numpy.full(T, -1), numpy.zeros(T, numpy.int32)
-        at = 0
-        for piece in self.pieces(row, rng):
-            made, begin_loss = self.with_blank(piece, rng)
-            n = min(len(made), T - at)
-            tokens[at : at + n] = made[:n]
-            start[at : at + n] = at
-            learned = numpy.array(made[1:])
-            if only:
-                learned[: begin_loss - 1] = -1
-            n = min(len(learned), T - at)
-            targets[at : at + n] = learned[:n]
-            at += len(made)
-            if at >= T:
-                break
-        else:
-            start[at:] = at
-        return tokens, targets, start
+        examples = [self.example(piece, rng, only) for piece in self.pieces(row, rng)]
+        rest = [self.end] * (T + 1), [False] * (T + 1)
+        batch = packed_batch([[*examples, rest]], self.end)
+        return batch.tokens[0, :T], batch.targets[0, :T], batch.start[0, :T]
 
     def pieces(self, row: numpy.ndarray, rng):
         """The documents of a row, cut into pieces of 12 to T tokens, their logarithm uniform."""
@@ -214,11 +199,13 @@ class Blanks:
                 yield document[:n]
                 document, room = document[n:], room - n - 4
 
-    def with_blank(self, piece: list[int], rng) -> tuple[list[int], int]:
-        """One blank in a piece -> its tokens, and where the middle begins in them."""
+    def example(self, piece: list[int], rng, only: bool) -> Example:
+        """One blank in a piece; the whole of it is learned, or what fills the blank only."""
         begin, end = self.blank(piece, rng)
-        made = [self.prefix, *piece[:begin], self.suffix, *piece[end:], self.middle]
-        return [*made, *piece[begin:end], self.end], len(made)
+        given = [self.prefix, *piece[:begin], self.suffix, *piece[end:], self.middle]
+        filled = [*piece[begin:end], self.end]
+        learned = [not only] * len(given) + [True] * len(filled)
+        return [*given, *filled, self.end], [*learned, False]  # a row holds all but the last one
 
     def blank(self, piece: list[int], rng) -> tuple[int, int]:
         """Where the blank lies: whole words, with the space before them; one word half the time."""
