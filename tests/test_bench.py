@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import tinylm
+from commands import succeeds, tinylm
 
 from tinylm import backend
 from tinylm.kernels.cases import CASES
@@ -26,9 +26,7 @@ def benchmark(monkeypatch):
 
 
 def test_bench_foretells_a_run_with_each_preset(text_file):
-    done = tinylm("bench", "--corpus", text_file, "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = json.loads(succeeds("bench", "--corpus", text_file, "--json").stdout)
     machine, rows = found["machine"], found["training"]
     assert {row["preset"] for row in rows} == set(PRESETS)
     for row in rows:
@@ -47,8 +45,7 @@ def test_bench_foretells_a_run_with_each_preset(text_file):
 
 
 def test_bench_prints_tables():
-    done = tinylm("bench")
-    assert done.returncode == 0, done.stderr
+    done = succeeds("bench")
     for shown in ("multiply-adds", "barrier", "linear_cross_entropy", "GB/s", *PRESETS):
         assert shown in done.stdout
 
