@@ -98,14 +98,13 @@ def stream(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     rng: numpy.random.Generator,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
     stop_ids: Sequence[int] = (),
+    **settings,
 ) -> Iterator[numpy.ndarray]:
     """Continue every prompt by one token per turn; yields (B,) of int, −1 in rows that have ended.
 
-    The last token yielded for a row that ends by itself is one of stop_ids.
+    The last token yielded for a row that ends by itself is one of stop_ids. Settings: temperature,
+    top_k, top_p as in `sample`.
     """
     limit = model.config.block_size
     rows = [list(prompt[-limit:]) for prompt in prompts]
@@ -118,7 +117,7 @@ def stream(
             logits, padding, cache = read(model, rows, max_new_tokens - made)
         else:
             logits = last_logits(model, tokens, padding, cache)
-        new = sample(logits, rng, temperature, top_k, top_p)
+        new = sample(logits, rng, **settings)
         yield numpy.where(alive, new, -1)
         alive &= ~numpy.isin(new, stop_ids)
         if not alive.any():
@@ -206,12 +205,9 @@ def stream_answer(
     return stream_ids(model, tokenizer, ids, min(max_new_tokens, room), **settings)
 
 
-def stream_ids(
-    model, tokenizer, ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=None
-) -> Iterator[str]:
-    rng = numpy.random.default_rng(seed)
-    stop_ids = model.config.stop_ids
-    steps = stream(model, [ids], max_new_tokens, rng, temperature, top_k, top_p, stop_ids)
+def stream_ids(model, tokenizer, ids, max_new_tokens, seed=None, **settings) -> Iterator[str]:
+    rng, stop_ids = numpy.random.default_rng(seed), model.config.stop_ids
+    steps = stream(model, [ids], max_new_tokens, rng, stop_ids, **settings)
     new = takewhile(lambda token: token not in stop_ids, (int(token) for (token,) in steps))
     begins = ids[-1] in tokenizer.special.values()  # a text begins after a special token
     return tokenizer.decode_stream(new, continues=not begins)
@@ -282,18 +278,15 @@ def complete(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     rng: numpy.random.Generator,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
     heard: Callable[[int, int], None] | None = None,
+    **settings,
 ) -> list[list[int]]:
     """The continuation of every prompt as ids, up to its stop token, which is included.
 
-    heard(row, token) is told of every token as soon as it is drawn.
+    heard(row, token) is told of every token as soon as it is drawn; settings as above.
     """
     rows: list[list[int]] = [[] for _ in prompts]
-    stop = model.config.stop_ids
-    for new in stream(model, prompts, max_new_tokens, rng, temperature, top_k, top_p, stop):
+    for new in stream(model, prompts, max_new_tokens, rng, model.config.stop_ids, **settings):
         for i, token in enumerate(new.tolist()):
             if token >= 0:
                 rows[i].append(token)
@@ -317,7 +310,7 @@ def answers(
     rows = []
     for i in range(0, len(prompts), batch_size):
         part = prompts[i : i + batch_size]
-        rows += complete(model, part, max_new_tokens, rng, temperature)
+        rows += complete(model, part, max_new_tokens, rng, temperature=temperature)
     stop = model.config.stop_ids
     return [tokenizer.decode([t for t in row if t not in stop]).strip() for row in rows]
 
@@ -361,8 +354,9 @@ def fill(
     if temperature == 0:
         found = beam_search(model, ids, max_new_tokens, max(n, 4), model.config.stop_ids)[:n]
     else:
+        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         rng = numpy.random.default_rng(seed)
-        rows = complete(model, [ids] * n, max_new_tokens, rng, temperature, top_k, top_p)
+        rows = complete(model, [ids] * n, max_new_tokens, rng, **settings)
         stop = model.config.stop_ids
         rows = [tuple(token for token in row if token not in stop) for row in rows]
         found = [(row, None) for row in dict.fromkeys(rows)]
