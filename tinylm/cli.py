@@ -26,7 +26,7 @@ from rich.text import Text
 import tinylm
 from tinylm import agreement, data, preferences, store
 from tinylm import backend as backends
-from tinylm.checkpoint import Checkpoint, write_text
+from tinylm.checkpoint import Checkpoint, write_rows
 from tinylm.errors import InputError, Waiting
 from tinylm.evaluate import evaluate_directory
 from tinylm.generate import BLANK, Conversation, stream_text
@@ -339,8 +339,7 @@ def export_preferences(run, out, form, judge, as_json):
     rows = [*preferences.FORMS[form](store.open_existing(run).judged(judge))]
     if not rows:
         raise InputError(f"{run}: nothing in it is preferred to anything, so there is no row")
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_text(out, text)
+    write_rows(out, rows)
     tell(as_json, {"file": str(out), "rows": len(rows)}, f"{out}: {len(rows):,} rows", err=True)
 
 
