@@ -88,7 +88,7 @@ def test_the_gpu_benchmark_measures_and_is_right(benchmark, cuda):
 def test_the_gpu_benchmark_times_nothing_that_is_wrong(benchmark, cuda, monkeypatch):
     gpu, few = benchmark("gpu"), [case for case in CASES if "attention: odd" in str(case)]
     monkeypatch.setattr(gpu, "CASES", few)
-    monkeypatch.setattr(gpu, "selfcheck", lambda kernels: SelfCheck("cuda", "", 1, []))
+    monkeypatch.setattr(gpu, "selfcheck", lambda kernels: SelfCheck([]))
     assert gpu.wrong_kernels() == []
     backward = backend.kernels.attention_backward
     monkeypatch.setattr(backend.kernels, "attention_backward", lambda **a: backward(**a)[::-1])

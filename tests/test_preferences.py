@@ -49,7 +49,7 @@ def test_every_form_says_the_same(rows, tmp_path):
 def test_what_is_written_can_be_read(form, tmp_path):
     rows = [{"prompt": "Hello?", "answers": ["a", "b", "c"], "scores": [0, 3, 1]}]
     judged = read_preferences(write_rows(tmp_path / "p.jsonl", rows))
-    again = read_preferences(write_rows(tmp_path / "q.jsonl", FORMS[form](judged)))
+    again = read_preferences(write_rows(tmp_path / "q.jsonl", FORMS[form](judged[0])))
     pairs = {(j.answers[w], j.answers[l]) for j in again for w, l in j.pairs()}
     full = {("b", "a"), ("c", "a"), ("b", "c")}
     assert pairs == (full if form != "unpaired" else {("b", "a"), ("b", "c")})
@@ -58,7 +58,7 @@ def test_what_is_written_can_be_read(form, tmp_path):
 def test_the_best_answer_becomes_a_conversation(tmp_path):
     rows = [{"prompt": "Hello?", "answers": ["a", "b", "b2"], "scores": [0, 3, 3]}]
     judged = read_preferences(write_rows(tmp_path / "p.jsonl", rows))
-    assert list(FORMS["conversations"](judged)) == [{"messages": ASKED + said("b")}]
+    assert list(FORMS["conversations"](judged[0])) == [{"messages": ASKED + said("b")}]
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def test_a_report_that_fails_loses_no_run(trained, tmp_path, monkeypatch, capsys
 
 def test_probabilities_are_the_model_s(trained):
     model, tokenizer = checkpoint.load(trained / "base")
-    (said,) = xray.answers(model, tokenizer, [[{"content": "The cat"}]], longest=5)
+    (said,) = xray.answering(model, tokenizer, [[{"content": "The cat"}]], longest=5)
     ids = tokenizer.encode("The cat")
     for piece in said:
         logits = model([ids]).data[0, -1].astype("float64")

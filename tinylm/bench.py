@@ -15,9 +15,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from tinylm import backend, data, memory
+from tinylm.config import flops_per_token
 from tinylm.environment import fma_peak, seconds_of
 from tinylm.errors import InputError
-from tinylm.model import ModelConfig, Transformer
+from tinylm.model import Transformer
 from tinylm.optim import AdamW
 from tinylm.progress import Progress, clock, table
 from tinylm.stages.pretrain import PRESETS, PretrainConfig, fitted_vocabulary
@@ -166,14 +167,6 @@ def training_step(
     optimizer.step(lr)
     optimizer.zero_grad()
     return float(loss.data.mean(dtype="float64"))
-
-
-def flops_per_token(c: ModelConfig, T: int) -> float:
-    """Of a training step, 6 N + 12 L H D T: N weights multiply, full attention is counted."""
-    attention = 2 * c.n_embd * (c.n_head + c.n_kv_head) * c.head_size
-    mlp = (3 if c.is_llama else 2) * c.n_embd * c.n_inner
-    N = c.n_layer * (attention + mlp) + c.vocab_size * c.n_embd
-    return 6 * N + 12 * c.n_layer * c.n_head * c.head_size * T
 
 
 def measure_preset(preset: str, machine: dict, corpus: dict | None) -> dict[str, Any]:

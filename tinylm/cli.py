@@ -143,7 +143,7 @@ def settings_of(config):
     return decorate
 
 
-class Run(NamedTuple):
+class Plan(NamedTuple):
     """What every stage is told after its inputs; `given`: the settings that the user named."""
 
     out: Path
@@ -154,7 +154,7 @@ class Run(NamedTuple):
 
 
 def stage_of(config, then: str, out_required: bool = True):
-    """A command that runs a stage: it gets a Run, made of the flags added here, and returns the
+    """A command that runs a stage: it gets a Plan, made of the flags added here, and returns the
     results; at the end its report is drawn, and `then` told as what to try next."""
 
     def decorate(command):
@@ -169,7 +169,7 @@ def stage_of(config, then: str, out_required: bool = True):
             settings = config(**{name: inputs.pop(name) for name in names})
             chosen_by = context.get_parameter_source
             given = {name for name in names if chosen_by(name) is not ParameterSource.DEFAULT}
-            results = command(**inputs, run=Run(out, settings, given, resume, Progress()))
+            results = command(**inputs, plan=Plan(out, settings, given, resume, Progress()))
             if results is None:
                 return
             from tinylm import report
@@ -247,7 +247,7 @@ def lab(claim, out, seeds, as_json):
     "--preset", help=f"Starting point: {', '.join(pretraining.PRESETS)}.  [default: small]"
 )
 @stage_of(pretraining.PretrainConfig, 'tinylm generate {out} "Once upon a time"')
-def pretrain(paths, preset, run):
+def pretrain(paths, preset, plan):
     """Raw text -> a base model.
 
     Files and folders of plain text, .gz, or JSON lines with a `text` field.
@@ -256,12 +256,12 @@ def pretrain(paths, preset, run):
         known = nearest(preset, pretraining.PRESETS)
         raise InputError(f"--preset {preset}: no such preset.{known}")
     length = {"max_steps", "minutes"}  # who names one of them does not want the preset's other
-    named = run.given | length if run.given & length else run.given
+    named = plan.given | length if plan.given & length else plan.given
     values = pretraining.PRESETS[preset or "small"].items()
     values = {name: value for name, value in values if name not in named}
-    config, given = dataclasses.replace(run.config, **values), {*(values if preset else ())}
-    run = run._replace(config=config, given=run.given | given)
-    return pretraining.run(list(paths), *run)
+    config, given = dataclasses.replace(plan.config, **values), {*(values if preset else ())}
+    plan = plan._replace(config=config, given=plan.given | given)
+    return pretraining.run(list(paths), *plan)
 
 
 @cli.command()
@@ -269,17 +269,17 @@ def pretrain(paths, preset, run):
 @click.option("--data", required=True, type=Path, help="Conversations: JSON lines, or an array.")
 @click.option("--show-mask", type=click.IntRange(0), default=0, help="Show N examples, and stop.")
 @stage_of(fine_tuning.SFTConfig, "tinylm chat {out}", out_required=False)
-def sft(base, data, show_mask, run):
+def sft(base, data, show_mask, plan):
     """Conversations -> a model that answers.
 
     Rows are `messages`, or `instruction`, `input`, `output`, or `prompt`, `completion`.
     """
     if show_mask:
-        tell(False, {}, *fine_tuning.masks(base, data, show_mask, run.progress))
+        tell(False, {}, *fine_tuning.masks(base, data, show_mask, plan.progress))
         return None
-    if run.out is None:
+    if plan.out is None:
         raise InputError("name the directory of the run: --out DIR")
-    return fine_tuning.run(base, data, *run)
+    return fine_tuning.run(base, data, *plan)
 
 
 @cli.command()
@@ -288,35 +288,35 @@ def sft(base, data, show_mask, run):
 @stage_of(
     preferring.RewardConfig, "tinylm feedback {base} --judge reward-model --reward-model {out}"
 )
-def reward(base, data, run):
+def reward(base, data, plan):
     """Judged answers -> a reward model, which judges.
 
     Rows are `prompt`, `chosen`, `rejected`, or `prompt`, `answers`, `scores`.
     """
-    return preferring.run(base, data, *run)
+    return preferring.run(base, data, *plan)
 
 
 @cli.command()
 @click.argument("model", type=Path)
 @click.option("--data", required=True, type=Path, help="Preferences: JSON lines, or an array.")
 @stage_of(preferring.DPOConfig, "tinylm chat {out}")
-def dpo(model, data, run):
+def dpo(model, data, plan):
     """Judged answers -> a better model, without sampling any (DPO)."""
-    return preferring.run(model, data, *run)
+    return preferring.run(model, data, *plan)
 
 
 @cli.command()
 @click.argument("model", type=Path)
 @click.option("--prompts", required=True, type=Path, help="JSON lines: prompt, or messages.")
 @stage_of(improving.FeedbackConfig, "tinylm chat {out}")
-def feedback(model, prompts, run):
+def feedback(model, prompts, plan):
     """A model, prompts and a judge -> a better model.
 
     The built-in verifier compares answers with the list `accepted` of each row. A person is asked
     on a local page, and has defaults of their own: 4 answers of up to 64 tokens, 4 prompts to each
     of 40 steps, a learning rate of 3e-4.
     """
-    return improving.run(model, prompts, *run)
+    return improving.run(model, prompts, *plan)
 
 
 @cli.group("preferences")
@@ -336,7 +336,8 @@ def export_preferences(run, out, form, judge, as_json):
     Forms: `preference` (prompt, chosen, rejected), `unpaired` (prompt, completion, label),
     `ranking` (prompt, answers, scores), `conversations` (the best answers, for `tinylm sft`).
     """
-    rows = [*preferences.FORMS[form](store.open_existing(run).judged(judge))]
+    judged = store.open_existing(run).judged(judge)
+    rows = [row for each in judged for row in preferences.FORMS[form](each)]
     if not rows:
         raise InputError(f"{run}: nothing in it is preferred to anything, so there is no row")
     write_rows(out, rows)

@@ -295,6 +295,12 @@ def complete(
     return rows
 
 
+def complete_in_parts(model, prompts, max_new_tokens, rng, **settings) -> list[list[int]]:
+    """`complete`, 64 prompts at a time."""
+    parts = (prompts[i : i + 64] for i in range(0, len(prompts), 64))
+    return [row for part in parts for row in complete(model, part, max_new_tokens, rng, **settings)]
+
+
 def answers(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -302,16 +308,11 @@ def answers(
     max_new_tokens: int = 200,
     temperature: float = 0.0,
     seed: int | None = None,
-    batch_size: int = 64,
 ) -> list[str]:
-    """What the assistant says next in each conversation, answered batch by batch."""
-    form, rng = ChatFormat(tokenizer), numpy.random.default_rng(seed)
+    """What the assistant says next in each conversation."""
+    form, rng, stop = ChatFormat(tokenizer), numpy.random.default_rng(seed), model.config.stop_ids
     prompts = [form.ids(messages, answer_next=True) for messages in conversations]
-    rows = []
-    for i in range(0, len(prompts), batch_size):
-        part = prompts[i : i + batch_size]
-        rows += complete(model, part, max_new_tokens, rng, temperature=temperature)
-    stop = model.config.stop_ids
+    rows = complete_in_parts(model, prompts, max_new_tokens, rng, temperature=temperature)
     return [tokenizer.decode([t for t in row if t not in stop]).strip() for row in rows]
 
 

@@ -26,7 +26,7 @@ import numpy
 from tinylm import backend, checkpoint, ops
 from tinylm.card import model_card, took
 from tinylm.chat import ChatFormat
-from tinylm.data import Batch, permuted, source_of
+from tinylm.data import Batch, shuffled, source_of
 from tinylm.errors import InputError
 from tinylm.evaluate import calibration, wilson
 from tinylm.generate import answers
@@ -141,12 +141,10 @@ with a probability of σ(s). Scores lie around zero."""
         self.drawn = 0  # prompts drawn so far
 
     def draw(self) -> Comparisons:
-        """The next prompts of an endless stream: each epoch all, in an order of its own."""
-        n, seed, taken = len(self.train), self.config.seed * 1_000_003, []
-        for i in range(self.drawn, self.drawn + self.config.batch_size):
-            taken.append(self.train[permuted(i % n, n, seed + i // n)])
+        """The next prompts of an endless stream."""
+        first, n, seed = self.drawn, len(self.train), self.config.seed
         self.drawn += self.config.batch_size
-        return comparisons(taken)
+        return comparisons([self.train[shuffled(i, n, seed)] for i in range(first, self.drawn)])
 
     @property
     def center(self) -> float:
