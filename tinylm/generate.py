@@ -20,6 +20,7 @@ from tinylm.tensor import Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
 
 BLANK = "___"
+STILL_WRITING = 0.75  # share of the rows: if no more are, those that have ended are left behind
 
 
 class LayerCache:
@@ -36,7 +37,7 @@ class LayerCache:
         self.v[:, :, past : self.length] = v.data
         return Tensor(self.k[:, :, : self.length]), Tensor(self.v[:, :, : self.length])
 
-    def take(self, rows: list[int]) -> None:
+    def take(self, rows: Sequence[int]) -> None:
         """Go on with these rows of the batch; one may be taken several times."""
         old, n, rows = (self.k, self.v), self.length, backend.asarray(rows)
         self.k, self.v = (backend.empty((len(rows), *x.shape[1:]), x.dtype) for x in old)
@@ -55,6 +56,11 @@ class KVCache:
     @property
     def length(self) -> int:
         return self.layers[0].length
+
+    def take(self, rows: Sequence[int]) -> None:
+        """Go on with these rows of the batch; one may be taken several times."""
+        for layer in self.layers:
+            layer.take(rows)
 
 
 def sample(
@@ -109,6 +115,7 @@ def stream(
     """
     limit = model.config.block_size
     rows = [list(prompt[-limit:]) for prompt in prompts]
+    place = numpy.arange(len(rows))  # of each row among the prompts
     alive = numpy.ones(len(rows), bool)
     cache = tokens = None
     for made in range(max_new_tokens):
@@ -119,12 +126,19 @@ def stream(
         else:
             logits = last_logits(model, tokens, padding, cache)
         new = sample(logits, rng, temperature, top_k, top_p)
-        yield numpy.where(alive, new, -1)
+        drawn = numpy.full(len(prompts), -1)
+        drawn[place[alive]] = new[alive]
+        yield drawn
         alive &= ~numpy.isin(new, stop_ids)
         if not alive.any():
             return
         for row, token in zip(rows, new):
             row.append(int(token))
+        if alive.mean() <= STILL_WRITING:
+            (kept,) = alive.nonzero()
+            cache.take(kept)
+            rows = [rows[i] for i in kept]
+            place, new, padding, alive = (x[kept] for x in (place, new, padding, alive))
         tokens = new[:, None]
 
 
@@ -141,8 +155,7 @@ def read(
     logits = last_logits(model, tokens, padding, cache)
     copies = [place[tuple(row)] for row in rows]
     if len(place) < len(rows):
-        for layer in cache.layers:
-            layer.take(copies)
+        cache.take(copies)
     return logits[copies], padding[copies], cache
 
 
