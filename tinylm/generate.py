@@ -118,13 +118,15 @@ def stream(
     place = numpy.arange(len(rows))  # of each row among the prompts
     alive = numpy.ones(len(rows), bool)
     cache = tokens = None
+    weights = backend.packed_weights(len(rows))
     for made in range(max_new_tokens):
-        if cache is None or cache.length == limit:
-            if cache is not None:
-                rows = [row[-(limit - limit // 2) :] for row in rows]
-            logits, padding, cache = read(model, rows, max_new_tokens - made)
-        else:
-            logits = last_logits(model, tokens, padding, cache)
+        if cache is not None and cache.length == limit:
+            cache, rows = None, [row[-(limit - limit // 2) :] for row in rows]
+        with weights:
+            if cache is None:
+                logits, padding, cache = read(model, rows, max_new_tokens - made)
+            else:
+                logits = last_logits(model, tokens, padding, cache)
         new = sample(logits, rng, temperature, top_k, top_p)
         drawn = numpy.full(len(prompts), -1)
         drawn[place[alive]] = new[alive]
