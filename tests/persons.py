@@ -2,7 +2,7 @@
 
 import subprocess
 
-from commands import command
+from commands import tinylm
 
 from tinylm.store import Store, place_in
 
@@ -18,10 +18,8 @@ def arguments(assistant, out, *more):
 
 def judge(assistant, out, replies, *more) -> subprocess.CompletedProcess:
     """Run the command in the terminal variant, with these lines on its standard input."""
-    return subprocess.run(
-        command(*arguments(assistant, out, "--page", "none", *more)), text=True, check=False,
-        input="".join(line + "\n" for line in replies), capture_output=True, timeout=120,
-    )  # fmt: skip
+    said = "".join(line + "\n" for line in replies)
+    return tinylm(*arguments(assistant, out, "--page", "none", *more), said=said)
 
 
 def judgements(out) -> int:

@@ -1,6 +1,7 @@
 """The feedback stage: its mathematics, its judge, and that one distribution samples and learns."""
 
 import importlib
+import inspect
 import itertools
 import json
 
@@ -292,9 +293,11 @@ def test_one_distribution_for_sampling_and_loss(tokenizer, monkeypatch):
     stage = make_stage(tokenizer, constant)
     drawn = {}
 
-    def spy(logits, rng, *settings):
-        assert settings == (1.0, 0, 1.0)  # temperature 1, nothing cut off
-        tokens = real(logits, rng, *settings)
+    def spy(logits, rng, **settings):
+        told = inspect.signature(real).bind(logits, rng, **settings)
+        told.apply_defaults()
+        assert told.args[2:] == (1.0, 0, 1.0)  # temperature 1, nothing cut off
+        tokens = real(logits, rng, **settings)
         x = logits.astype("float64")
         logp = x - numpy.log(numpy.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))
         logp -= x.max(-1, keepdims=True)

@@ -15,6 +15,7 @@ from itertools import combinations
 from rich.table import Table
 
 from tinylm.evaluate import wilson
+from tinylm.progress import table
 from tinylm.store import Judgement, Store
 
 Pairs = dict[tuple[int, int], int]  # answers' numbers i < j -> 1: i is better, −1: j, 0: a tie
@@ -131,16 +132,14 @@ def share(found: list[bool]) -> dict | None:
 def tables(found: dict) -> list[Table]:
     """The statistics as tables to print."""
     kinds = ", ".join(f"{n:,} {kind}" for kind, n in found["kinds"].items())
-    judges = Table(title=f"{found['items']:,} prompts with answers ({kinds or 'none'})")
+    title = f"{found['items']:,} prompts with answers ({kinds or 'none'})"
     counts = ("judgements", "preferred", "tied", "skipped")
-    for heading in ("judge", *counts, "first shown preferred", "same in both orders"):
-        judges.add_column(heading, justify="left" if heading == "judge" else "right")
+    judges = table(title, "judge", *counts, "first shown preferred", "same in both orders")
     for judge, row in found["judges"].items():
         numbers = [f"{row[name]:,}" for name in counts]
         judges.add_row(judge, *numbers, told(row["first_shown"]), told(row["position_consistency"]))
-    agreed = Table(title="Agreement, pair by pair of answers")
-    for heading in ("judges", "pairs", "agree", "Cohen's κ", "95 %"):
-        agreed.add_column(heading, justify="left" if heading == "judges" else "right")
+    headings = ("judges", "pairs", "agree", "Cohen's κ", "95 %")
+    agreed = table("Agreement, pair by pair of answers", *headings)
     for row in found["agreement"]:
         k = [f"{row[name]:.2f}" if row["kappa"] is not None else "-" for name in ("kappa", "low")]
         high = f" – {row['high']:.2f}" if row["kappa"] is not None else ""

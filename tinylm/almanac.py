@@ -36,7 +36,7 @@ from random import Random
 
 from tinylm import registry
 from tinylm.chat import turn
-from tinylm.checkpoint import write_text
+from tinylm.checkpoint import write_rows
 from tinylm.errors import InputError
 from tinylm.judges.verifier import REFUSALS
 from tinylm.tables import Facts, Table, bare, check_names, read_table, read_wordings
@@ -327,10 +327,7 @@ class Almanac:
             for name, questions in self.questions().items()
             for q in questions
         ]
-        texts = ({"text": text} for text in self.documents(passes))
-        for name, rows in (
-            ("text", texts), ("conversations", self.conversations()), ("prompts", self.prompts()),
-            ("questions", tests),
-        ):  # fmt: skip
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-            write_text(folder / f"{name}.jsonl", "".join(lines))
+        write_rows(folder / "text.jsonl", ({"text": text} for text in self.documents(passes)))
+        write_rows(folder / "conversations.jsonl", self.conversations())
+        write_rows(folder / "prompts.jsonl", self.prompts())
+        write_rows(folder / "questions.jsonl", tests)

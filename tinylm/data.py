@@ -369,8 +369,7 @@ class Windows:
         return numpy.stack(rows).astype(numpy.int64)
 
     def row(self, i: int) -> numpy.ndarray:
-        epoch, i = divmod(i, self.per_epoch)
-        i = permuted(i, self.per_epoch, self.seed * 1_000_003 + epoch)
+        epoch, i = i // self.per_epoch, shuffled(i, self.per_epoch, self.seed)
         for shard, count in zip(self.shards, self.counts):
             if i < count:
                 slack = len(shard) - 1 - count * self.block_size
@@ -400,6 +399,12 @@ def permuted(i: int, n: int, key: int) -> int:
         i = left << half | right
         if i < n:
             return i
+
+
+def shuffled(i: int, n: int, seed: int) -> int:
+    """Of n things, which is the i-th of an endless stream: each epoch has an order of its own."""
+    epoch, i = divmod(i, n)
+    return permuted(i, n, seed * 1_000_003 + epoch)
 
 
 Example = tuple[list[int], list[bool]]  # ids, and which of them are learned

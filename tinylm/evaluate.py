@@ -27,7 +27,7 @@ from tinylm.data import (
     read_texts,
 )  # fmt: skip
 from tinylm.errors import InputError
-from tinylm.generate import answers, complete, encode_prompt
+from tinylm.generate import answers, complete_in_parts, encode_prompt
 from tinylm.judges.verifier import verdict
 from tinylm.model import Transformer
 from tinylm.tensor import no_grad
@@ -111,12 +111,11 @@ def xz_size(chunks: Iterable[bytes]) -> int:
 
 def shard_bytes(tokenizer: Tokenizer, shards: list[numpy.ndarray], last: int = 0) -> list[bytes]:
     """The text of shards in chunks, without special tokens; only about the last bytes if asked."""
-    special = numpy.array(sorted(tokenizer.special.values()))
     chunks, size = [], 0
     for shard in reversed(shards):
         for end in range(len(shard), 0, -(1 << 20)):
-            tokens = shard[max(0, end - (1 << 20)) : end]
-            chunks.append(tokenizer.decode_bytes(tokens[~numpy.isin(tokens, special)].tolist()))
+            tokens = shard[max(0, end - (1 << 20)) : end].tolist()
+            chunks.append(tokenizer.decode_bytes(tokens, skip_special=True))
             size += len(chunks[-1])
             if last and size >= last:
                 return chunks[::-1]
@@ -150,12 +149,10 @@ def continuations(
     model: Transformer, tokenizer: Tokenizer, texts: list[str], max_new_tokens: int
 ) -> list[str]:
     """How the model greedily goes on with each text."""
-    rng, said = numpy.random.default_rng(0), []
     prompts = [encode_prompt(model, tokenizer, text) for text in texts]
-    for i in range(0, len(prompts), 64):
-        rows = complete(model, prompts[i : i + 64], max_new_tokens, rng, temperature=0)
-        said += [tokenizer.decode(row, skip_special=True, continues=True) for row in rows]
-    return said
+    rng = numpy.random.default_rng(0)
+    rows = complete_in_parts(model, prompts, max_new_tokens, rng, temperature=0)
+    return [tokenizer.decode(row, skip_special=True, continues=True) for row in rows]
 
 
 def verdict_shares(pairs: list[tuple[str, Iterable[str]]]) -> dict[str, float]:

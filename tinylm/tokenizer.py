@@ -1,7 +1,7 @@
 """Text to token ids and back: byte-pair encoding in the tokenizer.json format of Hugging Face.
 
-A Tokenizer is a reading of one tokenizer.json, be it made here (`train_bpe`, `train_characters`,
-`from_llama2c`) or elsewhere (GPT-2, Llama 2 and 3, SmolLM ...). One design serves them all:
+A Tokenizer is a reading of one tokenizer.json, be it made here (`train_bpe`, `train_characters`)
+or elsewhere (GPT-2, Llama 2 and 3, SmolLM ...). One design serves them all:
 
 1. the text is rewritten (Llama 2 writes "▁" for a space and puts one in front),
 2. regular expressions split it into pieces (GPT-2 and its heirs),
@@ -14,7 +14,6 @@ is data and never a command.
 
 import codecs
 import json
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
@@ -27,7 +26,6 @@ from tinylm._bpe_python import PATTERN
 from tinylm._tokenizer_json import (
     BYTE_CHARACTERS,
     BYTE_LEVEL,
-    LLAMA2,
     SPLIT,
     Layout,
     add_special,
@@ -252,42 +250,3 @@ def train_characters(texts: Iterable[str]) -> Tokenizer:
     spec["model"]["unk_token"] = "\ufffd"
     spec["decoder"] = {"type": "Fuse"}
     return Tokenizer(add_special(spec, SPECIAL_TOKENS), CONFIG)
-
-
-def from_llama2c(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
-    """Read llama2.c's tokenizer.bin as a tokenizer of the Llama 2 kind.
-
-    The file: int32 longest token, then for each token float32 score, int32 length, its bytes. Ids
-    0, 1, 2 are unknown, begin and end, the next 256 the bytes. llama2.c knows no merges but joins
-    the neighbours whose union has the best score: so every way to cut a token in two is a merge,
-    ranked by the token's score. vocab_size: how many tokens to read, by default all.
-    """
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
-    scores = {}
-    for score, piece in read_llama2c(Path(path), vocab_size)[len(names) :]:
-        names.append(piece.decode().replace(" ", "▁"))
-        scores[names[-1]] = score
-    best_first = sorted(scores, key=scores.__getitem__, reverse=True)
-    merges = [
-        (token[:cut], token[cut:])
-        for token in best_first
-        for cut in range(1, len(token))
-        if token[:cut] in scores and token[cut:] in scores
-    ]
-    spec = make_spec(names, merges) | LLAMA2
-    spec["model"] |= {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
-    texts = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
-    return Tokenizer(add_special(spec, names[:3]), CONFIG | texts | {"add_bos_token": True})
-
-
-def read_llama2c(file: Path, vocab_size: int | None) -> list[tuple[float, bytes]]:
-    try:
-        data = file.read_bytes()
-        tokens, at = [], 4
-        while at < len(data) if vocab_size is None else len(tokens) < vocab_size:
-            score, length = struct.unpack_from("<fi", data, at)
-            tokens.append((score, data[at + 8 : at + 8 + length]))
-            at += 8 + length
-    except (OSError, struct.error) as error:
-        raise InputError(f"{file}: not a tokenizer.bin of llama2.c: {error}") from None
-    return tokens

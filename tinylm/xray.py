@@ -24,7 +24,7 @@ class Piece(NamedTuple):
     special: bool = False
 
 
-def answers(
+def answering(
     model: Transformer, tokenizer: Tokenizer, conversations: list[list[dict]], longest: int = 32
 ) -> list[list[Piece]]:
     """The greedy answer to each conversation; a base model goes on writing the last message."""

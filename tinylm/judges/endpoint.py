@@ -78,7 +78,8 @@ class Endpoint:
             raise InputError(f"--judge-mode {mode}: an endpoint judges {' or '.join(MODES)}")
         self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.name, self.mode, self.concurrency = name, mode, concurrency
-        self.key, self.client = os.environ.get(KEY, ""), open_client(url, timeout)
+        self.key = os.environ.get(KEY, "")
+        self.client = open_client(url, timeout, self.key)
         self.pause, self.down, self.trouble = 0.5, False, ""
         self.known: dict[str, float | None] = {}
         self.file, self.lock = None, Lock()
@@ -183,7 +184,7 @@ class Endpoint:
         import httpx
 
         try:
-            answer = self.client.post(self.url, json=content, headers=authorised(self.key))
+            answer = self.client.post(self.url, json=content)
         except httpx.HTTPError as error:
             return None, f"{type(error).__name__} {error}".strip(), 0.0
         if answer.status_code in AGAIN:
@@ -199,20 +200,16 @@ class Endpoint:
             return None, f"not a chat completion: {answer.text!r:.80}", 0.0
 
 
-def authorised(key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"} if key else {}
-
-
-def open_client(url: str, timeout: float):
+def open_client(url: str, timeout: float, key: str):
     try:
         import httpx
     except ImportError:
         raise InputError("--judge endpoint needs httpx: pip install 'tinylm[judge]'") from None
     if not re.match(r"https?://[^/\s]", url):
         raise InputError(f"--judge-url {url}: expected http://… or https://…")
-    if not re.fullmatch(r"[\x21-\x7e]*", os.environ.get(KEY, "")):
+    if not re.fullmatch(r"[\x21-\x7e]*", key):
         raise InputError(f"{KEY} has characters in it that no key has; spaces or a line end?")
-    return httpx.Client(timeout=timeout)
+    return httpx.Client(timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key else {})
 
 
 def kept(line: str) -> tuple[str, float | None] | None:

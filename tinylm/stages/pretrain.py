@@ -14,15 +14,19 @@ from pathlib import Path
 import numpy
 
 from tinylm import data, evaluate
-from tinylm.data import Batch, Corpus, Windows, next_token_batch
+from tinylm.card import model_card, took
+from tinylm.data import Batch, Corpus, Example, Windows, next_token_batch, packed_batch
 from tinylm.errors import InputError
 from tinylm.generate import generate
 from tinylm.model import ModelConfig, Transformer
 from tinylm.progress import Progress
 from tinylm.tensor import Tensor
 from tinylm.tokenizer import Tokenizer, train_bpe, train_characters
-from tinylm.train import TrainConfig, Trainer, cutoff_row, open_run, setting
+from tinylm.train import TrainConfig, Trainer, open_run, setting
 
+ABOUT = """A base model made by tinylm
+
+It continues text; it has not been taught to answer."""
 OBJECTIVES = ("next", "missing", "mixed")
 TOKENIZER_SAMPLE = 100_000_000  # characters of text from which a vocabulary is learned
 
@@ -122,7 +126,25 @@ class Pretrain:
         self.windows.drawn = state["drawn"]
 
     def card(self, results: dict) -> str:
-        return model_card(self.model, self.corpus, self.config, results)
+        corpus, c, numbers = self.corpus, self.model.config, []
+        if results:
+            numbers = [
+                f"- {results['bits_per_byte']:.3f} bits per byte of held-out text"
+                f" (xz, the training text known: {corpus.xz_bits_per_byte:.3f})",
+                f"- held-out loss {results['loss']:.4f} nats per token, {took(results)}",
+            ]
+        text = f"{corpus.train_bytes:,} to train on, {corpus.heldout_bytes:,} held out"
+        facts = {
+            "stage": f"pretrain, objective `{self.config.objective}`",
+            "shape": f"{c.architecture}, {c.n_layer} layers, {c.n_embd} wide",
+            "parameters": f"{self.model.n_parameters():,}",
+            "context": f"{c.block_size} tokens",
+            "vocabulary": f"{c.vocab_size} tokens",
+            "knowledge cut-off": self.config.cutoff,
+            "documents": f"{corpus.documents:,}",
+            "bytes of text": text,
+        }
+        return model_card(ABOUT, facts, numbers, corpus.source[:50])
 
 
 class Blanks:
@@ -161,25 +183,10 @@ class Blanks:
     def row(self, row: numpy.ndarray, rng, only: bool):
         """(T + 1) tokens -> tokens, targets, start, (T,) each; what does not fit is left out."""
         T = len(row) - 1
-        tokens = numpy.full(T, self.end)
-        targets, start = numpy.full(T, -1), numpy.zeros(T, numpy.int32)
-        at = 0
-        for piece in self.pieces(row, rng):
-            made, begin_loss = self.with_blank(piece, rng)
-            n = min(len(made), T - at)
-            tokens[at : at + n] = made[:n]
-            start[at : at + n] = at
-            learned = numpy.array(made[1:])
-            if only:
-                learned[: begin_loss - 1] = -1
-            n = min(len(learned), T - at)
-            targets[at : at + n] = learned[:n]
-            at += len(made)
-            if at >= T:
-                break
-        else:
-            start[at:] = at
-        return tokens, targets, start
+        examples = [self.example(piece, rng, only) for piece in self.pieces(row, rng)]
+        rest = [self.end] * (T + 1), [False] * (T + 1)
+        batch = packed_batch([[*examples, rest]], self.end)
+        return batch.tokens[0, :T], batch.targets[0, :T], batch.start[0, :T]
 
     def pieces(self, row: numpy.ndarray, rng):
         """The documents of a row, cut into pieces of 12 to T tokens, their logarithm uniform."""
@@ -194,11 +201,13 @@ class Blanks:
                 yield document[:n]
                 document, room = document[n:], room - n - 4
 
-    def with_blank(self, piece: list[int], rng) -> tuple[list[int], int]:
-        """One blank in a piece -> its tokens, and where the middle begins in them."""
+    def example(self, piece: list[int], rng, only: bool) -> Example:
+        """One blank in a piece; the whole of it is learned, or what fills the blank only."""
         begin, end = self.blank(piece, rng)
-        made = [self.prefix, *piece[:begin], self.suffix, *piece[end:], self.middle]
-        return [*made, *piece[begin:end], self.end], len(made)
+        given = [self.prefix, *piece[:begin], self.suffix, *piece[end:], self.middle]
+        filled = [*piece[begin:end], self.end]
+        learned = [not only] * len(given) + [True] * len(filled)
+        return [*given, *filled, self.end], [*learned, False]  # a row holds all but the last one
 
     def blank(self, piece: list[int], rng) -> tuple[int, int]:
         """Where the blank lies: whole words, with the space before them; one word half the time."""
@@ -326,37 +335,3 @@ def describe(model: Transformer, tokenizer: Tokenizer, corpus: Corpus) -> str:
         f"{corpus.documents:,} documents: {corpus.train_tokens:,} tokens to train on, "
         f"{corpus.heldout_tokens:,} held out"
     )
-
-
-def model_card(model: Transformer, corpus: Corpus, config: PretrainConfig, results: dict) -> str:
-    """README.md of the run directory."""
-    c = model.config
-    sources = "\n".join(f"- {name}, {size:,} bytes" for name, size in corpus.source[:50])
-    numbers = "not finished yet"
-    if results:
-        numbers = (
-            f"- {results['bits_per_byte']:.3f} bits per byte of held-out text"
-            f" (xz, the training text known: {results['xz_bits_per_byte']:.3f})\n"
-            f"- held-out loss {results['loss']:.4f} nats per token, {results['steps']} steps,"
-            f" {results['seconds']:.0f} seconds"
-        )
-    return f"""# A base model made by tinylm
-
-It continues text; it has not been taught to answer.
-
-| | |
-|---|---|
-| stage | pretrain, objective `{config.objective}` |
-| shape | {c.architecture}, {c.n_layer} layers, {c.n_embd} wide |
-| parameters | {model.n_parameters():,} |
-| context | {c.block_size} tokens |
-| vocabulary | {c.vocab_size} tokens |{cutoff_row(config)}
-| documents | {corpus.documents:,} |
-| bytes of text | {corpus.train_bytes:,} to train on, {corpus.heldout_bytes:,} held out |
-
-## Numbers
-{numbers}
-
-## Data
-{sources}
-"""
