@@ -137,6 +137,22 @@ def packed_batch(rows: list[list[Example]], padding: int) -> Batch:
     return Batch(tokens, targets, start)
 
 
+def first_fit(sizes: list[int], width: int) -> list[list[int]]:
+    """Which of the things of these sizes lie in each row: each in the first with room for it."""
+    room = numpy.full(len(sizes), width)
+    rows: list[list[int]] = []
+    first = 0  # rows before it are full to within 2 tokens
+    for i, size in enumerate(sizes):
+        at = first + int((room[first : len(rows) + 1] >= size).argmax())
+        if at == len(rows):
+            rows.append([])
+        rows[at].append(i)
+        room[at] -= size
+        while first < len(rows) and room[first] <= 2:
+            first += 1
+    return rows
+
+
 class Packed:
     """Examples, as many to a row of T tokens as fit: each epoch all of them, packed anew.
 
@@ -162,21 +178,11 @@ class Packed:
         return packed_batch(drawn, self.padding)
 
     def pack(self, epoch: int) -> list[list[int]]:
-        """Each example, in a random order, into the first row with room for it; rows shuffled."""
+        """The examples in rows, packed in a random order; the rows shuffled."""
         rng = numpy.random.default_rng((self.seed, epoch))
-        room = numpy.full(len(self.examples), self.block_size)
-        rows: list[list[int]] = []
-        first = 0  # rows before it are full to within 2 tokens
-        for i in rng.permutation(len(self.examples)).tolist():
-            size = len(self.examples[i][0]) - 1
-            at = first + int((room[first : len(rows) + 1] >= size).argmax())
-            if at == len(rows):
-                rows.append([])
-            rows[at].append(i)
-            room[at] -= size
-            while first < len(rows) and room[first] <= 2:
-                first += 1
-        return [rows[i] for i in rng.permutation(len(rows))]
+        order = rng.permutation(len(self.examples)).tolist()
+        rows = first_fit([len(self.examples[i][0]) - 1 for i in order], self.block_size)
+        return [[order[i] for i in rows[r]] for r in rng.permutation(len(rows))]
 
 
 def in_order(shards: list[numpy.ndarray], block_size: int) -> Iterator[numpy.ndarray]:

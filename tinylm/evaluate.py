@@ -114,11 +114,17 @@ def shard_bytes(tokenizer: Tokenizer, shards: list[numpy.ndarray], last: int = 0
     return chunks[::-1]
 
 
-def xz_of_corpus(tokenizer: Tokenizer, train: list, heldout: list) -> float:
-    """xz_bits_per_byte of token shards; of a large corpus, xz sees what its window can hold."""
-    return xz_bits_per_byte(
-        shard_bytes(tokenizer, train, XZ_WINDOW), shard_bytes(tokenizer, heldout, XZ_WINDOW)
-    )
+def xz_of_corpus(tokenizer: Tokenizer, corpus: Corpus, folder: Path) -> float:
+    """xz_bits_per_byte of a corpus; of a large one, xz sees what its window can hold.
+
+    Found when it is first asked for, and kept: xz -9 takes longer than the first steps of a run.
+    """
+    if corpus.xz_bits_per_byte is None:
+        shards = (corpus.shards(folder, split) for split in ("train", "heldout"))
+        texts = (shard_bytes(tokenizer, some, XZ_WINDOW) for some in shards)
+        corpus.xz_bits_per_byte = xz_bits_per_byte(*texts)
+        corpus.save(folder)
+    return corpus.xz_bits_per_byte
 
 
 def ask(
@@ -204,7 +210,7 @@ def evaluate_directory(
         shards = [encode_files(tokenizer, list_files(paths), separator)]
         xz = None
     elif corpus:
-        shards, xz = corpus.shards(tokens, "heldout"), corpus.xz_bits_per_byte
+        shards, xz = corpus.shards(tokens, "heldout"), xz_of_corpus(tokenizer, corpus, tokens)
     else:
         raise InputError(f"{folder} holds no held-out text: name some with --data FILE")
     found = evaluate_text(model, tokenizer, shards, block_size, batch_size)

@@ -20,6 +20,7 @@ from tinylm.tensor import Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
 
 BLANK = "___"
+STILL_WRITING = 0.75  # share of the rows: if no more are, those that have ended are left behind
 
 
 class LayerCache:
@@ -36,7 +37,7 @@ class LayerCache:
         self.v[:, :, past : self.length] = v.data
         return Tensor(self.k[:, :, : self.length]), Tensor(self.v[:, :, : self.length])
 
-    def take(self, rows: list[int]) -> None:
+    def take(self, rows: Sequence[int]) -> None:
         """Go on with these rows of the batch; one may be taken several times."""
         old, n, rows = (self.k, self.v), self.length, backend.asarray(rows)
         self.k, self.v = (backend.empty((len(rows), *x.shape[1:]), x.dtype) for x in old)
@@ -55,6 +56,11 @@ class KVCache:
     @property
     def length(self) -> int:
         return self.layers[0].length
+
+    def take(self, rows: Sequence[int]) -> None:
+        """Go on with these rows of the batch; one may be taken several times."""
+        for layer in self.layers:
+            layer.take(rows)
 
 
 def sample(
@@ -108,22 +114,32 @@ def stream(
     """
     limit = model.config.block_size
     rows = [list(prompt[-limit:]) for prompt in prompts]
+    place = numpy.arange(len(rows))  # of each row among the prompts
     alive = numpy.ones(len(rows), bool)
     cache = tokens = None
+    weights = backend.packed_weights(len(rows))
     for made in range(max_new_tokens):
-        if cache is None or cache.length == limit:
-            if cache is not None:
-                rows = [row[-(limit - limit // 2) :] for row in rows]
-            logits, padding, cache = read(model, rows, max_new_tokens - made)
-        else:
-            logits = last_logits(model, tokens, padding, cache)
+        if cache is not None and cache.length == limit:
+            cache, rows = None, [row[-(limit - limit // 2) :] for row in rows]
+        with weights:
+            if cache is None:
+                logits, padding, cache = read(model, rows, max_new_tokens - made)
+            else:
+                logits = last_logits(model, tokens, padding, cache)
         new = sample(logits, rng, **settings)
-        yield numpy.where(alive, new, -1)
+        drawn = numpy.full(len(prompts), -1)
+        drawn[place[alive]] = new[alive]
+        yield drawn
         alive &= ~numpy.isin(new, stop_ids)
         if not alive.any():
             return
         for row, token in zip(rows, new):
             row.append(int(token))
+        if alive.mean() <= STILL_WRITING:
+            (kept,) = alive.nonzero()
+            cache.take(kept)
+            rows = [rows[i] for i in kept]
+            place, new, padding, alive = (x[kept] for x in (place, new, padding, alive))
         tokens = new[:, None]
 
 
@@ -140,8 +156,7 @@ def read(
     logits = last_logits(model, tokens, padding, cache)
     copies = [place[tuple(row)] for row in rows]
     if len(place) < len(rows):
-        for layer in cache.layers:
-            layer.take(copies)
+        cache.take(copies)
     return logits[copies], padding[copies], cache
 
 

@@ -91,7 +91,8 @@ class Pretrain:
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, corpus: Corpus, folder: Path, config
     ):
-        self.model, self.tokenizer, self.corpus, self.config = model, tokenizer, corpus, config
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.corpus, self.folder = corpus, folder
         self.begin = tokenizer.special["<|begin|>"]
         self.windows = Windows(corpus.shards(folder, "train"), config.block_size, config.seed)
         self.heldout = corpus.shards(folder, "heldout")
@@ -116,7 +117,8 @@ class Pretrain:
         prompt = self.tokenizer.decode(self.heldout[0][:9].tolist(), skip_special=True)
         settings = {"max_new_tokens": 200 if final else 60, "temperature": 0.8, "seed": 1}
         sample = prompt + generate(self.model, self.tokenizer, prompt, **settings)
-        return {**found, "xz_bits_per_byte": self.corpus.xz_bits_per_byte, "sample": sample}
+        xz = evaluate.xz_of_corpus(self.tokenizer, self.corpus, self.folder)
+        return {**found, "xz_bits_per_byte": xz, "sample": sample}
 
     def state(self) -> dict:
         return {"drawn": self.windows.drawn}
@@ -286,8 +288,6 @@ def prepare(
         progress.say(f"{corpus.invalid_bytes} bytes are not UTF-8: taken as bytes", "yellow")
     if corpus.duplicates:
         progress.say(f"{corpus.duplicates} exact duplicates of documents dropped", "yellow")
-    shards = (corpus.shards(tokens, split) for split in ("train", "heldout"))
-    corpus.xz_bits_per_byte = evaluate.xz_of_corpus(tokenizer, *shards)
     corpus.save(tokens)  # last: its being there says that all of it is
     return tokenizer, corpus
 
