@@ -22,7 +22,7 @@ from tinylm import backend as backends
 from tinylm.checkpoint import Checkpoint, write_rows
 from tinylm.errors import InputError, Waiting
 from tinylm.evaluate import evaluate_directory
-from tinylm.flags import Group, common, nearest, sampling, stage_of, tell
+from tinylm.flags import Commands, common, nearest, sampling, stage_of, tell
 from tinylm.generate import BLANK, Conversation, stream_text
 from tinylm.llama2c import load_llama2c
 from tinylm.progress import Progress, table
@@ -73,7 +73,7 @@ def mistake(sentence: str) -> int:
     return 2
 
 
-@click.group(cls=Group, context_settings={"show_default": True, "max_content_width": 100})
+@click.group(cls=Commands, context_settings={"show_default": True, "max_content_width": 100})
 @click.version_option(package_name="tinylm")
 def cli():
     """From raw text to an assistant, from scratch."""

@@ -298,6 +298,4 @@ def split_shards(folder, tokenizer, dtype, held_out, counts, source) -> Corpus:
 
 def byte_lengths(tokenizer: Tokenizer) -> numpy.ndarray:
     """How many bytes of text each token stands for, (V,); special tokens stand for none."""
-    special = set(tokenizer.special.values())
-    ids = range(tokenizer.vocab_size)
-    return numpy.array([0 if i in special else len(tokenizer.token_bytes(i)) for i in ids])
+    return numpy.array([*map(len, tokenizer.texts())])

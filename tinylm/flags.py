@@ -27,7 +27,7 @@ from tinylm.train import TrainConfig
 TYPES = {"int": int, "float": float, "str": str}
 
 
-class Group(click.Group):
+class Commands(click.Group):
     """Lists commands in the order of the work, and knows the nearest name to a wrong one."""
 
     def list_commands(self, context):

@@ -160,10 +160,7 @@ class Blanks:
         self.prefix, self.suffix, self.middle, self.end, self.begin = map(
             tokenizer.special.__getitem__, names
         )
-        special = set(tokenizer.special.values())
-        texts = [
-            b"" if i in special else tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)
-        ]
+        texts = tokenizer.texts()
         self.opens = numpy.array([is_word(t[:1]) for t in texts])  # begins inside a word
         self.spaced = numpy.array([t[:1] == b" " and is_word(t[1:2]) for t in texts])
         self.space = numpy.array([t == b" " for t in texts])
