@@ -128,7 +128,7 @@ def test_ctrl_c_while_it_waits(assistant, tmp_path, number):
 
 def test_undo_takes_the_last_one_back(whole, assistant, tmp_path):
     out = tmp_path / "run"
-    slips = ["u", "2", "u", *REPLIES[:4], "1", "u", "u", *REPLIES[3:]]
+    slips = ["u", "2", "u", *REPLIES[:6], "1", "u", "u", *REPLIES[5:]]
     done = judge(assistant, out, slips)
     assert done.returncode == 0, done.stderr
     assert weights(out) == weights(whole[0])
