@@ -355,25 +355,22 @@ def fill(
     max_new_tokens: int = 32,
     temperature: float = 0.0,
     seed: int | None = None,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    **settings,
 ) -> list[tuple[str, float | None]]:
     """What may stand in the blank ___ of text: n answers, most likely first, with log-probability.
 
-    With temperature 0 these are the best of a beam search; otherwise n samples, equal ones merged.
+    With temperature 0 these are the best of a beam search; otherwise n samples, equal ones merged,
+    for which top_k and top_p are settings too.
     """
-    ids = blank_ids(tokenizer, text)
-    if len(ids) + max_new_tokens > model.config.block_size:
-        max_new_tokens = model.config.block_size - len(ids)
+    ids, stop = blank_ids(tokenizer, text), model.config.stop_ids
+    max_new_tokens = min(max_new_tokens, model.config.block_size - len(ids))
     if max_new_tokens < 1:
         raise InputError(f"the text is longer than the context of {model.config.block_size} tokens")
     if temperature == 0:
-        found = beam_search(model, ids, max_new_tokens, max(n, 4), model.config.stop_ids)[:n]
+        found = beam_search(model, ids, max_new_tokens, max(n, 4), stop)[:n]
     else:
-        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        rng = numpy.random.default_rng(seed)
-        rows = complete(model, [ids] * n, max_new_tokens, rng, **settings)
-        stop = model.config.stop_ids
+        rng, prompts = numpy.random.default_rng(seed), [ids] * n
+        rows = complete(model, prompts, max_new_tokens, rng, temperature=temperature, **settings)
         rows = [tuple(token for token in row if token not in stop) for row in rows]
         found = [(row, None) for row in dict.fromkeys(rows)]
     return [(tokenizer.decode(list(row)), score) for row, score in found]

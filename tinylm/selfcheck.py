@@ -58,7 +58,6 @@ class FromNumPy:
 
     def __init__(self, kernels):
         self.kernels, self.xp = kernels, kernels.xp
-        self.__name__ = getattr(kernels, "__name__", type(kernels).__name__)
 
     def __getattr__(self, name: str):
         kernel = getattr(self.kernels, name)
