@@ -37,6 +37,14 @@ def succeeds(*arguments, **more) -> subprocess.CompletedProcess:
     return done
 
 
+def refused(*arguments, saying: str, **more) -> None:
+    """The command ends with 2 and a sentence."""
+    done = tinylm(*arguments, **more)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert saying in " ".join(done.stderr.split()), done.stderr
+
+
 def python(program: str, *arguments, cwd: Path) -> subprocess.CompletedProcess:
     """Run a program, outside the checkout, whose tinylm is not compiled."""
     return subprocess.run(

@@ -15,6 +15,7 @@ from tinylm.errors import InputError
 from tinylm.estimators import RunningMean, advantages, rloo, surrogate
 from tinylm.judges import Group, verifier
 from tinylm.judges.watch import Watch
+from tinylm.progress import Progress
 from tinylm.stages.feedback import (
     Answers,
     Feedback,
@@ -251,15 +252,8 @@ def count_of_a(groups):
     return [[float(answer.count("a")) for answer in group.answers] for group in groups]
 
 
-class Quiet:
-    """A Progress that says nothing."""
-
-    def say(self, *arguments):
-        pass
-
-
 def train(stage, steps, folder):
-    trainer = Trainer(stage, stage.config, folder, Quiet())
+    trainer = Trainer(stage, stage.config, folder, Progress())
     return trainer, [trainer.update() for _ in range(steps)]
 
 

@@ -25,7 +25,8 @@ ALLOWED = {
     "nn": {"backend", "ops", "tensor"},
     "optim": {"backend", "tensor"},
     "model": {"backend", "config", "errors", "nn", "ops", "tensor"},
-    "data": {"errors", "tokenizer"},
+    "data": {"errors"},
+    "corpus": {"data", "errors", "tokenizer"},
     "chat": {"errors", "tokenizer"},
 }
 

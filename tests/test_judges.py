@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy
 import pytest
-from commands import command, metrics, succeeds, tinylm, untrained, weights, write_rows
+from commands import command, metrics, refused, succeeds, untrained, weights, write_rows
 
 from tinylm import checkpoint
 from tinylm.chat import Row, turn
 from tinylm.errors import InputError
 from tinylm.judges import Group
-from tinylm.judges.endpoint import ATTEMPTS, KEY, Endpoint, mark, verdict
+from tinylm.judges.endpoint import ATTEMPTS, KEY, Endpoint, letter, mark
 from tinylm.judges.model import Model
 from tinylm.judges.pairwise import compare, question
 from tinylm.tensor import no_grad
@@ -234,8 +234,8 @@ def test_an_endpoint_gives_marks():
 @pytest.mark.parametrize(
     "parse, reply, found",
     [
-        (verdict, "A", 1), (verdict, "**B**.", -1), (verdict, "Answer: a", 1), (verdict, "tie", 0),
-        (verdict, "A is the better choice.", 1), (verdict, "B: it is A that errs.", -1),
+        (letter, "A", 1), (letter, "**B**.", -1), (letter, "Answer: a", 1), (letter, "tie", 0),
+        (letter, "A is the better choice.", 1), (letter, "B: it is A that errs.", -1),
         (mark, "10", 1), (mark, " 1 / 10.", -1), (mark, "**7**", 1 / 3),
     ],
 )  # fmt: skip
@@ -245,7 +245,7 @@ def test_replies_that_can_be_read(parse, reply, found):
 
 @pytest.mark.parametrize(
     "parse, reply",
-    [(verdict, "A good question!"), (verdict, ""), (verdict, "A or B"), (verdict, "AB"),
+    [(letter, "A good question!"), (letter, ""), (letter, "A or B"), (letter, "AB"),
      (mark, "11"), (mark, "0"), (mark, "7 or 8"), (mark, "seven"), (mark, "100")],
 )  # fmt: skip
 def test_replies_that_cannot(parse, reply):
@@ -420,10 +420,7 @@ def test_a_judge_that_falls_silent_ends_the_run_which_can_go_on(base, prompts, t
     out = tmp_path / "run"
     with serving(answer) as server:
         well[0] = False
-        done = tinylm(*feedback(base, prompts, out, server.url, 12))
-        assert done.returncode == 2, done.stderr
-        assert "junk: 'Hm.'" in " ".join(done.stderr.split())
-        assert "Traceback" not in done.stderr
+        refused(*feedback(base, prompts, out, server.url, 12), saying="junk: 'Hm.'")
         assert 0 < checkpoint.Checkpoint(out).state()["step"] < 12
     with serving(says_longer) as server:
         (out / "training" / "judgements.jsonl").unlink()  # where the junk is remembered

@@ -4,7 +4,7 @@ import json
 
 import numpy
 import pytest
-from commands import metrics, python, succeeds, tinylm, untrained, weights, write_rows
+from commands import metrics, python, refused, succeeds, tinylm, untrained, weights, write_rows
 
 import tinylm as package
 from tinylm import checkpoint
@@ -261,9 +261,7 @@ def test_what_is_no_reward_model_is_a_sentence(base, trained, tmp_path):
 
 
 def test_generating_with_a_reward_model_is_a_sentence(trained):
-    done = tinylm("generate", trained[0], "say")
-    assert done.returncode == 2
-    assert "scores answers and writes none" in done.stderr
+    refused("generate", trained[0], "say", saying="scores answers and writes none")
 
 
 def test_answers_too_long_are_left_out_and_named(base, tmp_path):

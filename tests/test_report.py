@@ -228,7 +228,7 @@ def test_probabilities_are_the_model_s(trained):
         p = numpy.exp(logits - logits.max())
         assert piece.probability == pytest.approx(p.max() / p.sum(), rel=1e-4)  # greedy
         ids.append(int(logits.argmax()))
-        assert tokenizer.token_bytes(ids[-1]).decode() == piece.text
+        assert tokenizer.tokens[ids[-1]].decode() == piece.text
 
     text = numpy.array(tokenizer.encode("The cat saw a bird."))
     read = xray.reading(model, tokenizer, text)
@@ -241,7 +241,7 @@ def test_probabilities_are_the_model_s(trained):
 
 def test_a_character_of_several_tokens_is_one_piece():
     tokens = [b"a", b"\xc3", b"\xa9", b"\xff", b"<|end|>", b"\xe2"]
-    tokenizer = SimpleNamespace(special={"<|end|>": 4}, token_bytes=tokens.__getitem__)
+    tokenizer = SimpleNamespace(special={"<|end|>": 4}, tokens=tokens)
     found = [*xray.pieces(tokenizer, range(6), [0.5, 0.5, 0.5, 1, 1, 1])]
     assert found == [("a", 0.5, False), ("é", 0.25, False), ("\ufffd", 1, False),
                      ("<|end|>", 1, True), ("\ufffd", 1, False)]  # fmt: skip

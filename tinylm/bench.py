@@ -14,8 +14,9 @@ import numpy
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from tinylm import backend, data, memory
+from tinylm import backend, memory
 from tinylm.config import flops_per_token
+from tinylm.corpus import read_texts
 from tinylm.environment import fma_peak, seconds_of
 from tinylm.errors import InputError
 from tinylm.model import Transformer
@@ -214,7 +215,7 @@ def measure_corpus(files: list[Path]) -> dict[str, Any]:
     """Bytes, and about how many characters and BPE tokens they are, judged by their beginning."""
     size = sum(path.stat().st_size for path in files)
     read, texts = [], []
-    for text, _ in data.read_texts(files, seen=read.append):
+    for text, _ in read_texts(files, seen=read.append):
         texts.append(text)
         if sum(map(len, texts)) >= SAMPLE:
             break

@@ -1,34 +1,28 @@
-"""The command line: subcommands, flags, and how mistakes are told.
+"""The command line: its subcommands, and how mistakes are told.
 
-Results go to standard output (one JSON object with
---json), everything else to standard error. Exit codes: 0 done, 2 the input is wrong (one line, no
+What subcommands share is in flags.py. Exit codes: 0 done, 2 the input is wrong (one line, no
 traceback), 75 a person's judgement is waited for, 130 interrupted with progress saved.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import math
 import sys
-from functools import wraps
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import click
-from click.core import ParameterSource
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 import tinylm
-from tinylm import agreement, data, preferences, store
+from tinylm import agreement, corpus, preferences, store
 from tinylm import backend as backends
 from tinylm.checkpoint import Checkpoint, write_rows
 from tinylm.errors import InputError, Waiting
 from tinylm.evaluate import evaluate_directory
+from tinylm.flags import Commands, common, nearest, sampling, stage_of, tell
 from tinylm.generate import BLANK, Conversation, stream_text
 from tinylm.llama2c import load_llama2c
 from tinylm.progress import Progress, table
@@ -38,9 +32,7 @@ from tinylm.stages import preference as preferring
 from tinylm.stages import pretrain as pretraining
 from tinylm.stages import sft as fine_tuning
 from tinylm.tokenizer import train_bpe, train_characters
-from tinylm.train import TrainConfig, read_metrics
-
-TYPES = {"int": int, "float": float, "str": str}
+from tinylm.train import read_metrics
 
 
 def main() -> None:
@@ -81,129 +73,10 @@ def mistake(sentence: str) -> int:
     return 2
 
 
-class Group(click.Group):
-    """Lists commands in the order of the work, and knows the nearest name to a wrong one."""
-
-    def list_commands(self, context):
-        return list(self.commands)
-
-    def resolve_command(self, context, arguments):
-        try:
-            return super().resolve_command(context, arguments)
-        except click.UsageError as error:
-            raise click.UsageError(error.message + nearest(arguments[0], self.commands)) from None
-
-
-def nearest(name: str, known) -> str:
-    found = difflib.get_close_matches(name, known, 1)
-    return f" Did you mean {found[0]}?" if found else f" Known: {', '.join(known)}."
-
-
-@click.group(cls=Group, context_settings={"show_default": True, "max_content_width": 100})
+@click.group(cls=Commands, context_settings={"show_default": True, "max_content_width": 100})
 @click.version_option(package_name="tinylm")
 def cli():
     """From raw text to an assistant, from scratch."""
-
-
-def common(command):
-    """The flags of every subcommand; sets backend and threads before the command runs."""
-
-    @click.option("--backend", type=click.Choice(["reference", "cpu", "cuda"]), help="Kernels.")
-    @click.option("--threads", type=click.IntRange(1), help="Limit of every thread pool.")
-    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the result.")
-    @wraps(command)
-    def wrapped(*args, backend, threads, **kwargs):
-        if backend:
-            backends.use(backend)
-        if threads:
-            backends.set_threads(threads)
-        try:
-            backends.describe()  # the first look at the kernels chooses their instruction set
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        return command(*args, **kwargs)
-
-    return wrapped
-
-
-def settings_of(config):
-    """A flag for each field of a stage's config dataclass."""
-
-    def decorate(command):
-        for field in reversed(dataclasses.fields(config)):
-            choices = field.metadata["choices"]
-            command = click.option(
-                "--" + field.name.replace("_", "-"),
-                type=click.Choice(choices) if choices else TYPES[field.type],
-                default=field.default,
-                help=field.metadata["help"],
-            )(command)
-        return command
-
-    return decorate
-
-
-class Plan(NamedTuple):
-    """What every stage is told after its inputs; `given`: the settings that the user named."""
-
-    out: Path
-    config: TrainConfig
-    given: set[str]
-    resume: bool
-    progress: Progress
-
-
-def stage_of(config, then: str, out_required: bool = True):
-    """A command that runs a stage: it gets a Plan, made of the flags added here, and returns the
-    results; at the end its report is drawn, and `then` told as what to try next."""
-
-    def decorate(command):
-        @click.option("--out", required=out_required, type=Path, help="Directory of the run.")
-        @click.option("--resume", is_flag=True, help="Continue the run in --out.")
-        @settings_of(config)
-        @common
-        @click.pass_context
-        @wraps(command)
-        def wrapped(context, out, resume, as_json, **inputs):
-            names = [field.name for field in dataclasses.fields(config)]
-            settings = config(**{name: inputs.pop(name) for name in names})
-            chosen_by = context.get_parameter_source
-            given = {name for name in names if chosen_by(name) is not ParameterSource.DEFAULT}
-            results = command(**inputs, plan=Plan(out, settings, given, resume, Progress()))
-            if results is None:
-                return
-            from tinylm import report
-
-            report.attempt([out], Progress())
-            tried = f"{out}: try  {then.format(out=out, **inputs)}"
-            tell(as_json, results, tried, err=True)
-
-        return wrapped
-
-    return decorate
-
-
-def sampling(command):
-    """The flags of everything that writes text."""
-    for option in (
-        click.option("--seed", type=int, help="Seed of the sampling; none: new each time."),
-        click.option("--top-p", type=click.FloatRange(0, 1), default=1.0, help="Nucleus."),
-        click.option("--top-k", type=click.IntRange(0), default=0, help="Likeliest (0: all)."),
-    ):
-        command = option(command)
-    return command
-
-
-def tell(as_json: bool, found: dict, *shown: str | Table | Text, err: bool = False) -> None:
-    """The result of a command: as one JSON object, or else as what a person is shown."""
-    if as_json:
-        print(json.dumps(found, ensure_ascii=False, allow_nan=False, default=float))
-        return
-    for each in shown:
-        if isinstance(each, str):
-            click.echo(each, err=err)
-        else:
-            Console().print(each, soft_wrap=isinstance(each, Text))
 
 
 # ---- all of it ---------------------------------------------------------------------------------
@@ -374,10 +247,10 @@ def count_preferences(run, as_json):
 @common
 def tokenizer(paths, out, vocab_size, characters, document_separator, as_json):
     """Learn a vocabulary from text."""
-    files = data.list_files(paths)
+    files = corpus.list_files(paths)
     size = sum(path.stat().st_size for path in files)
     with Progress().counting("vocabulary", size) as seen:
-        texts = (text for text, _ in data.read_texts(files, document_separator, seen))
+        texts = (text for text, _ in corpus.read_texts(files, document_separator, seen))
         made = train_characters(texts) if characters else train_bpe(texts, vocab_size)
     made.save(out)
     tell(as_json, {"directory": str(out), "vocab_size": made.vocab_size})
@@ -587,11 +460,13 @@ def selfcheck(as_json):
 
 
 @cli.command("bench")
-@click.option("--corpus", multiple=True, metavar="FILE_OR_DIR", help="Text to foretell a run on.")
+@click.option(
+    "--corpus", "paths", multiple=True, metavar="FILE_OR_DIR", help="Text to foretell a run on."
+)
 @common
-def measure(corpus, as_json):
+def measure(paths, as_json):
     """How fast this machine is: memory, kernels, training with each preset."""
     from tinylm import bench
 
-    found = bench.run(Progress(), data.list_files(corpus) if corpus else [])
+    found = bench.run(Progress(), corpus.list_files(paths) if paths else [])
     tell(as_json, found, *bench.tables(found))

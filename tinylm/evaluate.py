@@ -16,16 +16,8 @@ from pathlib import Path
 import numpy
 
 from tinylm.chat import template_of, turn
-from tinylm.data import (
-    Batch,
-    Corpus,
-    as_documents,
-    byte_lengths,
-    in_order,
-    list_files,
-    next_token_batch,
-    read_texts,
-)  # fmt: skip
+from tinylm.corpus import Corpus, as_documents, byte_lengths, list_files, read_texts
+from tinylm.data import Batch, in_order, next_token_batch
 from tinylm.errors import InputError
 from tinylm.generate import answers, complete_in_parts, encode_prompt
 from tinylm.judges.verifier import verdict
@@ -228,7 +220,7 @@ def evaluate_directory(
 
 
 def encode_files(tokenizer: Tokenizer, files: list, separator: str) -> numpy.ndarray:
-    """All documents of files as one array of tokens, as prepare would lay them on disk."""
+    """All documents of files as one array of tokens, as make_corpus would lay them on disk."""
     begin, end = (tokenizer.special.get(name) for name in ("<|begin|>", "<|end|>"))
     begin, end = (tokenizer.bos_id, tokenizer.eos_id) if begin is None else (begin, end)
     parts = []

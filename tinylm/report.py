@@ -18,7 +18,7 @@ from tinylm import xray
 from tinylm.charts import Chart, Points, smooth
 from tinylm.chat import template_of, turn
 from tinylm.checkpoint import read_json, write_text
-from tinylm.data import Corpus
+from tinylm.corpus import Corpus
 from tinylm.errors import InputError
 from tinylm.evaluate import wilson
 from tinylm.progress import Progress, clock

@@ -14,7 +14,7 @@ from tinylm import checkpoint, xray
 from tinylm.charts import Points
 from tinylm.checkpoint import Checkpoint
 from tinylm.config import flops_per_token
-from tinylm.data import Corpus
+from tinylm.corpus import Corpus
 from tinylm.errors import InputError
 from tinylm.progress import clock
 from tinylm.train import NOTHING, read_metrics

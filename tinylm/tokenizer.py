@@ -79,7 +79,8 @@ class Tokenizer:
             self.tokens[i] = self._layout.token_bytes(token)
         for token, i in self.special.items():
             self.tokens[i] = token.encode()
-        self.bos_id, self.eos_id, self.pad_id = map(self._named, ("bos", "eos", "pad"))
+        named, ids = map(self.named, ("bos", "eos", "pad")), vocab | self.special
+        self.bos_id, self.eos_id, self.pad_id = map(ids.get, named)
         self.add_bos = self._wants_bos()
 
     def encode(self, text: str) -> list[int]:
@@ -129,8 +130,14 @@ class Tokenizer:
             yield decoder.decode(token)
         yield decoder.decode(b"", final=True)
 
-    def token_bytes(self, i: int) -> bytes:
-        return self.tokens[i]
+    def texts(self) -> list[bytes]:
+        """What each token adds to a text, (V,); the special ones add nothing."""
+        return self._tokens(list(range(self.vocab_size)), skip_special=True)
+
+    def named(self, name: str) -> str | None:
+        """The text of the token that tokenizer_config.json calls bos, eos, pad or unk."""
+        token = self.config.get(f"{name}_token")
+        return token["content"] if isinstance(token, dict) else token
 
     def with_special(self, names: Iterable[str], config: dict) -> "Tokenizer":
         """A tokenizer that has these special tokens too, after all others, and this config."""
@@ -169,12 +176,6 @@ class Tokenizer:
         if skip_special:
             return [b"" if i in self._special_ids else self.tokens[i] for i in ids]
         return [self.tokens[i] for i in ids]
-
-    def _named(self, name: str) -> int | None:
-        """The id of the token that tokenizer_config.json calls bos, eos or pad."""
-        token = self.config.get(f"{name}_token")
-        text = token["content"] if isinstance(token, dict) else token
-        return self.special.get(text, self.spec["model"]["vocab"].get(text))
 
     def _wants_bos(self) -> bool:
         """As tokenizer_config.json says; where it is silent, whether the post-processor adds it."""

@@ -63,7 +63,7 @@ def pieces(tokenizer: Tokenizer, ids: Iterable[int], p: Iterable[float]) -> Iter
     """Tokens as text; those that end within a character wait for its rest."""
     special, held, sure = set(tokenizer.special.values()), b"", 1.0
     for i, probability in zip(ids, p):
-        held, sure = held + tokenizer.token_bytes(i), sure * float(probability)
+        held, sure = held + tokenizer.tokens[i], sure * float(probability)
         try:
             text = held.decode()
         except UnicodeDecodeError as error:

@@ -41,16 +41,16 @@ Answer:
 How good is the answer? Reply with one whole number, from 1 for useless to 10 for perfect."""
 
 
-VERDICT = re.compile(
+LETTER = re.compile(
     r"\W*(?:answer\W+)?(a|b|t|tie)(?:\W*|[.:)\n].*|\W+is (?:the )?(?:better|best|correct)\b.*)",
     re.IGNORECASE | re.DOTALL,
 )
 
 
-def verdict(reply: str) -> float:
+def letter(reply: str) -> float:
     """1 for A, −1 for B, 0 for a tie, of a reply that is or begins with such a letter, or says "A
     is better". Raises ValueError for any other."""
-    found = VERDICT.fullmatch(reply)
+    found = LETTER.fullmatch(reply)
     if not found:
         raise ValueError(f"Expected one letter, A, B or T, but the reply was {reply!r:.80}.")
     return {"a": 1.0, "b": -1.0}.get(found[1].lower(), 0.0)
@@ -101,7 +101,7 @@ class Endpoint:
     def __call__(self, groups: list[Group]) -> list[list[float | None]]:
         self.down = False
         if self.mode == "pairwise":
-            scores, agreed = compare(groups, partial(self.judgements, parse=verdict))
+            scores, agreed = compare(groups, partial(self.judgements, parse=letter))
             self.agreed += agreed
             return scores
         pairs = [(request(g.row.messages), answer) for g in groups for answer in g.answers]

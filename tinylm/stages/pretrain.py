@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy
 
-from tinylm import data, evaluate
+from tinylm import evaluate
 from tinylm.card import model_card, took
-from tinylm.data import Batch, Corpus, Example, Windows, next_token_batch, packed_batch
+from tinylm.corpus import Corpus, list_files, make_corpus, read_texts
+from tinylm.data import Batch, Example, Windows, next_token_batch, packed_batch, source_of
 from tinylm.errors import InputError
 from tinylm.generate import generate
 from tinylm.model import ModelConfig, Transformer
@@ -159,10 +160,7 @@ class Blanks:
         self.prefix, self.suffix, self.middle, self.end, self.begin = map(
             tokenizer.special.__getitem__, names
         )
-        special = set(tokenizer.special.values())
-        texts = [
-            b"" if i in special else tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)
-        ]
+        texts = tokenizer.texts()
         self.opens = numpy.array([is_word(t[:1]) for t in texts])  # begins inside a word
         self.spaced = numpy.array([t[:1] == b" " and is_word(t[1:2]) for t in texts])
         self.space = numpy.array([t == b" " for t in texts])
@@ -252,10 +250,10 @@ def run(
     """Pre-train on files and folders of text; returns the results. See the command line's help."""
     folder = Path(out)
     tokens = folder / "training" / "tokens"
-    files = data.list_files(paths)
+    files = list_files(paths)
     config = open_run(folder, config, given, resume)
     corpus = Corpus.load(tokens) if resume else None
-    if corpus is not None and corpus.source != data.source_of(files):
+    if corpus is not None and corpus.source != source_of(files):
         raise InputError(f"{folder} was begun with other text: name the same files, in this order")
     if corpus is None:
         tokenizer, corpus = prepare(files, folder, config, progress)
@@ -280,7 +278,7 @@ def prepare(
     tokenizer = make_tokenizer(files, size, config, progress)
     tokenizer.save(tokens)
     with progress.counting("tokens", size) as seen:
-        corpus = data.prepare(
+        corpus = make_corpus(
             files, tokenizer, tokens, config.document_separator, config.held_out, seen
         )
     if corpus.invalid_bytes:
@@ -295,7 +293,7 @@ def make_tokenizer(files, size: int, config: PretrainConfig, progress: Progress)
     if config.tokenizer not in ("bpe", "characters"):
         return foreign_tokenizer(config.tokenizer)
     with progress.counting("vocabulary", size) as seen:
-        texts = (t for t, _ in data.read_texts(files, config.document_separator, seen))
+        texts = (t for t, _ in read_texts(files, config.document_separator, seen))
         texts = first_characters(texts, TOKENIZER_SAMPLE)
         if config.tokenizer == "characters":
             return train_characters(texts)
