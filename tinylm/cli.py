@@ -38,7 +38,7 @@ from tinylm.stages import sft as fine_tuning
 from tinylm.tokenizer import train_bpe, train_characters
 from tinylm.train import read_metrics
 
-TYPES = {"int": int, "float": float, "str": str}
+TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 
 
 def main() -> None:
@@ -133,6 +133,7 @@ def settings_of(config):
             command = click.option(
                 "--" + field.name.replace("_", "-"),
                 type=click.Choice(choices) if choices else TYPES[field.type],
+                is_flag=field.type == "bool",
                 default=field.default,
                 help=field.metadata["help"],
             )(command)

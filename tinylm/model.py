@@ -150,7 +150,11 @@ class Transformer(nn.Module):
 
     rng draws the initial weights: N(0, 0.02²), residual projections scaled by 1/√(2 n_layer), norms
     one, biases zero (the GPT-2 recipe).
+
+    recompute   keep nothing of a block but its input; backward computes the rest once more
     """
+
+    recompute = False
 
     def __init__(self, config: ModelConfig, rng: numpy.random.Generator | int = 0):
         rng = numpy.random.default_rng(rng)
@@ -218,7 +222,8 @@ class Transformer(nn.Module):
         if not self.config.is_llama:
             x = x + self.positions(places.positions)
         for i, block in enumerate(self.blocks):
-            x = block(x, places, None if cache is None else cache.layers[i])
+            rest = places, None if cache is None else cache.layers[i]
+            x = ops.recomputed(block, x, *rest) if self.recompute else block(x, *rest)
         return self.norm(x)
 
     def __call__(self, tokens: Array, start: Array | None = None, cache=None) -> Tensor:

@@ -7,8 +7,10 @@ use, and tells `Tensor.from_op` how a gradient travels back. Only glue that move
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tinylm import backend
-from tinylm.tensor import Array, Tensor, recording
+from tinylm.tensor import Array, Tensor, no_grad, recording
 
 # ---- glue: adds, products, sums, views ---------------------------------------------------------
 
@@ -253,6 +255,25 @@ def gelu(x: Tensor, approximate: bool = True) -> Tensor:
         return (backend.kernels.gelu_backward(dy, kept(), approximate),)
 
     return Tensor.from_op(forward(), (x,), vjp, forward)
+
+
+# ---- memory ------------------------------------------------------------------------------------
+
+
+def recomputed(f: Callable[..., Tensor], x: Tensor, *rest) -> Tensor:
+    """f(x, *rest), of which only x is kept: backward runs f again.  arXiv 1604.06174
+
+    Whatever else f reads must be constant, or a leaf: leaves get their gradients where they are.
+    """
+    with no_grad():
+        y = f(x, *rest).data
+
+    def vjp(dy):
+        again = Tensor(x.data, requires_grad=True)
+        f(again, *rest).backward(dy)
+        return (again.grad,)
+
+    return Tensor.from_op(y, (x,), vjp)
 
 
 # ---- loss --------------------------------------------------------------------------------------

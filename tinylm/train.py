@@ -66,6 +66,7 @@ class TrainConfig:
     weight_decay: float = setting(0.1, "Decoupled decay of matrices.")
     clip: float = setting(1.0, "Largest global norm of the gradient (0: no limit).")
     dtype: str = setting("auto", "Operands of products (auto: bfloat16 on cuda).", False, DTYPES)
+    recompute: bool = setting(False, "Save memory: blocks run again in the backward pass.", True)
     seed: int = setting(0, "Seeds everything random.")
     cutoff: str = setting("", "Knowledge cut-off for the model card; later stages inherit it.")
     eval_every: int = setting(250, "Steps between evaluations.", True)
@@ -237,6 +238,7 @@ class Trainer:
 
     def __init__(self, stage: Stage, config: TrainConfig, folder: Path, progress: Progress):
         self.stage, self.config, self.folder, self.progress = stage, config, folder, progress
+        stage.model.recompute = config.recompute
         self.optimizer = make_optimizer(stage.model, config)
         self.checkpoint = Checkpoint(folder)
         self.guard = Guard()
