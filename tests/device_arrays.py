@@ -6,9 +6,30 @@ arrays it fails here. Fresh memory is NaN, or a number that is no index. The mod
 `cupy`: its functions are numpy's.
 """
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy
+
+_reads = True  # whether the host may wait for the device and read what it has computed
+
+
+@contextmanager
+def no_reads():
+    """Inside, whatever would wait for a device is an error."""
+    global _reads
+    before, _reads = _reads, False
+    try:
+        yield
+    finally:
+        _reads = before
+
+
+def to_host(x: numpy.ndarray) -> numpy.ndarray:
+    """What a read of device memory goes through."""
+    if not _reads:
+        raise RuntimeError("a host read, where nothing may wait for the device")
+    return x
 
 
 def unwrap(x):
@@ -44,10 +65,10 @@ class ndarray:
         self.memory, self.base = memory, base
 
     def __getattr__(self, name):
+        if name in ("item", "tolist"):
+            return getattr(to_host(self.memory), name)
         value = getattr(self.memory, name)
         if name in ("shape", "dtype", "ndim", "size", "itemsize", "nbytes", "strides", "flags"):
-            return value
-        if name in ("item", "tolist"):
             return value
         if name == "T":
             return wrap(value, self)
@@ -61,6 +82,8 @@ class ndarray:
         return method
 
     def __getitem__(self, at):
+        if isinstance(at, ndarray) and at.dtype == "bool":
+            to_host(at.memory)  # the shape of the result depends on it
         return wrap(self.memory[unwrap(at)], self)
 
     def __setitem__(self, at, value):
@@ -77,7 +100,7 @@ class ndarray:
         return SimpleNamespace(ptr=self.memory.ctypes.data)
 
     def get(self):
-        return self.memory.copy()
+        return to_host(self.memory).copy()
 
     def __len__(self):
         return len(self.memory)
@@ -86,13 +109,13 @@ class ndarray:
         return (self[i] for i in range(len(self)))
 
     def __bool__(self):
-        return bool(self.memory)
+        return bool(to_host(self.memory))
 
     def __float__(self):
-        return float(self.memory)
+        return float(to_host(self.memory))
 
     def __int__(self):
-        return int(self.memory)
+        return int(to_host(self.memory))
 
 
 def _operator(name):

@@ -6,6 +6,7 @@ Whatever forgets that a GPU's memory is another memory fails here, on any machin
 import json
 import sys
 
+import device_arrays
 import numpy
 import pytest
 from commands import SMALL, metrics
@@ -17,6 +18,7 @@ from tinylm.estimators import surrogate
 from tinylm.generate import beam_search
 from tinylm.kernels.cases import OPS
 from tinylm.model import ModelConfig, Transformer
+from tinylm.tensor import Tensor
 
 FEW = ["--max-steps", 2, "--batch-size", 2, "--eval-every", 2, "--learning-rate", 1e-3]
 SAID = [{"prompt": "the cat?", "completion": "a bird", "accepted": ["a bird"]}] * 8
@@ -115,6 +117,38 @@ def test_a_token_out_of_range_is_told_when_the_device_is_waited_for(config, cuda
     loss = model.loss([[1, 99]], [[2, 2]])
     with pytest.raises(ValueError, match=r"\[embedding_forward\] tokens: .* \[0, 61\), got 99"):
         backend.to_numpy(loss.data)
+
+
+@pytest.mark.parametrize("scale", [1, 0.3])
+def test_the_loss_reads_nothing_back(config, cuda, scale, monkeypatch):
+    """Forward and backward only ask; what they ask for is what the CPU computes."""
+    rng = numpy.random.default_rng(0)
+    tokens, targets = rng.integers(0, 61, (2, 3, 40))
+    targets[:, ::3] = -1
+    found = []
+    for name in ("cuda", "cpu"):
+        tinylm.use(name)
+        model = Transformer(config, 1)
+        with device_arrays.no_reads():
+            loss = model.loss(tokens, targets)
+            loss.backward(backend.xp.full(loss.shape, scale / (targets >= 0).sum(), "float32"))
+        found.append(backend.to_numpy(model.head_weight.grad))
+    assert numpy.linalg.norm(found[0] - found[1]) <= 1e-5 * numpy.linalg.norm(found[1])
+    with device_arrays.no_reads(), pytest.raises(RuntimeError, match="read"):
+        float(Tensor(device_arrays.asarray([1.0])).data.sum())
+
+
+def test_an_uneven_gradient_is_told_when_the_device_is_waited_for(config, cuda):
+    model, ids = Transformer(config, 1), numpy.arange(6).reshape(1, 6)
+    for weight, wrong in ((0.0, False), (2.0, True)):
+        weights = numpy.ones((1, 6), "float32")
+        weights[0, 3] = weight
+        targets = numpy.where(weights == 0, -1, ids)  # uneven only where a target counts
+        model.loss(ids, targets).backward(backend.asarray(weights))
+        if wrong:
+            with pytest.raises(ValueError, match=r"dloss: expected the same .*even=False"):
+                cuda.settle()
+        cuda.settle()
 
 
 def test_bfloat16_is_the_default_there(cuda):

@@ -65,4 +65,6 @@ class Arguments:
         if x.dtype == "int64":
             wide, x = x, self.xp.empty(x.shape, "int32")
             self.kernels.each("narrow", wide, x)
-        return x, (self.kernels.fault, self.kernels.check_number(self.what(arg), least))
+        return x, self.kernels.noting(
+            f"{self.what(arg)}values in [{least}, {{limit}}), got {{value}}"
+        )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy
 
-from tinylm.kernels import CONTRACT
+from tinylm.kernels import CONTRACT, ON_A_DEVICE
 from tinylm.kernels.launch import Kernels, source
 
 LEAST_MEMORY = 500e6  # bytes: CUDA's own context, and a small model
@@ -175,5 +175,4 @@ class Device:
 device = Device()
 xp, describe, free_bytes = device.xp, device.describe, device.free_bytes
 kernels = Kernels(device)
-set_products, settle = kernels.set_products, kernels.settle
-globals().update({name: getattr(kernels, name) for name in CONTRACT})
+globals().update({name: getattr(kernels, name) for name in CONTRACT + ON_A_DEVICE})

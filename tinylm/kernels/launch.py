@@ -55,7 +55,7 @@ class Kernels:
         self.device, self.xp = device, device.xp
         self.products = "float32"
         self.fault = self.xp.zeros(3, "int64")  # which check failed, what it met, the limit
-        self.checks: list[tuple[str, int]] = []
+        self.checks: list[str] = []  # what each number in `fault` means
 
     # ---- tools ---------------------------------------------------------------------------------
 
@@ -82,18 +82,21 @@ class Kernels:
         n = arguments[0].size if n < 0 else n
         self.launch(name, (up(n, THREADS),), *arguments, n, *rest)
 
-    def check_number(self, what: str, least: int) -> int:
-        if (what, least) not in self.checks:
-            self.checks.append((what, least))
-        return 1 + self.checks.index((what, least))
+    def noting(self, error: str) -> tuple:
+        """What a kernel needs to note an error, which may tell a {value} and a {limit}."""
+        if error not in self.checks:
+            self.checks.append(error)
+        return self.fault, 1 + self.checks.index(error)
 
     def settle(self) -> None:
-        """Wait for the device; raise ValueError if a kernel met an integer out of range."""
-        check, value, limit = self.fault.tolist()
+        """Wait for the device; raise ValueError if a kernel has noted an error."""
+        self.tell(*self.fault.tolist())
+
+    def tell(self, check: int, value: int, limit: int) -> None:
+        """Raise what was noted, if anything was."""
         if check:
             self.fault.fill(0)
-            what, least = self.checks[check - 1]
-            raise ValueError(f"{what}values in [{least}, {limit}), got {value}")
+            raise ValueError(self.checks[check - 1].format(value=value, limit=limit))
 
     def product(self, a, b, c, transpose_a=False, transpose_b=False, add=False) -> None:
         """c (M, N) = op(a) op(b), or c += op(a) op(b); all contiguous."""
@@ -452,6 +455,18 @@ class Kernels:
 
         self.head_backward(to_gradient, x, weight, dx, dweight)
         return loss, lse, dx, dweight
+
+    def scale_evenly(self, made, dloss, targets):
+        """Gradients of the mean, in place made those of Σ dloss · loss; it must be the same at each
+        target that counts, which is noted where it is not."""
+        args = Arguments(self, "linear_cross_entropy")
+        targets, _ = args.ints("targets", targets, "(...)", targets.shape, -1)
+        dloss, scale = args.floats("dloss", dloss, "(...)", targets.shape), self.empty((1,))
+        noting = self.noting(args.what("dloss") + "the same for every target; if not, even=False")
+        self.launch("even_scale", (1,), dloss, targets, targets.size, scale, *noting, block=1024)
+        for x in made:
+            self.each("multiply_by", x, scale)
+        return made
 
     # ---- optimizer -----------------------------------------------------------------------------
 
