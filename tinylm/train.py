@@ -11,8 +11,10 @@ import json
 import math
 import signal
 import time
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +33,7 @@ from tinylm.errors import InputError
 from tinylm.model import Transformer
 from tinylm.optim import AdamW, Muon, clip_scale, schedule
 from tinylm.progress import Progress
-from tinylm.tensor import Tensor
+from tinylm.tensor import Array, Tensor
 from tinylm.tokenizer import Tokenizer
 
 
@@ -243,6 +245,7 @@ class Trainer:
         self.checkpoint = Checkpoint(folder)
         self.guard = Guard()
         self.step, self.seconds, self.results = 0, 0.0, {}
+        self.asked: list[Callable[[], dict]] = []  # steps of which nothing is logged yet
         self.good: Tensors = {}  # weights and moments of a cautious stage that were in order
         self.environment = environment.describe()
         self.stop_asked = False
@@ -273,55 +276,111 @@ class Trainer:
         return self.results
 
     def loop(self, metrics: Metrics) -> None:
-        began = time.perf_counter() - self.seconds
-        while not self.finished() and not self.stop_asked:
-            tick = time.perf_counter()
+        began, c, done = time.perf_counter() - self.seconds, self.config, False
+        while not done:
+            if not self.asked:
+                self.tick = time.perf_counter()
             try:
-                row = self.update()
+                self.asked.append(self.ask() if self.is_late else partial(dict, self.update()))
+                self.seconds = time.perf_counter() - began
+                final = self.finished()
+                done = final or self.stop_asked
+                evaluating = final or self.step % c.eval_every == 0
+                saving = done or self.step % c.save_every == 0
+                self.tell(metrics, 1 if self.is_late and not evaluating and not saving else 0)
             except InputError:  # of a judge, say: what was learned before is kept
+                with suppress(InputError):
+                    self.tell(metrics, 0)
                 self.save()
                 raise
-            self.seconds = time.perf_counter() - began
-            row["tokens_per_second"] = round(row.pop("tokens") / (time.perf_counter() - tick))
-            metrics.write(step=self.step, **row, seconds=round(self.seconds, 3))
-            self.progress.step(self, row)
-            final = self.finished()
-            if final or self.step % self.config.eval_every == 0:
+            if evaluating:
                 self.evaluate(metrics, final)
             self.seconds = time.perf_counter() - began
-            if final or self.stop_asked or self.step % self.config.save_every == 0:
+            if saving:
                 self.save()
 
+    def tell(self, metrics: Metrics, keep: int) -> None:
+        """Log what came of the steps that were asked for, but for the last `keep` of them."""
+        while len(self.asked) > keep:
+            row = self.asked.pop(0)()
+            now = time.perf_counter()
+            row["tokens_per_second"] = round(row.pop("tokens") / (now - self.tick))
+            metrics.write(**row, seconds=round(self.seconds, 3))
+            self.progress.step(self, row)
+            self.tick = now
+
+    @property
+    def is_late(self) -> bool:
+        """Whether a device updates by itself, so that what came of a step is read one step late."""
+        able = self.optimizer.can_be_guarded and hasattr(backend.kernels, "guarded_adamw")
+        return able and not self.is_cautious
+
+    @property
+    def is_cautious(self) -> bool:
+        return getattr(self.stage, "cautious", False)
+
+    def ask(self) -> Callable[[], dict]:
+        """One optimizer step by a device; what is returned waits for it, and gives its row."""
+        batches, n, total, learns = self.gradients()
+        lr, told = self.learning_rate(), lambda: (0.0, 0.0, self.optimizer.steps)
+        if learns:
+            found = self.optimizer.guarded_step(total, lr, self.config.clip, self.guard)
+            told = backend.kernels.later(found)
+        self.optimizer.zero_grad()
+        self.step += 1
+        step = self.step
+
+        def row() -> dict:
+            total, norm, updates = told()
+            self.optimizer.steps = int(updates)
+            refusal = self.guard.reason(total, norm) if learns else NOTHING
+            return self.row(batches, refusal, step=step, loss=total / n, lr=lr, grad_norm=norm)
+
+        return row
+
     def update(self) -> dict:
-        """One optimizer step on accumulated batches; the mean is over all of them together."""
-        batches = self.draw()
-        n = max(1, sum(batch.denominator() for batch in batches))
-        total = 0.0
-        for batch in batches:
-            loss = self.stage.loss(batch)
-            total = total + loss.data.sum(dtype="float64")
-            if batch.learns():
-                loss.backward(backend.xp.full(loss.shape, 1 / n, loss.dtype))
+        """One optimizer step; returns its row."""
+        batches, n, total, learns = self.gradients()
         norm = backend.kernels.global_norm(self.optimizer.gradients())
         harm = next((batch.harm for batch in batches if batch.harm), "")
-        empty = not harm and not any(batch.learns() for batch in batches)
         total = float(total)  # not before: on a GPU it waits for all that was asked for
-        refusal = NOTHING if empty else self.guard.reason(total, norm, harm)
-        c = self.config
-        lr = c.learning_rate * self.guard.rate * schedule(self.share_done(1), c.warmup, c.floor)
+        refusal = self.guard.reason(total, norm, harm) if harm or learns else NOTHING
+        lr = self.learning_rate()
         if refusal in (None, NOTHING):
             self.remember()
         if not refusal:
-            self.optimizer.step(lr, clip_scale(norm, c.clip))
+            self.optimizer.step(lr, clip_scale(norm, self.config.clip))
         elif harm or refusal == NOT_FINITE:
             self.go_back(refusal)
         self.optimizer.zero_grad()
         self.step += 1
-        row = {"loss": total / n, "lr": lr, "grad_norm": norm}
-        row |= {"tokens": sum(batch.trained_tokens() for batch in batches), **notes_of(batches)}
+        return self.row(batches, refusal, step=self.step, loss=total / n, lr=lr, grad_norm=norm)
+
+    def gradients(self) -> tuple[list[Batch], int, Array, bool]:
+        """Forward and backward on accumulated batches, whose mean is over all of them together:
+        the batches, what the summed loss is divided by, that sum, whether there was a backward."""
+        batches, total, learns = self.draw(), 0.0, False
+        n = max(1, sum(batch.denominator() for batch in batches))
+        for batch in batches:
+            loss = self.stage.loss(batch)
+            total = total + loss.data.sum(dtype="float64")
+            if batch.learns():
+                learns = True
+                loss.backward(backend.xp.full(loss.shape, 1 / n, loss.dtype))
+        return batches, n, total, learns
+
+    def learning_rate(self) -> float:
+        """Of the step that is being made."""
+        c = self.config
+        return c.learning_rate * self.guard.rate * schedule(self.share_done(1), c.warmup, c.floor)
+
+    def row(self, batches: list[Batch], refusal: str | None, **numbers) -> dict:
+        """A step's line in the log."""
+        row = {**numbers, "tokens": sum(batch.trained_tokens() for batch in batches)}
+        row |= notes_of(batches)
         if refusal:
-            if not empty:
-                self.progress.say(f"step {self.step}: update skipped, {refusal}")
+            if refusal != NOTHING:
+                self.progress.say(f"step {row['step']}: update skipped, {refusal}")
             row |= {"event": "skip", "reason": refusal}
             row |= {
                 k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)
@@ -342,7 +401,7 @@ class Trainer:
     def remember(self) -> None:
         """Of a cautious stage: these weights are in order, with a finite loss and no harm done."""
         due = not self.good or self.step >= self.guard.remembered + REMEMBER
-        if due and getattr(self.stage, "cautious", False):
+        if due and self.is_cautious:
             self.good = copied(tensors_of(self.stage.model, self.optimizer))
             self.guard.remembered, self.guard.returns = self.step, 0
 

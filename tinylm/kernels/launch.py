@@ -5,6 +5,7 @@ arrays, by the tests an emulator that runs the same kernels on the CPU. A device
 
     xp                              its array library: numpy's interface
     launch(name, grid, block, shared, arguments)
+    later(x)                        begins to copy x to the host; a function that gives it as a list
     multiply(a, b, c, ...)          its own matrix product, or None: then csrc/cuda/matmul.cu
 
 Nothing here waits for the device but `global_norm` and `settle`. So an integer out of range is told
@@ -15,9 +16,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from importlib import resources
 
 from tinylm.kernels.arguments import Arguments
+from tinylm.kernels.guarded import GuardedAdamW
 
 THREADS = 256  # of a block, where nothing else is said
 WARPS = THREADS // 32
@@ -482,6 +485,21 @@ class Kernels:
         corrections = (1 / (1 - beta1**step), 1 / (1 - beta2**step))
         numbers = (lr, 1 - beta1, 1 - beta2, *corrections, eps, weight_decay, grad_scale)
         self.each("adamw", param, grad, m, v, rest=tuple(map(float, numbers)))
+
+    def guarded_adamw(self, *arguments) -> GuardedAdamW:
+        return GuardedAdamW(self, *arguments)
+
+    def later(self, told) -> Callable[[], tuple]:
+        """What GuardedAdamW tells, without waiting for it: the function that is returned waits, and
+        gives loss, norm and updates made. It raises ValueError if a kernel had noted an error."""
+        read = self.device.later(told)
+
+        def wait():
+            *found, check, value, limit = read()
+            self.tell(int(check), int(value), int(limit))
+            return tuple(found)
+
+        return wait
 
     def global_norm(self, arrays) -> float:
         """Waits for the device, and so it also tells what went wrong before."""
