@@ -20,6 +20,7 @@ from tinylm.generate import beam_search
 from tinylm.kernels.cases import OPS
 from tinylm.model import ModelConfig, Transformer
 from tinylm.optim import AdamW, clip_scale
+from tinylm.stages.pretrain import Pretrain
 from tinylm.tensor import Tensor
 from tinylm.train import Guard
 
@@ -162,6 +163,7 @@ def test_a_device_judges_and_updates_as_the_host_would(cuda):
         leaves = [Tensor(backend.asarray(numpy.ones(s, "float32")), True) for s in shapes]
         made.append(AdamW({str(i): leaf for i, leaf in enumerate(leaves)}, weight_decay=0.3))
     (unasked, asked), guard, verdicts = made, Guard(), []
+    rate = backend.asarray(numpy.float32([0.01]))
     for i in range(70):
         size = 40.0 if i in (55, 62) else numpy.inf if i == 58 else 1 + 0.3 * numpy.sin(i)
         loss = backend.asarray(numpy.array(numpy.nan if i == 60 else 1.5))
@@ -169,7 +171,7 @@ def test_a_device_judges_and_updates_as_the_host_would(cuda):
             grad = numpy.float32(size * rng.standard_normal(a.shape))
             a.grad = b.grad = backend.asarray(grad)
         with device_arrays.no_reads():
-            told = cuda.later(unasked.guarded_step(loss, 0.01, 100.0, Guard()))
+            told = cuda.later(unasked.guarded_step(loss, rate, 100.0, Guard()))
         total, norm, updates = told()
         assert norm == pytest.approx(cuda.global_norm(asked.gradients()), rel=1e-12)
         verdicts.append(guard.reason(total, norm))
@@ -256,10 +258,91 @@ def test_a_token_out_of_range_stops_the_run_before_anything_is_learned(cuda, con
     before = {name: p.data.get() for name, p in model.parameters().items()}
     loss = model.loss([[1, 99, 2]], [[2, 2, 2]])
     loss.backward(backend.xp.full(loss.shape, 1 / 3, "float32"))
-    told = cuda.later(optimizer.guarded_step(loss.data.sum(dtype="float64"), 1.0, 0.0, Guard()))
+    total, rate = loss.data.sum(dtype="float64"), backend.asarray(numpy.ones(1, "float32"))
+    told = cuda.later(optimizer.guarded_step(total, rate, 0.0, Guard()))
     with pytest.raises(ValueError, match="got 99"):
         told()
     assert all(numpy.array_equal(before[k], p.data.get()) for k, p in model.parameters().items())
+
+
+# ---- recorded steps ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def replays(cuda, monkeypatch):
+    """The graphs that were replayed, one entry for each time."""
+    found, replay = [], cuda.device.replay
+    monkeypatch.setattr(cuda.device, "replay", lambda tape: (found.append(tape), replay(tape)))
+    return found
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--objective", "mixed", "--accumulate", 2],  # so that the number of targets changes
+        ["--document-separator", "moon", "--architecture", "gpt2", "--recompute"],
+        ["--dtype", "bfloat16"],
+    ],
+    ids=lambda more: more[0],
+)
+@pytest.mark.usefixtures("unread")
+def test_replayed_steps_are_the_bits_of_steps_that_were_asked_for(
+    more, replays, text, tmp_path, monkeypatch
+):
+    here = ["pretrain", text, *SHORT, "--backend", "cuda", "--max-steps", 5, *more]
+    command(*here, "--out", tmp_path / "replayed")
+    assert len(replays) == 4  # the first step is asked for
+    assert len({id(tape) for tape in replays}) == 1
+    monkeypatch.setattr(Pretrain, "recordable", False)
+    command(*here, "--out", tmp_path / "asked")
+    assert len(replays) == 4
+    assert weights(tmp_path / "replayed") == weights(tmp_path / "asked")
+    found, expected = (metrics(tmp_path / name) for name in ("replayed", "asked"))
+    for row, other in zip(found, expected, strict=True):
+        assert row.get("loss") == other.get("loss")
+        assert row.get("grad_norm") == other.get("grad_norm")
+
+
+@pytest.mark.parametrize("what", ["a host read", "memory of the host is copied"])
+@pytest.mark.usefixtures("unread")
+def test_a_step_that_cannot_be_recorded_is_asked_for_and_that_is_said(
+    what, replays, text, tmp_path, monkeypatch, capsys
+):
+    here = ["pretrain", text, *SHORT, "--backend", "cuda", "--max-steps", 4]
+    command(*here, "--out", tmp_path / "usual")
+    loss, n = Pretrain.loss, len(replays)
+
+    def meddling(stage, batch):
+        found = loss(stage, batch)
+        if what == "a host read":
+            assert found.data.sum().item() > 0
+        else:
+            found.data[0, 0] = backend.asarray(numpy.zeros(1))[0]
+        return found
+
+    monkeypatch.setattr(Pretrain, "loss", meddling)
+    command(*here, "--out", tmp_path / "meddling")
+    assert len(replays) == n
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"no graph can be made: RuntimeError: {what}" in said
+    if what == "a host read":
+        assert weights(tmp_path / "usual") == weights(tmp_path / "meddling")
+
+
+def test_what_is_recorded_is_done_later_and_with_memory_that_is_still_there(cuda):
+    ones = device_arrays.asarray(numpy.ones(3, "float32"))
+    lost = device_arrays.asarray(numpy.ones(3, "float32"))
+    with device_arrays.recording() as tape:
+        total = cuda.add(ones, lost) + 1
+        total *= 2
+    ones.fill(5)
+    tape.play()
+    assert total.tolist() == [14, 14, 14]
+    tape.play()
+    assert total.tolist() == [14, 14, 14]
+    del lost
+    with pytest.raises(RuntimeError, match="freed"):
+        tape.play()
 
 
 def test_bfloat16_is_the_default_there(cuda):

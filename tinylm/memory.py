@@ -35,8 +35,8 @@ def needed(
     # logits block
     on_their_way = 4 * c.n_inner + 8 * c.n_embd
     logits = min(tokens, 512) * c.vocab_size
-    if backend.name == "cuda":  # and their bits in bfloat16
-        logits = 1.5 * min(tokens * c.vocab_size, LOGITS)
+    if backend.name == "cuda":  # and their bits in bfloat16; evaluations have memory of their own
+        logits = 2 * 1.5 * min(tokens * c.vocab_size, LOGITS)
     floats = 4 * n_parameters + tokens * (activation_floats(c, recompute) + on_their_way)
     return int(BASE + 4 * (floats + logits))
 

@@ -32,10 +32,11 @@ class AdamW:
     can_be_guarded = True  # by a device; see guarded_step
     _guarded = None  # what does it there
 
-    def guarded_step(self, loss: Array, lr: float, clip: float, guard) -> Array:
+    def guarded_step(self, loss: Array, rate: Array, clip: float, guard) -> Array:
         """The whole update by a device, unless the gradient is one that train.Guard would refuse.
 
-        Nothing is waited for; backend.kernels.later reads from what is returned how it went.
+        rate (1,): the learning rate. Clip and guard are those of the first call, which the device
+        remembers. Nothing is waited for; backend.kernels.later reads how it went.
         """
         if self._guarded is None:
             sizes = [p.size for p in self.parameters.values()]
@@ -43,9 +44,8 @@ class AdamW:
             numbers = (self.beta1, self.beta2, self.eps, clip)
             state = (guard.mean, guard.seen, self.steps)
             self._guarded = backend.kernels.guarded_adamw(sizes, decays, *numbers, state)
-        self._guarded.rate.fill(lr)
         named = self.parameters.items()
-        return self._guarded(loss, [(p.data, p.grad, self.m[k], self.v[k]) for k, p in named])
+        return self._guarded(loss, rate, [(p.data, p.grad, self.m[k], self.v[k]) for k, p in named])
 
     def gradients(self) -> list[Array]:
         return [p.grad for p in self.parameters.values() if p.grad is not None]

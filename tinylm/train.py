@@ -29,6 +29,7 @@ from tinylm.checkpoint import (
     write_text,
 )  # fmt: skip
 from tinylm.data import Batch
+from tinylm.device_step import DeviceStep, able
 from tinylm.errors import InputError
 from tinylm.model import Transformer
 from tinylm.optim import AdamW, Muon, clip_scale, schedule
@@ -156,7 +157,8 @@ class Stage(Protocol):
         """The model card, Markdown."""
 
     # A stage may be `cautious`: after an update that did harm, the loop goes back to weights that
-    # were in order, and calls the stage's recover(refusal: str).
+    # were in order, and calls the stage's recover(refusal: str). It may be `recordable`: its loss
+    # is computed from a batch's tokens, targets and start alone, of whatever length.
 
 
 @dataclass
@@ -269,6 +271,7 @@ class Trainer:
             memory.check(self.stage.model, self.config)
             save_description(self.stage.model, self.stage.tokenizer, self.folder)
             self.save()
+        self.device = DeviceStep(self) if able(self.optimizer, self.stage) else None
         with graceful_stop(self), products(self.config.dtype), self.progress.training(self):
             self.loop(metrics)
         if self.stop_asked:
@@ -281,13 +284,13 @@ class Trainer:
             if not self.asked:
                 self.tick = time.perf_counter()
             try:
-                self.asked.append(self.ask() if self.is_late else partial(dict, self.update()))
+                self.asked.append(self.ask() if self.device else partial(dict, self.update()))
                 self.seconds = time.perf_counter() - began
                 final = self.finished()
                 done = final or self.stop_asked
                 evaluating = final or self.step % c.eval_every == 0
                 saving = done or self.step % c.save_every == 0
-                self.tell(metrics, 1 if self.is_late and not evaluating and not saving else 0)
+                self.tell(metrics, 1 if self.device and not evaluating and not saving else 0)
             except InputError:  # of a judge, say: what was learned before is kept
                 with suppress(InputError):
                     self.tell(metrics, 0)
@@ -309,42 +312,32 @@ class Trainer:
             self.progress.step(self, row)
             self.tick = now
 
-    @property
-    def is_late(self) -> bool:
-        """Whether a device updates by itself, so that what came of a step is read one step late."""
-        able = self.optimizer.can_be_guarded and hasattr(backend.kernels, "guarded_adamw")
-        return able and not self.is_cautious
-
-    @property
-    def is_cautious(self) -> bool:
-        return getattr(self.stage, "cautious", False)
-
     def ask(self) -> Callable[[], dict]:
         """One optimizer step by a device; what is returned waits for it, and gives its row."""
-        batches, n, total, learns = self.gradients()
-        lr, told = self.learning_rate(), lambda: (0.0, 0.0, self.optimizer.steps)
-        if learns:
-            found = self.optimizer.guarded_step(total, lr, self.config.clip, self.guard)
-            told = backend.kernels.later(found)
-        self.optimizer.zero_grad()
+        batches = self.draw()
+        n, lr = denominator(batches), self.learning_rate()
+        told = self.device.ask(batches, n, lr)
         self.step += 1
         step = self.step
 
         def row() -> dict:
             total, norm, updates = told()
-            self.optimizer.steps = int(updates)
-            refusal = self.guard.reason(total, norm) if learns else NOTHING
+            learned, self.optimizer.steps = any(b.learns() for b in batches), int(updates)
+            refusal = self.guard.reason(total, norm) if learned else NOTHING
             return self.row(batches, refusal, step=step, loss=total / n, lr=lr, grad_norm=norm)
 
         return row
 
     def update(self) -> dict:
-        """One optimizer step; returns its row."""
-        batches, n, total, learns = self.gradients()
+        """One optimizer step on accumulated batches; the mean is over all of them together."""
+        batches = self.draw()
+        n = denominator(batches)
+        total = self.backward(batches, n)
         norm = backend.kernels.global_norm(self.optimizer.gradients())
         harm = next((batch.harm for batch in batches if batch.harm), "")
+        empty = not harm and not any(batch.learns() for batch in batches)
         total = float(total)  # not before: on a GPU it waits for all that was asked for
-        refusal = self.guard.reason(total, norm, harm) if harm or learns else NOTHING
+        refusal = NOTHING if empty else self.guard.reason(total, norm, harm)
         lr = self.learning_rate()
         if refusal in (None, NOTHING):
             self.remember()
@@ -356,18 +349,15 @@ class Trainer:
         self.step += 1
         return self.row(batches, refusal, step=self.step, loss=total / n, lr=lr, grad_norm=norm)
 
-    def gradients(self) -> tuple[list[Batch], int, Array, bool]:
-        """Forward and backward on accumulated batches, whose mean is over all of them together:
-        the batches, what the summed loss is divided by, that sum, whether there was a backward."""
-        batches, total, learns = self.draw(), 0.0, False
-        n = max(1, sum(batch.denominator() for batch in batches))
+    def backward(self, batches: list[Batch], n: int) -> Array:
+        """Gradients of the loss over n; returns its sum."""
+        total = 0.0
         for batch in batches:
             loss = self.stage.loss(batch)
             total = total + loss.data.sum(dtype="float64")
             if batch.learns():
-                learns = True
                 loss.backward(backend.xp.full(loss.shape, 1 / n, loss.dtype))
-        return batches, n, total, learns
+        return total
 
     def learning_rate(self) -> float:
         """Of the step that is being made."""
@@ -401,7 +391,7 @@ class Trainer:
     def remember(self) -> None:
         """Of a cautious stage: these weights are in order, with a finite loss and no harm done."""
         due = not self.good or self.step >= self.guard.remembered + REMEMBER
-        if due and self.is_cautious:
+        if due and getattr(self.stage, "cautious", False):
             self.good = copied(tensors_of(self.stage.model, self.optimizer))
             self.guard.remembered, self.guard.returns = self.step, 0
 
@@ -466,6 +456,11 @@ class Trainer:
         self.stage.restore(state["stage"])
         self.step, self.seconds, self.results = state["step"], state["seconds"], state["results"]
         self.optimizer.steps, self.guard = state["optimizer_steps"], Guard(**state["guard"])
+
+
+def denominator(batches: list[Batch]) -> int:
+    """What the summed loss of a step is divided by."""
+    return max(1, sum(batch.denominator() for batch in batches))
 
 
 def copied(tensors: Tensors) -> Tensors:

@@ -42,4 +42,4 @@ CONTRACT = (
 )
 
 # What kernels on a device offer besides, so that the host need not wait for it.
-ON_A_DEVICE = ("set_products", "settle", "scale_evenly", "guarded_adamw", "later")
+ON_A_DEVICE = ("set_products", "settle", "scale_evenly", "guarded_adamw", "later", "recorded")

@@ -16,8 +16,7 @@ TOLD = 6  # loss, norm, updates made, and what is noted in `fault`
 class GuardedAdamW:
     """The update of tensors of these sizes, each with its weight decay.
 
-    rate    (1,), float32: the learning rate, to be set before each step
-    state   the guard's running mean of the norm and how many it has seen; updates made so far
+    state: the guard's running mean of the norm and how many it has seen; updates so far.
     """
 
     def __init__(self, kernels, sizes, decays, beta1, beta2, eps, clip, state):
@@ -32,17 +31,17 @@ class GuardedAdamW:
         self.decays = self.xp.asarray(decays, "float32")
         self.settings = self.xp.asarray([beta1, beta2, clip], "float64")
         self.guard = self.xp.asarray(state, "float64")
-        self.rate = self.xp.zeros(1, "float32")
 
-    def __call__(self, loss, tensors):
-        """tensors: (param, grad or None, m, v) of each, loss a float64 -> TOLD numbers, float64."""
+    def __call__(self, loss, rate, tensors):
+        """loss a float64, rate (1,) a float32, tensors: (param, grad or None, m, v) of each
+        -> TOLD numbers, float64."""
         launch, empty = self.kernels.launch, self.xp.empty
         table, partial = self.table(tensors), empty(self.n, "float64")
         told, plan, fault = empty(TOLD, "float64"), empty(4, "float32"), self.kernels.fault
         launch("sum_squares_of_pieces", (self.n,), table, self.pieces, partial)
         given = (partial, self.n, loss, self.settings, fault, self.guard, told, plan)
         launch("judge", (1,), *given, block=1024)
-        given = (table, self.pieces, self.decays, plan, self.rate, *self.numbers)
+        given = (table, self.pieces, self.decays, plan, rate, *self.numbers)
         launch("adamw_of_pieces", (self.n,), *given)
         return told
 

@@ -7,6 +7,8 @@ arrays, by the tests an emulator that runs the same kernels on the CPU. A device
     launch(name, grid, block, shared, arguments)
     later(x)                        begins to copy x to the host; a function that gives it as a list
     multiply(a, b, c, ...)          its own matrix product, or None: then csrc/cuda/matmul.cu
+    memory(), apart(memory)         to work with memory of that pool, after all else and before it
+    record(function), replay(graph) a graph of what function asks for, and what it returned
 
 Nothing here waits for the device but `global_norm` and `settle`. So an integer out of range is told
 late: kernels that meet one work on without it and leave a note, which these two read and raise.
@@ -21,6 +23,7 @@ from importlib import resources
 
 from tinylm.kernels.arguments import Arguments
 from tinylm.kernels.guarded import GuardedAdamW
+from tinylm.kernels.recorded import Recorded
 
 THREADS = 256  # of a block, where nothing else is said
 WARPS = THREADS // 32
@@ -488,6 +491,9 @@ class Kernels:
 
     def guarded_adamw(self, *arguments) -> GuardedAdamW:
         return GuardedAdamW(self, *arguments)
+
+    def recorded(self, function: Callable) -> Recorded:
+        return Recorded(self, function)
 
     def later(self, told) -> Callable[[], tuple]:
         """What GuardedAdamW tells, without waiting for it: the function that is returned waits, and
