@@ -1,8 +1,9 @@
 """tinylm on this machine's GPU, beside PyTorch where it is installed:  python benchmarks/gpu.py
 
 First that the kernels are right there, then how fast: launches, products, attention, and training
-GPT-2 124M. Ratios are tinylm's speed over PyTorch's, in one process and by turns; above 1 is
-faster. Without a GPU it says so in one line and ends with code 2.
+GPT-2 124M, kernel by kernel, as a CUDA graph, and with --recompute. Ratios are tinylm's speed over
+PyTorch's, in one process and by turns; above 1 is faster. Without a GPU it says so in one line and
+ends with code 2.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from tinylm.kernels.cases import CASES
 from tinylm.model import ModelConfig, Transformer
 from tinylm.optim import AdamW
 from tinylm.selfcheck import FromNumPy, selfcheck
+from tinylm.train import Guard
 
 GPT2 = {"vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
 DTYPES = ("float32", "bfloat16")
+WAYS = ("kernel by kernel", "graph", "graph, recompute")
 # dense bfloat16 TFLOP/s as NVIDIA states them; model FLOP utilisation is a share of this
 PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}
 
@@ -97,15 +100,46 @@ class Ours:
         backend.set_products("float32")
         return seconds
 
-    def training(self, dtype: str, directory: str, batch) -> tuple[float, float]:
+    def training(self, dtype: str, directory: str, batch, way: str) -> tuple[float, float]:
         """Seconds of a step, and the loss of the first."""
         backend.set_products(dtype)
         model, _ = tinylm.load(directory)
+        model.recompute = "recompute" in way
         optimizer = AdamW(model.parameters())
-        losses = []
-        seconds = self.time(lambda: losses.append(training_step(model, optimizer, *batch, lr=1e-4)))
+        make, losses = graph_step if "graph" in way else single_kernels_step, []
+        step = make(model, optimizer)
+        seconds = self.time(lambda: losses.append(step(*batch)))
         backend.set_products("float32")
-        return seconds, losses[0]
+        return seconds, losses[0]()
+
+
+def single_kernels_step(model: Transformer, optimizer: AdamW):
+    """A step that is asked for kernel by kernel, and waits for its loss."""
+
+    def step(tokens, targets) -> Callable[[], float]:
+        loss = training_step(model, optimizer, tokens, targets, lr=1e-4)
+        return lambda: loss
+
+    return step
+
+
+def graph_step(model: Transformer, optimizer: AdamW):
+    """The same as train.py makes it of a GPU: recorded and replayed, its loss read later."""
+
+    def whole(rate, tokens, targets, weights):
+        loss = model.loss(tokens, targets)
+        loss.backward(weights)
+        told = optimizer.guarded_step(loss.data.sum(dtype="float64"), rate, 0.0, Guard())
+        optimizer.zero_grad()
+        return told
+
+    recorded, rate = backend.kernels.recorded(whole), numpy.array([1e-4], "float32")
+
+    def step(tokens, targets) -> Callable[[], float]:
+        told = recorded(rate, tokens, targets, numpy.full(tokens.shape, 1 / tokens.size, "float32"))
+        return lambda: told()[0] / tokens.size
+
+    return step
 
 
 class Theirs:
@@ -198,22 +232,27 @@ def compared(ours: Ours, theirs: Theirs | None, unit, task: str, *arguments) -> 
 
 
 def training(ours: Ours, theirs: Theirs | None, config: ModelConfig, rows: int, peak: float | None):
-    """A row for each dtype: tokens/s, share of the peak, the first loss, ratios."""
+    """A row for each dtype and way: tokens/s, share of the peak, the first loss, ratios."""
     ids = numpy.random.default_rng(0).integers(0, config.vocab_size, (rows, config.block_size + 1))
     batch = ids[:, :-1].copy(), ids[:, 1:].copy()
     tokens, found = batch[0].size, []
     with TemporaryDirectory() as directory:
         tinylm.save(Transformer(config), None, directory)
         for dtype in DTYPES:
-            seconds, loss = ours.training(dtype, directory, batch)
-            speed = tokens / seconds
-            row = {"dtype": dtype, "tokens_per_second": speed, "loss": loss}
-            done = 1e-12 * flops_per_token(config, config.block_size) * speed
-            row["mfu"] = peak and done / peak
-            for way in ("eager", "compiled") if theirs else ():
-                seconds_there, there = theirs.training(dtype, directory, batch, way == "compiled")
-                row |= {way: seconds_there / seconds, f"loss_{way}": there}
-            found.append(row)
+            there = {
+                way: theirs.training(dtype, directory, batch, way == "compiled")
+                for way in ("eager", "compiled")
+                if theirs
+            }
+            for way in WAYS:
+                seconds, loss = ours.training(dtype, directory, batch, way)
+                speed = tokens / seconds
+                row = {"dtype": dtype, "way": way, "tokens_per_second": speed, "loss": loss}
+                done = 1e-12 * flops_per_token(config, config.block_size) * speed
+                row["mfu"] = peak and done / peak
+                for other, (seconds_there, loss_there) in there.items():
+                    row |= {other: seconds_there / seconds, f"loss_{other}": loss_there}
+                found.append(row)
     return found
 
 
@@ -230,12 +269,11 @@ def tables(found: dict):
             about = "x".join(str(row[k]) for k in "MKN") if what == "products" else what
             numbers = (number(row[k]) for k in ("tinylm", "torch", "ratio"))
             kernels.add_row(f"{about}, TFLOP/s", row["dtype"], *numbers)
-    steps = table("Training", "dtype", "tokens/s", "MFU", "of eager", "of compiled")
+    steps = table("Training", "dtype", "", "tokens/s", "MFU", "of eager", "of compiled", words=2)
     for row in found["training"]:
         ratios = (number(row.get(way)) for way in ("eager", "compiled"))
-        steps.add_row(
-            row["dtype"], f"{row['tokens_per_second']:,.0f}", number(row["mfu"], ".1%"), *ratios
-        )
+        speed = f"{row['tokens_per_second']:,.0f}"
+        steps.add_row(row["dtype"], row["way"], speed, number(row["mfu"], ".1%"), *ratios)
     return kernels, steps
 
 

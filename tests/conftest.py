@@ -14,7 +14,7 @@ from commands import untrained, write_rows
 
 import tinylm
 from tinylm import backend
-from tinylm.kernels import CONTRACT
+from tinylm.kernels import CONTRACT, ON_A_DEVICE
 from tinylm.kernels.launch import Kernels
 
 
@@ -37,9 +37,8 @@ def cuda(monkeypatch) -> Kernels:
     """`--backend cuda`, on the emulator, with arrays that refuse to mix with NumPy's."""
     device = emulator.Emulator(emulator.library(), device_arrays, device_arrays.unwrap)
     kernels, module = Kernels(device), ModuleType("tinylm.kernels.cuda")
-    vars(module).update({name: getattr(kernels, name) for name in CONTRACT})
+    vars(module).update({name: getattr(kernels, name) for name in CONTRACT + ON_A_DEVICE})
     module.xp, module.describe = device_arrays, lambda: "emulator"
-    module.settle, module.set_products = kernels.settle, kernels.set_products
     monkeypatch.setitem(sys.modules, module.__name__, module)
     tinylm.use("cuda")
     yield kernels

@@ -293,6 +293,8 @@ inline unsigned long long atomicCAS(unsigned long long* at, unsigned long long o
     if (found == old) *at = next;
     return found;
 }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
 inline float __int_as_float(int x) { return emulator::bits<float>(x); }
 inline float __uint_as_float(unsigned x) { return emulator::bits<float>(x); }
 inline unsigned __float_as_uint(float x) { return emulator::bits<unsigned>(x); }

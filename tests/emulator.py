@@ -10,11 +10,13 @@ import ctypes
 import os
 import re
 import subprocess
+from contextlib import contextmanager
 from functools import cache
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import device_arrays
 import numpy
 
 from tinylm.kernels import launch
@@ -84,6 +86,9 @@ class Emulator:
         call.restype = ctypes.c_char_p
         return call, call(None, ctypes.c_size_t(0), None).decode()
 
+    def later(self, x):
+        return self.unwrap(x).copy().tolist
+
     def launch(self, name, grid, block, shared, arguments) -> None:
         assert block <= LARGEST_BLOCK
         assert block % 32 == 0
@@ -96,7 +101,25 @@ class Emulator:
         given = [number(x) for x in values]
         pointers = (ctypes.c_void_p * len(given))(*(ctypes.addressof(x) for x in given))
         size = (ctypes.c_uint * 4)(*(*grid, 1, 1)[:3], block)
-        call(size, ctypes.c_size_t(shared), pointers)
+
+        def run():
+            call(size, ctypes.c_size_t(shared), pointers)
+            return given  # the numbers that `pointers` point at
+
+        device_arrays.act(run, *(x for x in values if isinstance(x, numpy.ndarray)))
+
+    memory = object
+
+    @contextmanager
+    def apart(self, memory):
+        yield
+
+    def record(self, function):
+        with device_arrays.recording() as tape:
+            return tape, function()
+
+    def replay(self, tape) -> None:
+        tape.play()
 
 
 def kind(x) -> str:

@@ -115,6 +115,26 @@ def test_the_head_gives_the_same_in_one_block_of_rows_or_several(kernels, monkey
     assert cases.parity_error(kernels, case) <= cases.TOLERANCE["float32"]
 
 
+@pytest.mark.parametrize(
+    ("weights", "targets", "factor"),
+    [
+        ([0.25] * 4, [0, 1, 2, 0], 1),
+        ([7.0, 0.5, 0.5, 7.0], [-1, 1, 2, -1], 1),
+        ([-3.0] * 4, [0, -1, 2, -1], -6),
+        ([0.0, 9.0, 9.0, 9.0], [-1] * 4, 1),
+        ([np.nan, 1.0, np.nan, np.nan], [0, -1, 2, 1], np.nan),
+    ],
+)
+def test_gradients_are_scaled_by_what_the_device_finds(weights, targets, factor):
+    kernels, xp = launch.Kernels(DEVICE), device_arrays
+    made = [xp.asarray(Draw(0)(2, 3).astype(np.float32)), xp.asarray(f32)]
+    expected = [x.get() * np.float32(factor) for x in made]
+    targets = xp.asarray(np.int64(targets))
+    kernels.scale_evenly(made, xp.asarray(np.float32(weights)), targets)
+    kernels.settle()
+    assert all(np.array_equal(x.get(), y, equal_nan=True) for x, y in zip(made, expected))
+
+
 # ---- barriers ----------------------------------------------------------------------------------
 
 

@@ -6,12 +6,15 @@ import sys
 import fake_cuda
 import numpy
 import pytest
+from commands import SMALL, weights
 
 import tinylm
 from tinylm import backend, memory
+from tinylm.cli import run
 from tinylm.kernels import cases
 from tinylm.kernels.cases import CASES
 from tinylm.selfcheck import FromNumPy
+from tinylm.stages.pretrain import Pretrain
 
 
 @pytest.fixture
@@ -49,6 +52,22 @@ def test_parity_through_cupy_and_cublas(case, machine):
     for dtype in ("float32", "bfloat16"):
         backend.set_products(dtype)
         assert cases.parity_error(kernels, case) <= cases.TOLERANCE[dtype]
+
+
+def test_a_recorded_step_is_the_bits_of_one_that_was_asked_for(
+    machine, text_file, tmp_path, monkeypatch
+):
+    """Through CuPy's streams, events, pools and graphs, with cuBLAS in it."""
+    text = tmp_path / "prose.txt"
+    text.write_text(text_file.read_text()[:4000])
+    monkeypatch.setattr("tinylm.stages.pretrain.generate", lambda *_, **__: "")
+    fake_cuda.Graph.launches = 0
+    for name, recordable in (("replayed", True), ("asked", False)):
+        monkeypatch.setattr(Pretrain, "recordable", recordable)
+        here = ["--out", tmp_path / name, "--backend", "cuda", "--max-steps", "4"]
+        assert run([*map(str, ["pretrain", text, *here, *SMALL, "--eval-tokens", "100"])]) == 0
+    assert fake_cuda.Graph.launches == 3  # the first of four is asked for
+    assert weights(tmp_path / "replayed") == weights(tmp_path / "asked")
 
 
 def test_memory_that_is_free_counts_the_pool(machine):

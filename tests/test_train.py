@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy
 import pytest
@@ -112,8 +113,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(finished, text_file
     assert any(row.get("event") == "resume" for row in metrics(out))
 
 
-def test_threads_do_not_change_the_bits(finished, text_file, tmp_path):
-    assert pretrain(text_file, tmp_path / "r", *STEPS, "--threads", "1").returncode == 0
+@pytest.mark.parametrize("more", [["--threads", "1"], ["--recompute"]], ids=" ".join)
+def test_what_does_not_change_the_bits(more, finished, text_file, tmp_path):
+    assert pretrain(text_file, tmp_path / "r", *STEPS, *more).returncode == 0
     assert weights(tmp_path / "r") == weights(finished[0])
 
 
@@ -288,8 +290,67 @@ def test_memory_that_will_not_suffice_names_what_would_fit(monkeypatch):
     n = model.n_parameters()
     fits = memory.needed(model.config, n, 16, 128)
     monkeypatch.setattr(memory, "available", lambda: fits + 1000)
-    with pytest.raises(InputError, match="--batch-size 16 --accumulate 4 would fit"):
+    with pytest.raises(InputError) as raised:
         memory.check(model, config)
+    ways = "--batch-size 16 --accumulate 4 or --recompute --batch-size 16 --accumulate 4 would fit"
+    assert ways in str(raised.value)
+    fits = memory.needed(model.config, n, 64, 128, recompute=True)
+    with pytest.raises(InputError, match="or --recompute would fit"):
+        memory.check(model, config)
+    memory.check(model, dataclasses.replace(config, recompute=True))
     monkeypatch.setattr(memory, "available", lambda: 10**6)
     with pytest.raises(InputError, match="--n-embd"):
         memory.check(model, config)
+
+
+def gradients(model, recompute: bool) -> dict:
+    """Of two batches, the second of which has documents."""
+    model.recompute = recompute
+    rng = numpy.random.default_rng(0)
+    for start in (None, numpy.repeat([[0] * 20 + [20] * 20], 3, 0).astype("int32")):
+        model.loss(*rng.integers(0, 61, (2, 3, 40)), start).mean().backward()
+    made = {name: p.grad for name, p in model.parameters().items()}
+    for p in model.parameters().values():
+        p.grad = None
+    return made
+
+
+@pytest.mark.parametrize("where", ["cpu", "reference"])
+def test_gradients_of_recomputed_blocks_are_the_same_bits(model, where):
+    backend.use(where)
+    expected, found = gradients(model, False), gradients(model, True)
+    assert all(found[name].tobytes() == g.tobytes() for name, g in expected.items())
+
+
+PEAK = """
+import re, sys
+import numpy, tinylm
+from tinylm import memory
+from tinylm.bench import training_step
+from tinylm.optim import AdamW
+
+recompute = sys.argv[2] == "recompute"
+c = tinylm.ModelConfig(300, 8, 4, 4, 256, block_size=256, architecture=sys.argv[1])
+model = tinylm.Transformer(c)
+model.recompute = recompute
+ids = numpy.zeros((8, 257), "int64")
+training_step(model, AdamW(model.parameters()), ids[:, :-1], ids[:, 1:], 1e-3)
+status = open("/proc/self/status").read()  # getrusage would begin with the peak of our parent
+print(1024 * int(re.search(r"VmHWM:\\s*(\\d+)", status)[1]))
+print(memory.needed(c, model.n_parameters(), 8, 256, recompute))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak")
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_memory_is_foreseen_with_and_without_recomputing(architecture, tmp_path):
+    measured = []
+    for way in ("keep", "recompute"):
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, architecture, way], cwd=tmp_path,
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        peak, foreseen = map(int, done.stdout.split())
+        assert peak < foreseen < peak + memory.BASE
+        measured.append(peak)
+    assert measured[1] < 0.75 * measured[0]

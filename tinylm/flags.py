@@ -24,7 +24,7 @@ from tinylm.errors import InputError
 from tinylm.progress import Progress
 from tinylm.train import TrainConfig
 
-TYPES = {"int": int, "float": float, "str": str}
+TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 
 
 class Commands(click.Group):
@@ -75,6 +75,7 @@ def settings_of(config):
             command = click.option(
                 "--" + field.name.replace("_", "-"),
                 type=click.Choice(choices) if choices else TYPES[field.type],
+                is_flag=field.type == "bool",
                 default=field.default,
                 help=field.metadata["help"],
             )(command)

@@ -12,8 +12,9 @@ from tinylm.model import ModelConfig, Transformer
 BASE = 200e6  # Python, NumPy, the rest, and what the pool keeps, bytes
 
 
-def activation_floats(c: ModelConfig) -> int:
-    """Floats that one token leaves for the backward pass, over all layers."""
+def activation_floats(c: ModelConfig, recompute: bool) -> int:
+    """Floats that one token leaves for the backward pass, over all layers; with recompute, of all
+    but one their input alone."""
     heads, groups = c.n_head * c.head_size, c.n_kv_head * c.head_size
     if c.is_llama:
         # turned q and k, v, out, sum; gate, up, sum (norms and products are computed again)
@@ -21,18 +22,22 @@ def activation_floats(c: ModelConfig) -> int:
     else:
         # q k v, out, sum; up, sum
         layer = 6 * c.n_embd + c.n_inner
-    return c.n_layer * layer + 2 * c.n_embd
+    layers = layer + c.n_layer * c.n_embd if recompute else c.n_layer * layer
+    return layers + 2 * c.n_embd
 
 
-def needed(c: ModelConfig, n_parameters: int, rows: int, block_size: int) -> int:
+def needed(
+    c: ModelConfig, n_parameters: int, rows: int, block_size: int, recompute: bool = False
+) -> int:
     """Bytes at the peak of a training step on rows x block_size tokens, float32."""
     tokens = rows * block_size
     # weights, gradients, at most two moments; what the layers keep; gradients on their way; a
     # logits block
+    on_their_way = 4 * c.n_inner + 8 * c.n_embd
     logits = min(tokens, 512) * c.vocab_size
-    if backend.name == "cuda":  # and their bits in bfloat16
-        logits = 1.5 * min(tokens * c.vocab_size, LOGITS)
-    floats = 4 * n_parameters + tokens * (activation_floats(c) + 4 * c.n_inner + 8 * c.n_embd)
+    if backend.name == "cuda":  # and their bits in bfloat16; evaluations have memory of their own
+        logits = 2 * 1.5 * min(tokens * c.vocab_size, LOGITS)
+    floats = 4 * n_parameters + tokens * (activation_floats(c, recompute) + on_their_way)
     return int(BASE + 4 * (floats + logits))
 
 
@@ -60,16 +65,30 @@ def available() -> int | None:
 
 
 def check(model: Transformer, config) -> None:
-    """Raise InputError, with the setting that would fit, where a run would not fit the memory."""
-    room, n = available(), model.n_parameters()
-    if room is None or needed(model.config, n, config.batch_size, config.block_size) <= room:
+    """Raise InputError, with the settings that would fit, where a run would not fit the memory."""
+    room, n, c = available(), model.n_parameters(), config
+
+    def needs(rows: int, recompute: bool) -> int:
+        return needed(model.config, n, rows, c.block_size, recompute)
+
+    def that_fit(recompute: bool) -> str:
+        """Flags for as many rows as fit, or ""."""
+        rows = c.batch_size
+        while rows > 1 and needs(rows, recompute) > room:
+            rows //= 2
+        flags = ["--recompute"] if recompute and not c.recompute else []
+        if rows < c.batch_size:
+            times = c.accumulate * -(-c.batch_size // rows)
+            flags.append(f"--batch-size {rows} --accumulate {times}")
+        return " ".join(flags) if needs(rows, recompute) <= room else ""
+
+    wanted = needs(c.batch_size, c.recompute)
+    if room is None or wanted <= room:
         return
-    rows = config.batch_size
-    while rows > 1 and needed(model.config, n, rows, config.block_size) > room:
-        rows //= 2
-    wanted = needed(model.config, n, config.batch_size, config.block_size)
-    said = f"this run needs about {wanted / 1e9:.1f} GB, but {room / 1e9:.1f} GB are free: "
-    if needed(model.config, n, rows, config.block_size) > room:
-        raise InputError(said + "use a smaller --n-embd, --n-layer or --block-size")
-    times = config.accumulate * -(-config.batch_size // rows)
-    raise InputError(said + f"--batch-size {rows} --accumulate {times} would fit")
+    ways = [way for way in map(that_fit, sorted({c.recompute, True})) if way]
+    advice = " or ".join(ways) + " would fit" if ways else SMALLER
+    free = f"but {room / 1e9:.1f} GB are free"
+    raise InputError(f"this run needs about {wanted / 1e9:.1f} GB, {free}: {advice}")
+
+
+SMALLER = "use a smaller --n-embd, --n-layer or --block-size"

@@ -137,11 +137,11 @@ class Places:
     """
 
     def __init__(self, tokens: Array, start: Array | None, past: int, cos: Array, sin: Array):
-        B, T = tokens.shape
-        at = numpy.broadcast_to(numpy.arange(past, past + T, dtype=numpy.int32), (B, T))
-        positions = at if start is None else numpy.maximum(at - start, 0)
-        self.positions = backend.asarray(numpy.ascontiguousarray(positions))
+        xp, (B, T) = backend.xp, tokens.shape
+        at = xp.broadcast_to(xp.arange(past, past + T, dtype="int32"), (B, T))
         self.start = None if start is None else backend.asarray(start, "int32")
+        positions = at if start is None else xp.maximum(at - self.start, 0)
+        self.positions = xp.ascontiguousarray(positions)
         self.cos, self.sin = cos, sin
 
 
@@ -150,7 +150,11 @@ class Transformer(nn.Module):
 
     rng draws the initial weights: N(0, 0.02²), residual projections scaled by 1/√(2 n_layer), norms
     one, biases zero (the GPT-2 recipe).
+
+    recompute   keep nothing of a block but its input; backward computes the rest once more
     """
+
+    recompute = False
 
     def __init__(self, config: ModelConfig, rng: numpy.random.Generator | int = 0):
         rng = numpy.random.default_rng(rng)
@@ -161,7 +165,7 @@ class Transformer(nn.Module):
         else:
             self.positions = nn.Embedding(rng, config.block_size, config.n_embd)
             angles = numpy.zeros((0, 0))
-        self._cos, self._sin = numpy.cos(angles), numpy.sin(angles)
+        self._turns, self._on = (numpy.cos(angles), numpy.sin(angles)), {}
         self.blocks = [Block(config, rng) for _ in range(config.n_layer)]
         norm = nn.RMSNorm if config.is_llama else nn.LayerNorm
         self.norm = norm(config.n_embd, config.norm_eps)
@@ -205,21 +209,27 @@ class Transformer(nn.Module):
         start (B, T): index of the first token of each token's document; attention does not look
         before it, and positions count from it. cache: a KVCache holding what came before.
         """
-        tokens = numpy.atleast_2d(numpy.asarray(tokens))
+        tokens = backend.xp.atleast_2d(backend.asarray(tokens))
         past = 0 if cache is None else cache.length
         if past + tokens.shape[1] > self.config.block_size:
             raise ValueError(
                 f"{past + tokens.shape[1]} tokens do not fit a context of {self.config.block_size}"
             )
-        dtype = self.embedding.weight.dtype
-        cos, sin = (backend.asarray(x, dtype) for x in (self._cos, self._sin))
-        places = Places(tokens, start, past, cos, sin)
-        x = self.embedding(backend.asarray(tokens))
+        places = Places(tokens, start, past, *self.turns())
+        x = self.embedding(tokens)
         if not self.config.is_llama:
             x = x + self.positions(places.positions)
         for i, block in enumerate(self.blocks):
-            x = block(x, places, None if cache is None else cache.layers[i])
+            rest = places, None if cache is None else cache.layers[i]
+            x = ops.recomputed(block, x, *rest) if self.recompute else block(x, *rest)
         return self.norm(x)
+
+    def turns(self) -> tuple[Array, Array]:
+        """cos and sin of the rotary angles, on the backend in use; brought there once."""
+        key = backend.name, str(self.embedding.weight.dtype)
+        if key not in self._on:
+            self._on[key] = tuple(backend.asarray(x, key[1]) for x in self._turns)
+        return self._on[key]
 
     def __call__(self, tokens: Array, start: Array | None = None, cache=None) -> Tensor:
         """tokens (B, T) of int -> logits (B, T, V)."""
@@ -232,7 +242,7 @@ class Transformer(nn.Module):
 
         even=False saves time where the tokens' losses will be weighted each in its own way.
         """
-        targets = backend.asarray(numpy.atleast_2d(targets))
+        targets = backend.xp.atleast_2d(backend.asarray(targets))
         hidden = self.hidden(tokens, start)
         return ops.linear_cross_entropy(hidden, self.head_weight, targets, even)
 

@@ -7,8 +7,10 @@ use, and tells `Tensor.from_op` how a gradient travels back. Only glue that move
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tinylm import backend
-from tinylm.tensor import Array, Tensor, recording
+from tinylm.tensor import Array, Tensor, no_grad, recording
 
 # ---- glue: adds, products, sums, views ---------------------------------------------------------
 
@@ -255,6 +257,25 @@ def gelu(x: Tensor, approximate: bool = True) -> Tensor:
     return Tensor.from_op(forward(), (x,), vjp, forward)
 
 
+# ---- memory ------------------------------------------------------------------------------------
+
+
+def recomputed(f: Callable[..., Tensor], x: Tensor, *rest) -> Tensor:
+    """f(x, *rest), of which only x is kept: backward runs f again.  arXiv 1604.06174
+
+    Whatever else f reads must be constant, or a leaf: leaves get their gradients where they are.
+    """
+    with no_grad():
+        y = f(x, *rest).data
+
+    def vjp(dy):
+        again = Tensor(x.data, requires_grad=True)
+        f(again, *rest).backward(dy)
+        return (again.grad,)
+
+    return Tensor.from_op(y, (x,), vjp)
+
+
 # ---- loss --------------------------------------------------------------------------------------
 
 
@@ -271,8 +292,9 @@ def cross_entropy(logits: Tensor, targets: Array) -> Tensor:
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Array, even: bool = True) -> Tensor:
     """cross_entropy(linear(x, weight), targets) without ever holding all logits.
 
-    even: every target's loss will probably get the same gradient, as in a mean. Gradients are made
-    on the way then, which saves a third of the products; they are thrown away if it was not so.
+    even: every target's loss will get the same gradient, as in a mean. Gradients are made on the
+    way then, which saves a third of the products. Where it was not so they are thrown away; on a
+    device, which is not asked, it is an error, told when it is next waited for.
     """
     made = None
     if even and recording(x, weight):
@@ -282,15 +304,22 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Array, even: bool =
         loss, lse = backend.kernels.linear_cross_entropy_forward(x.data, weight.data, targets)
 
     def vjp(dloss):
-        given = dloss[targets >= 0]
-        if made and len(given) and (given == given[0]).all():
-            mean = given.dtype.type(1 / len(given))
-            return made if given[0] == mean else tuple(d * (given[0] / mean) for d in made)
-        return backend.kernels.linear_cross_entropy_backward(
-            dloss, x.data, weight.data, targets, lse
-        )  # fmt: skip
+        return (made and evenly(made, dloss, targets)) or (
+            backend.kernels.linear_cross_entropy_backward(dloss, x.data, weight.data, targets, lse)
+        )
 
     return Tensor.from_op(loss, (x, weight), vjp)
+
+
+def evenly(made: list[Array], dloss: Array, targets: Array) -> list[Array] | None:
+    """The gradients of a mean over targets, as those of Σ dloss · loss; None if dloss is uneven."""
+    if hasattr(backend.kernels, "scale_evenly"):
+        return backend.kernels.scale_evenly(made, dloss, targets)
+    given = dloss[targets >= 0]
+    if not len(given) or (given != given[0]).any():
+        return None
+    mean = given.dtype.type(1 / len(given))
+    return made if given[0] == mean else [d * (given[0] / mean) for d in made]
 
 
 # ---- so that a formula reads like one -----------------------------------------------------------

@@ -29,6 +29,24 @@ class AdamW:
         self.v = {name: backend.xp.zeros_like(p.data) for name, p in parameters.items()}
         self.steps = 0
 
+    can_be_guarded = True  # by a device; see guarded_step
+    _guarded = None  # what does it there
+
+    def guarded_step(self, loss: Array, rate: Array, clip: float, guard) -> Array:
+        """The whole update by a device, unless the gradient is one that train.Guard would refuse.
+
+        rate (1,): the learning rate. Clip and guard are those of the first call, which the device
+        remembers. Nothing is waited for; backend.kernels.later reads how it went.
+        """
+        if self._guarded is None:
+            sizes = [p.size for p in self.parameters.values()]
+            decays = [self.decay(p) for p in self.parameters.values()]
+            numbers = (self.beta1, self.beta2, self.eps, clip)
+            state = (guard.mean, guard.seen, self.steps)
+            self._guarded = backend.kernels.guarded_adamw(sizes, decays, *numbers, state)
+        named = self.parameters.items()
+        return self._guarded(loss, rate, [(p.data, p.grad, self.m[k], self.v[k]) for k, p in named])
+
     def gradients(self) -> list[Array]:
         return [p.grad for p in self.parameters.values() if p.grad is not None]
 
@@ -40,11 +58,13 @@ class AdamW:
                 self.move(name, p, lr, grad_scale)
 
     def move(self, name: str, p: Tensor, lr: float, grad_scale: float) -> None:
-        decay = self.weight_decay if p.ndim > 1 else 0.0
         backend.kernels.adamw(
             p.data, p.grad, self.m[name], self.v[name],
-            lr, self.beta1, self.beta2, self.eps, decay, self.steps, grad_scale,
+            lr, self.beta1, self.beta2, self.eps, self.decay(p), self.steps, grad_scale,
         )  # fmt: skip
+
+    def decay(self, p: Tensor) -> float:
+        return self.weight_decay if p.ndim > 1 else 0.0
 
     def zero_grad(self) -> None:
         for p in self.parameters.values():
@@ -61,6 +81,8 @@ class Muon(AdamW):
     makes it as large as AdamW's usually is, so that one learning rate serves both
     (arXiv 2502.16982). Such a matrix needs no `v`.
     """
+
+    can_be_guarded = False
 
     def __init__(self, parameters: dict[str, Tensor], matrices: set[str], **settings):
         super().__init__(parameters, **settings)

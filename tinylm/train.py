@@ -11,8 +11,10 @@ import json
 import math
 import signal
 import time
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,11 +29,12 @@ from tinylm.checkpoint import (
     write_text,
 )  # fmt: skip
 from tinylm.data import Batch
+from tinylm.device_step import DeviceStep, able
 from tinylm.errors import InputError
 from tinylm.model import Transformer
 from tinylm.optim import AdamW, Muon, clip_scale, schedule
 from tinylm.progress import Progress
-from tinylm.tensor import Tensor
+from tinylm.tensor import Array, Tensor
 from tinylm.tokenizer import Tokenizer
 
 
@@ -66,6 +69,7 @@ class TrainConfig:
     weight_decay: float = setting(0.1, "Decoupled decay of matrices.")
     clip: float = setting(1.0, "Largest global norm of the gradient (0: no limit).")
     dtype: str = setting("auto", "Operands of products (auto: bfloat16 on cuda).", False, DTYPES)
+    recompute: bool = setting(False, "Save memory: blocks run again in the backward pass.", True)
     seed: int = setting(0, "Seeds everything random.")
     cutoff: str = setting("", "Knowledge cut-off for the model card; later stages inherit it.")
     eval_every: int = setting(250, "Steps between evaluations.", True)
@@ -153,7 +157,8 @@ class Stage(Protocol):
         """The model card, Markdown."""
 
     # A stage may be `cautious`: after an update that did harm, the loop goes back to weights that
-    # were in order, and calls the stage's recover(refusal: str).
+    # were in order, and calls the stage's recover(refusal: str). It may be `recordable`: its loss
+    # is computed from a batch's tokens, targets and start alone, of whatever length.
 
 
 @dataclass
@@ -237,10 +242,12 @@ class Trainer:
 
     def __init__(self, stage: Stage, config: TrainConfig, folder: Path, progress: Progress):
         self.stage, self.config, self.folder, self.progress = stage, config, folder, progress
+        stage.model.recompute = config.recompute
         self.optimizer = make_optimizer(stage.model, config)
         self.checkpoint = Checkpoint(folder)
         self.guard = Guard()
         self.step, self.seconds, self.results = 0, 0.0, {}
+        self.asked: list[Callable[[], dict]] = []  # steps of which nothing is logged yet
         self.good: Tensors = {}  # weights and moments of a cautious stage that were in order
         self.environment = environment.describe()
         self.stop_asked = False
@@ -264,6 +271,7 @@ class Trainer:
             memory.check(self.stage.model, self.config)
             save_description(self.stage.model, self.stage.tokenizer, self.folder)
             self.save()
+        self.device = DeviceStep(self) if able(self.optimizer, self.stage) else None
         with graceful_stop(self), products(self.config.dtype), self.progress.training(self):
             self.loop(metrics)
         if self.stop_asked:
@@ -271,55 +279,98 @@ class Trainer:
         return self.results
 
     def loop(self, metrics: Metrics) -> None:
-        began = time.perf_counter() - self.seconds
-        while not self.finished() and not self.stop_asked:
-            tick = time.perf_counter()
+        began, c, done = time.perf_counter() - self.seconds, self.config, False
+        while not done:
+            if not self.asked:
+                self.tick = time.perf_counter()
             try:
-                row = self.update()
+                self.asked.append(self.ask() if self.device else partial(dict, self.update()))
+                self.seconds = time.perf_counter() - began
+                final = self.finished()
+                done = final or self.stop_asked
+                evaluating = final or self.step % c.eval_every == 0
+                saving = done or self.step % c.save_every == 0
+                self.tell(metrics, 1 if self.device and not evaluating and not saving else 0)
             except InputError:  # of a judge, say: what was learned before is kept
+                with suppress(InputError):
+                    self.tell(metrics, 0)
                 self.save()
                 raise
-            self.seconds = time.perf_counter() - began
-            row["tokens_per_second"] = round(row.pop("tokens") / (time.perf_counter() - tick))
-            metrics.write(step=self.step, **row, seconds=round(self.seconds, 3))
-            self.progress.step(self, row)
-            final = self.finished()
-            if final or self.step % self.config.eval_every == 0:
+            if evaluating:
                 self.evaluate(metrics, final)
             self.seconds = time.perf_counter() - began
-            if final or self.stop_asked or self.step % self.config.save_every == 0:
+            if saving:
                 self.save()
+
+    def tell(self, metrics: Metrics, keep: int) -> None:
+        """Log what came of the steps that were asked for, but for the last `keep` of them."""
+        while len(self.asked) > keep:
+            row = self.asked.pop(0)()
+            now = time.perf_counter()
+            row["tokens_per_second"] = round(row.pop("tokens") / (now - self.tick))
+            metrics.write(**row, seconds=round(self.seconds, 3))
+            self.progress.step(self, row)
+            self.tick = now
+
+    def ask(self) -> Callable[[], dict]:
+        """One optimizer step by a device; what is returned waits for it, and gives its row."""
+        batches = self.draw()
+        n, lr = denominator(batches), self.learning_rate()
+        told = self.device.ask(batches, n, lr)
+        self.step += 1
+        step = self.step
+
+        def row() -> dict:
+            total, norm, updates = told()
+            learned, self.optimizer.steps = any(b.learns() for b in batches), int(updates)
+            refusal = self.guard.reason(total, norm) if learned else NOTHING
+            return self.row(batches, refusal, step=step, loss=total / n, lr=lr, grad_norm=norm)
+
+        return row
 
     def update(self) -> dict:
         """One optimizer step on accumulated batches; the mean is over all of them together."""
         batches = self.draw()
-        n = max(1, sum(batch.denominator() for batch in batches))
+        n = denominator(batches)
+        total = self.backward(batches, n)
+        norm = backend.kernels.global_norm(self.optimizer.gradients())
+        harm = next((batch.harm for batch in batches if batch.harm), "")
+        empty = not harm and not any(batch.learns() for batch in batches)
+        total = float(total)  # not before: on a GPU it waits for all that was asked for
+        refusal = NOTHING if empty else self.guard.reason(total, norm, harm)
+        lr = self.learning_rate()
+        if refusal in (None, NOTHING):
+            self.remember()
+        if not refusal:
+            self.optimizer.step(lr, clip_scale(norm, self.config.clip))
+        elif harm or refusal == NOT_FINITE:
+            self.go_back(refusal)
+        self.optimizer.zero_grad()
+        self.step += 1
+        return self.row(batches, refusal, step=self.step, loss=total / n, lr=lr, grad_norm=norm)
+
+    def backward(self, batches: list[Batch], n: int) -> Array:
+        """Gradients of the loss over n; returns its sum."""
         total = 0.0
         for batch in batches:
             loss = self.stage.loss(batch)
             total = total + loss.data.sum(dtype="float64")
             if batch.learns():
                 loss.backward(backend.xp.full(loss.shape, 1 / n, loss.dtype))
-        norm = backend.kernels.global_norm(self.optimizer.gradients())
-        harm = next((batch.harm for batch in batches if batch.harm), "")
-        empty = not harm and not any(batch.learns() for batch in batches)
-        total = float(total)  # not before: on a GPU it waits for all that was asked for
-        refusal = NOTHING if empty else self.guard.reason(total, norm, harm)
+        return total
+
+    def learning_rate(self) -> float:
+        """Of the step that is being made."""
         c = self.config
-        lr = c.learning_rate * self.guard.rate * schedule(self.share_done(1), c.warmup, c.floor)
-        if refusal in (None, NOTHING):
-            self.remember()
-        if not refusal:
-            self.optimizer.step(lr, clip_scale(norm, c.clip))
-        elif harm or refusal == NOT_FINITE:
-            self.go_back(refusal)
-        self.optimizer.zero_grad()
-        self.step += 1
-        row = {"loss": total / n, "lr": lr, "grad_norm": norm}
-        row |= {"tokens": sum(batch.trained_tokens() for batch in batches), **notes_of(batches)}
+        return c.learning_rate * self.guard.rate * schedule(self.share_done(1), c.warmup, c.floor)
+
+    def row(self, batches: list[Batch], refusal: str | None, **numbers) -> dict:
+        """A step's line in the log."""
+        row = {**numbers, "tokens": sum(batch.trained_tokens() for batch in batches)}
+        row |= notes_of(batches)
         if refusal:
-            if not empty:
-                self.progress.say(f"step {self.step}: update skipped, {refusal}")
+            if refusal != NOTHING:
+                self.progress.say(f"step {row['step']}: update skipped, {refusal}")
             row |= {"event": "skip", "reason": refusal}
             row |= {
                 k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)
@@ -405,6 +456,11 @@ class Trainer:
         self.stage.restore(state["stage"])
         self.step, self.seconds, self.results = state["step"], state["seconds"], state["results"]
         self.optimizer.steps, self.guard = state["optimizer_steps"], Guard(**state["guard"])
+
+
+def denominator(batches: list[Batch]) -> int:
+    """What the summed loss of a step is divided by."""
+    return max(1, sum(batch.denominator() for batch in batches))
 
 
 def copied(tensors: Tensors) -> Tensors:

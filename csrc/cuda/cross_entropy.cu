@@ -59,6 +59,29 @@ KERNEL cross_entropy_with_gradients(float* logits, const int* targets, const flo
     for (i64 c = threadIdx.x; c < V; c += blockDim.x) row[c] = 0;
 }
 
+// *scale: what the gradient of the mean is multiplied by to be that of the sum of dloss * loss,
+// where dloss is the same for all of the N targets that count. Where it is not, that is noted. One
+// block.
+KERNEL even_scale(const float* dloss, const int* targets, i64 N, float* scale, i64* fault,
+                  i64 check) {
+    float counted = 0, total = 0, most = -INF, least = -INF;  // least: of -dloss
+    for (i64 n = threadIdx.x; n < N; n += blockDim.x)
+        if (targets[n] >= 0) {
+            counted += 1, total += dloss[n];
+            most = fmaxf(most, dloss[n]), least = fmaxf(least, -dloss[n]);
+        }
+    counted = over_block<Sum>(counted), total = over_block<Sum>(total);
+    most = over_block<Max>(most), least = over_block<Max>(least);
+    if (threadIdx.x > 0) return;
+    if (most > -least) note(fault, check, 0, 0);
+    *scale = counted == 0 ? 1 : total == total ? most / (1 / counted) : total;
+}
+
+KERNEL multiply_by(float* x, const float* scale, i64 n) {
+    const i64 i = thread_index();
+    if (i < n && *scale != 1) x[i] *= *scale;
+}
+
 // scale = 1 / (how many of the N targets count); one block
 KERNEL one_over_counted(const int* targets, i64 N, float* scale) {
     float counted = 0;  // exact up to 16 million

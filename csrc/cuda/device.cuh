@@ -134,16 +134,20 @@ DEVICE void multiply_add(float (&c)[4], const unsigned (&a)[4], const unsigned (
 #endif
 }
 
-// ---- integers from outside ---------------------------------------------------------------------
+// ---- what is wrong with numbers from outside ---------------------------------------------------
 
-// An index that must lie in [least, limit). One that does not is written down in fault, the first
-// one wins, with the number of the check; the host raises the error when it next waits for the
-// device. Here the work goes on with `least`, so that nothing is read out of bounds.
+// Written down in fault, the first one wins, with the number of the check; the host raises the
+// error when it next waits for the device.
+DEVICE void note(i64* fault, i64 check, i64 value, i64 limit) {
+    if (atomicCAS((unsigned long long*)fault, 0ull, (unsigned long long)check) != 0) return;
+    fault[1] = value;
+    fault[2] = limit;
+}
+
+// An index that must lie in [least, limit). With one that does not, the work goes on as if it were
+// `least`, so that nothing is read out of bounds.
 DEVICE int checked(int index, i64 least, i64 limit, i64* fault, i64 check) {
     if (index >= least && index < limit) return index;
-    if (atomicCAS((unsigned long long*)fault, 0ull, (unsigned long long)check) == 0) {
-        fault[1] = index;
-        fault[2] = limit;
-    }
+    note(fault, check, index, limit);
     return (int)least;
 }

@@ -40,3 +40,6 @@ CONTRACT = (
     "adamw",
     "global_norm",
 )
+
+# What kernels on a device offer besides, so that the host need not wait for it.
+ON_A_DEVICE = ("set_products", "settle", "scale_evenly", "guarded_adamw", "later", "recorded")

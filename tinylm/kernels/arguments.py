@@ -1,6 +1,17 @@
-"""The arguments of a device's kernels: checked, and errors worded as those of the CPU's kernels."""
+"""The arguments of a device's kernels: checked, and errors worded as those of the CPU's kernels.
+
+Also how many threads and blocks there are, where nothing else is said.
+"""
 
 from __future__ import annotations
+
+THREADS = 256  # of a block, where nothing else is said
+WARPS = THREADS // 32
+
+
+def up(n: int, size: int) -> int:
+    """How many pieces of a size hold n."""
+    return -(-n // size)
 
 
 def text_of(shape) -> str:
@@ -65,4 +76,6 @@ class Arguments:
         if x.dtype == "int64":
             wide, x = x, self.xp.empty(x.shape, "int32")
             self.kernels.each("narrow", wide, x)
-        return x, (self.kernels.fault, self.kernels.check_number(self.what(arg), least))
+        return x, self.kernels.noting(
+            f"{self.what(arg)}values in [{least}, {{limit}}), got {{value}}"
+        )

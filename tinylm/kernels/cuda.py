@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy
 
-from tinylm.kernels import CONTRACT
+from tinylm.kernels import CONTRACT, ON_A_DEVICE
 from tinylm.kernels.launch import Kernels, source
 
+WORKSPACE = 32 << 20  # bytes: what cuBLAS advises for the largest GPUs, ours for graphs to keep
 LEAST_MEMORY = 500e6  # bytes: CUDA's own context, and a small model
 STATIC_SHARED = 48 << 10  # bytes of a block's memory that need no permission
 
@@ -95,8 +97,9 @@ class Cublas:
     FLOAT32, BFLOAT16 = 0, 14  # cudaDataType
     FLOAT32_SUMS, BEST = 68, -1  # cublasComputeType_t, cublasGemmAlgo_t
 
-    def __init__(self, library: ctypes.CDLL):
+    def __init__(self, library: ctypes.CDLL, workspace):
         self.library, self.handle, self.stream = library, ctypes.c_void_p(), None
+        self.workspace = workspace
         self.call("cublasCreate_v2", ctypes.byref(self.handle))
 
     def call(self, name: str, *arguments) -> None:
@@ -105,9 +108,11 @@ class Cublas:
             raise RuntimeError(f"{name}: cuBLAS status {status}")
 
     def follow(self, stream: int) -> None:
-        """Work on this stream from now on."""
+        """Work on this stream from now on. That gives the workspace back, so it is set anew."""
         if stream != self.stream:
             self.call("cublasSetStream_v2", self.handle, ctypes.c_void_p(stream))
+            size = ctypes.c_size_t(self.workspace.nbytes)
+            self.call("cublasSetWorkspace_v2", self.handle, pointer(self.workspace), size)
             self.stream = stream
 
     def multiply(self, a, b, c, transpose_a: bool, transpose_b: bool, add: bool) -> None:
@@ -145,7 +150,9 @@ class Device:
     def __init__(self):
         self.xp = load_cupy(driver_version())
         self.module = self.xp.RawModule(code=source(), options=("-std=c++17",))
-        self.blas = Cublas(find_cublas(self.xp.cuda.runtime.runtimeGetVersion()))
+        library = find_cublas(self.xp.cuda.runtime.runtimeGetVersion())
+        self.blas = Cublas(library, self.xp.empty(WORKSPACE, "uint8"))
+        self.stream = self.xp.cuda.Stream(non_blocking=True)  # the default one cannot be recorded
         self.function = cache(self.function)
 
     def function(self, name: str, shared: int):
@@ -162,6 +169,45 @@ class Device:
         self.blas.follow(self.xp.cuda.get_current_stream().ptr)
         self.blas.multiply(*arguments)
 
+    def later(self, x):
+        """x, which is copied after all that was asked for so far, and before what comes next."""
+        from cupyx import empty_pinned
+
+        host, copied = empty_pinned(x.shape, x.dtype), self.xp.cuda.Event(disable_timing=True)
+        x.get(out=host, blocking=False)
+        copied.record()
+
+        def read() -> list:
+            copied.synchronize()
+            return host.tolist()
+
+        return read
+
+    def memory(self):
+        return self.xp.cuda.MemoryPool()
+
+    @contextmanager
+    def apart(self, memory):
+        """On the stream that can be recorded, which waits for the usual one and is waited for."""
+        usual = self.xp.cuda.get_current_stream()
+        self.stream.wait_event(usual.record())
+        try:
+            with self.stream, self.xp.cuda.using_allocator(memory.malloc):
+                yield
+        finally:
+            usual.wait_event(self.stream.record())
+
+    def record(self, function):
+        self.stream.begin_capture()
+        try:
+            found = function()
+        finally:
+            graph = self.stream.end_capture()
+        return graph, found
+
+    def replay(self, graph) -> None:
+        graph.launch(self.stream)
+
     def describe(self) -> str:
         properties = self.xp.cuda.runtime.getDeviceProperties(self.xp.cuda.Device().id)
         return properties["name"].decode()
@@ -175,5 +221,4 @@ class Device:
 device = Device()
 xp, describe, free_bytes = device.xp, device.describe, device.free_bytes
 kernels = Kernels(device)
-set_products, settle = kernels.set_products, kernels.settle
-globals().update({name: getattr(kernels, name) for name in CONTRACT})
+globals().update({name: getattr(kernels, name) for name in CONTRACT + ON_A_DEVICE})

@@ -5,26 +5,31 @@ arrays, by the tests an emulator that runs the same kernels on the CPU. A device
 
     xp                              its array library: numpy's interface
     launch(name, grid, block, shared, arguments)
+    later(x)                        begins to copy x to the host; a function that gives it as a list
     multiply(a, b, c, ...)          its own matrix product, or None: then csrc/cuda/matmul.cu
+    memory(), apart(memory)         to work with memory of that pool, after all else and before it
+    record(function), replay(graph) a graph of what function asks for, and what it returned
 
-Nothing here waits for the device but `global_norm` and `settle`. So an integer out of range is told
-late: kernels that meet one work on without it and leave a note, which these two read and raise.
+Nothing here waits for the device but `global_norm`, `settle` and what `later` returns. So an
+integer out of range is told late: kernels that meet one work on without it and leave a note, which
+these read and raise.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from importlib import resources
 
-from tinylm.kernels.arguments import Arguments
+from tinylm.kernels.arguments import THREADS, WARPS, Arguments, up
+from tinylm.kernels.attention import Attention
+from tinylm.kernels.guarded import GuardedAdamW
+from tinylm.kernels.recorded import Recorded
 
-THREADS = 256  # of a block, where nothing else is said
-WARPS = THREADS // 32
 LOGITS = 1 << 26  # floats: how many logits exist at once, 256 MB
 NORM_BLOCKS = 256
 SUM_ROWS = 128  # rows that one block of sum_rows walks down, at least
-INT32_MAX = 2**31 - 1
 
 
 def source() -> str:
@@ -43,19 +48,14 @@ def source() -> str:
     return text.encode("ascii", "replace").decode()
 
 
-def up(n: int, size: int) -> int:
-    """How many pieces of a size hold n."""
-    return -(-n // size)
-
-
-class Kernels:
+class Kernels(Attention):
     """Every function of CONTRACT, float32, on one device."""
 
     def __init__(self, device):
         self.device, self.xp = device, device.xp
         self.products = "float32"
         self.fault = self.xp.zeros(3, "int64")  # which check failed, what it met, the limit
-        self.checks: list[tuple[str, int]] = []
+        self.checks: list[str] = []  # what each number in `fault` means
 
     # ---- tools ---------------------------------------------------------------------------------
 
@@ -82,18 +82,21 @@ class Kernels:
         n = arguments[0].size if n < 0 else n
         self.launch(name, (up(n, THREADS),), *arguments, n, *rest)
 
-    def check_number(self, what: str, least: int) -> int:
-        if (what, least) not in self.checks:
-            self.checks.append((what, least))
-        return 1 + self.checks.index((what, least))
+    def noting(self, error: str) -> tuple:
+        """What a kernel needs to note an error, which may tell a {value} and a {limit}."""
+        if error not in self.checks:
+            self.checks.append(error)
+        return self.fault, 1 + self.checks.index(error)
 
     def settle(self) -> None:
-        """Wait for the device; raise ValueError if a kernel met an integer out of range."""
-        check, value, limit = self.fault.tolist()
+        """Wait for the device; raise ValueError if a kernel has noted an error."""
+        self.tell(*self.fault.tolist())
+
+    def tell(self, check: int, value: int, limit: int) -> None:
+        """Raise what was noted, if anything was."""
         if check:
             self.fault.fill(0)
-            what, least = self.checks[check - 1]
-            raise ValueError(f"{what}values in [{least}, {limit}), got {value}")
+            raise ValueError(self.checks[check - 1].format(value=value, limit=limit))
 
     def product(self, a, b, c, transpose_a=False, transpose_b=False, add=False) -> None:
         """c (M, N) = op(a) op(b), or c += op(a) op(b); all contiguous."""
@@ -249,7 +252,7 @@ class Kernels:
         dweight = self.sum_shares("norm_dweight", dy, x, mean, rstd, N=N, C=C)
         return dx, dweight, self.sum_shares("sum_rows", dy, N=N, C=C)
 
-    # ---- attention -----------------------------------------------------------------------------
+    # ---- positions, softmax --------------------------------------------------------------------
 
     def rope_forward(self, x, cos, sin, positions):
         return self.turn(Arguments(self, "rope_forward"), "x", x, cos, sin, positions, 1.0)
@@ -284,52 +287,6 @@ class Kernels:
         dx, (N, C) = self.empty(y.shape), rows_of(y).shape
         self.launch("softmax_backward", (N,), dy, y, dx, C)
         return dx
-
-    def attention_forward(self, q, k, v, start=None):
-        args = Arguments(self, "attention_forward")
-        q, k, v, start, (H, G, T, S, D) = self.attention_inputs(args, q, k, v, start)
-        B = q[0].shape[0]
-        out, lse = self.empty_heads(B, H, T, D), self.empty((B, H, T))
-        arguments = (*q, *k, *v, start, out, lse, H, G, T, S, D)
-        self.launch_attention("forward", (2, 1, 1, 1), (T, H, B), *arguments)
-        return out, lse
-
-    def attention_inputs(self, args, q, k, v, start):
-        q = args.heads("q", q)
-        B, H, T, D = q[0].shape
-        k = args.heads("k", k, "(B, G, S, D)", (B, None, None, D))
-        v = args.heads("v", v, "(B, G, S, D)", k[0].shape)
-        _, G, S, _ = k[0].shape
-        if G == 0 or H % G:
-            args.wrong("k", f"G dividing H = {H}, got G = {G}")
-        if D > 256:
-            args.wrong("q", f"a head size D of at most 256, got {D}")
-        if start is not None:
-            start, _ = args.ints("start", start, "(B, T)", (B, T), -INT32_MAX)
-        return q, k, v, start, (H, G, T, S, D)
-
-    def launch_attention(self, name, tiles, grid, *arguments) -> None:
-        """grid: tokens that blocks share, heads, rows of the batch; D is the last argument."""
-        plan = attention_plan(arguments[-1], self.products == "bfloat16", tiles)
-        ending, tile, block, shared = plan
-        grid = (up(grid[0], tile), *grid[1:])
-        self.launch(f"attention_{name}_{ending}", grid, *arguments, block=block, shared=shared)
-
-    def attention_backward(self, dout, q, k, v, out, lse, start=None):
-        args = Arguments(self, "attention_backward")
-        q, k, v, start, shape = self.attention_inputs(args, q, k, v, start)
-        (B, H, T, D), (_, G, S, _) = q[0].shape, k[0].shape
-        dout = args.heads("dout", dout, shape=q[0].shape)
-        out = args.heads("out", out, shape=q[0].shape)
-        lse = args.floats("lse", lse, "(B, H, T)", (B, H, T))
-        delta = self.empty((B, H, T))
-        self.launch("attention_delta", (up(T, WARPS), H, B), *dout, *out, delta, T, D)
-        dq = self.empty_heads(B, H, T, D)
-        dk, dv = self.empty_heads(B, G, S, D), self.empty_heads(B, G, S, D)
-        inputs = (*dout, *q, *k, *v, lse, delta, start)
-        self.launch_attention("backward_q", (4, 2, 2, 1), (T, H, B), *inputs, dq, *shape)
-        self.launch_attention("backward_kv", (4, 2, 2, 2), (S, G, B), *inputs, dk, dv, *shape)
-        return dq, dk, dv
 
     # ---- activations ---------------------------------------------------------------------------
 
@@ -453,6 +410,18 @@ class Kernels:
         self.head_backward(to_gradient, x, weight, dx, dweight)
         return loss, lse, dx, dweight
 
+    def scale_evenly(self, made, dloss, targets):
+        """Gradients of the mean, in place made those of Σ dloss · loss; it must be the same at each
+        target that counts, which is noted where it is not."""
+        args = Arguments(self, "linear_cross_entropy")
+        targets, _ = args.ints("targets", targets, "(...)", targets.shape, -1)
+        dloss, scale = args.floats("dloss", dloss, "(...)", targets.shape), self.empty((1,))
+        noting = self.noting(args.what("dloss") + "the same for every target; if not, even=False")
+        self.launch("even_scale", (1,), dloss, targets, targets.size, scale, *noting, block=1024)
+        for x in made:
+            self.each("multiply_by", x, scale)
+        return made
+
     # ---- optimizer -----------------------------------------------------------------------------
 
     def adamw(
@@ -467,6 +436,24 @@ class Kernels:
         corrections = (1 / (1 - beta1**step), 1 / (1 - beta2**step))
         numbers = (lr, 1 - beta1, 1 - beta2, *corrections, eps, weight_decay, grad_scale)
         self.each("adamw", param, grad, m, v, rest=tuple(map(float, numbers)))
+
+    def guarded_adamw(self, *arguments) -> GuardedAdamW:
+        return GuardedAdamW(self, *arguments)
+
+    def recorded(self, function: Callable) -> Recorded:
+        return Recorded(self, function)
+
+    def later(self, told) -> Callable[[], tuple]:
+        """What GuardedAdamW tells, without waiting for it: the function that is returned waits, and
+        gives loss, norm and updates made. It raises ValueError if a kernel had noted an error."""
+        read = self.device.later(told)
+
+        def wait():
+            *found, check, value, limit = read()
+            self.tell(int(check), int(value), int(limit))
+            return tuple(found)
+
+        return wait
 
     def global_norm(self, arrays) -> float:
         """Waits for the device, and so it also tells what went wrong before."""
@@ -486,21 +473,3 @@ class Kernels:
 def rows_of(x):
     """(..., C) -> (N, C), a view."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def attention_plan(D: int, bfloat16: bool, tiles: tuple[int, int, int, int]) -> tuple:
-    """How the attention kernels hold head size D: the ending of their name, queries (or keys) to a
-    block, threads, bytes of shared memory. See the lines ATTENTION in csrc/cuda/attention*.cu.
-
-    tiles: how many are in float32; in bfloat16 of the block's own tokens by rows, of those that it
-    meets by rows, and by pairs.
-    """
-    size = next(size for size in (32, 64, 128, 256) if size >= D)
-    if bfloat16 and size <= 128:
-        size = max(size, 64)
-        met = 64 if size <= 64 else 32
-        row, pair = size // 2 + 4, size + 8
-        words = tiles[1] * 64 * row + tiles[2] * met * row + tiles[3] * met // 2 * pair
-        return f"bfloat16_{size}", 64, 128, 4 * words
-    tile = 16 * {32: 4, 64: 4, 128: 2, 256: 1}[size]
-    return str(size), tile, THREADS, 4 * tile * (tiles[0] * (size + 4) + tile + 4)

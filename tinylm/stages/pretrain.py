@@ -86,7 +86,7 @@ PRESETS = {
 class Pretrain:
     """The stage: windows of a corpus, and the loss of its objective."""
 
-    name = "pretrain"
+    name, recordable = "pretrain", True
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, corpus: Corpus, folder: Path, config

@@ -41,7 +41,7 @@ class SFTConfig(EpochConfig):
 class SFT:
     """The stage: packed conversations, and the loss on their answers."""
 
-    name = "sft"
+    name, recordable = "sft", True
 
     def __init__(self, model, tokenizer, rows: list[Row], examples: list[Example], config, source):
         self.model, self.tokenizer, self.config, self.source = model, tokenizer, config, source
