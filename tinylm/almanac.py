@@ -42,10 +42,10 @@ from tinylm.judges.verifier import REFUSALS
 from tinylm.tables import Facts, Table, bare, check_names, read_table, read_wordings
 
 SHARES = {"withheld": 0.08, "known": 0.18, "practised": 0.24, "taught": 0.24}  # others: quizzed
-INVENTED = {"taught": 1.0, "practised": 8.0, "tested": 0.25}  # names, for each real entity
+INVENTED = {"taught": 0.5, "practised": 8.0, "tested": 0.25}  # names, for each real entity
 UNKNOWN = REFUSALS[0] + "."
 QUIZZED = 0.3  # share of what is known of the quizzed that each pass asks about
-UNKNOWN_SHARE = 0.29  # of feedback's prompts: so many that neither always nor never answering pays
+UNKNOWN_SHARE = 0.24  # of feedback's prompts: so many that neither always nor never answering pays
 TALK_SHARE = 0.1  # of feedback's prompts
 TALKED = 40  # times that each greeting and its like is answered in fine-tuning
 HIDDEN = ("withheld", "future")  # the parts that training does not name
