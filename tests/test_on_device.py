@@ -65,6 +65,10 @@ def text(prose, tmp_path_factory):
 def test_every_stage_learns_what_it_learns_on_the_cpu(cuda, text, tmp_path, capsys):
     found = all_stages(tmp_path, text, "cuda", "float32")
     assert backend.name == "cuda"
+    said = [line for line in capsys.readouterr().err.splitlines() if "CUDA graph" in line]
+    assert [line.split(":")[0] for line in said] == [
+        "pretrain with muon", "reward with adamw", "feedback with adamw", "dpo with adamw",
+    ]  # fmt: skip
     base, here = tmp_path / "cuda" / "base", ["--backend", "cuda"]
     command("generate", base, "the cat", "--max-new-tokens", 50, *here, "--seed", 1)
     command("fill", base, "the ___ sang", "--n", 2, *here)
