@@ -191,6 +191,18 @@ def test_a_device_judges_and_updates_as_the_host_would(cuda):
     assert [bool(v) for v in verdicts].count(True) == 4
 
 
+def test_a_gradient_of_another_kind_is_refused_by_name(cuda):
+    p = Tensor(backend.asarray(numpy.ones((3, 4), "float32")), True)
+    optimizer, rate = AdamW({"p": p}), backend.asarray(numpy.zeros(1, "float32"))
+    for grad, said in (
+        (numpy.ones((3, 4)), "float32"),
+        (numpy.ones((2, 6), "float32"), r"\(3, 4\)"),
+    ):
+        p.grad = backend.asarray(grad)
+        with pytest.raises((TypeError, ValueError), match=rf"\[guarded_adamw\] grad: .*{said}"):
+            optimizer.guarded_step(rate, rate, 0.0, Guard())
+
+
 SHORT = [*SMALL, "--eval-every", 3, "--save-every", 100, "--learning-rate", 1e-3]
 
 

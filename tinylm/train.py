@@ -247,6 +247,7 @@ class Trainer:
         self.checkpoint = Checkpoint(folder)
         self.guard = Guard()
         self.step, self.seconds, self.results = 0, 0.0, {}
+        self.device = None  # what makes the steps where nobody waits for them
         self.asked: list[Callable[[], dict]] = []  # steps of which nothing is logged yet
         self.good: Tensors = {}  # weights and moments of a cautious stage that were in order
         self.environment = environment.describe()
