@@ -62,6 +62,18 @@ def wrong_kernels() -> list[str]:
     return wrong
 
 
+def wrong_steps() -> list[str]:
+    """Whether a step as a graph is another one than kernel by kernel, on a small model."""
+    ids = numpy.random.default_rng(0).integers(0, 61, (4, 65))
+    losses = {}
+    for make in (single_kernels_step, graph_step):
+        model = Transformer(ModelConfig(61, 2, 4, 4, 64, block_size=64, architecture="gpt2"))
+        step = make(model, AdamW(model.parameters()))
+        losses[make.__name__] = [step(ids[:, :-1], ids[:, 1:])() for _ in range(8)]
+    same = numpy.allclose(*losses.values(), rtol=1e-4)
+    return [] if same else [f"steps as a graph ({losses})"]
+
+
 class Ours:
     """The tasks in tinylm; `settle` waits for the device."""
 
@@ -289,7 +301,7 @@ def main() -> int:
     except ImportError as error:
         print(f"gpu.py: {error}", file=sys.stderr)
         return 2
-    wrong = wrong_kernels()
+    wrong = wrong_kernels() or wrong_steps()
     if wrong:
         print(f"gpu.py: wrong here, so not timed: {', '.join(wrong)}", file=sys.stderr)
         return 1

@@ -17,7 +17,7 @@ import nvrtc
 import pytest
 from ml_dtypes import bfloat16
 
-from tinylm.kernels import CONTRACT, cases, launch
+from tinylm.kernels import CONTRACT, cases, guarded, launch
 from tinylm.kernels.cases import CASES, OPS, Draw, backward, forward, prepared, rounded
 from tinylm.selfcheck import FromNumPy
 
@@ -133,6 +133,41 @@ def test_gradients_are_scaled_by_what_the_device_finds(weights, targets, factor)
     kernels.scale_evenly(made, xp.asarray(np.float32(weights)), targets)
     kernels.settle()
     assert all(np.array_equal(x.get(), y, equal_nan=True) for x, y in zip(made, expected))
+
+
+@pytest.mark.parametrize("bad", [None, "loss", "gradient", "token"])
+def test_all_parameters_at_once_move_as_one_after_the_other(bad):
+    """Of one piece, exactly one, a number more, and one without a gradient."""
+    kernels = launch.Kernels(DEVICE)
+    shapes = [(1,), (2, guarded.PIECE // 2), (guarded.PIECE + 1,), (5, 8)]
+
+    def tensors():
+        local = Draw(1)
+        made = [[local(*s), local(*s), local(*s), local(*s) ** 2] for s in shapes]
+        return [[device_arrays.asarray(x.astype(np.float32)) for x in tensor] for tensor in made]
+
+    once, each = tensors(), tensors()
+    if bad == "gradient":
+        once[2][1][guarded.PIECE] = np.inf
+    if bad == "token":
+        kernels.embedding_forward(device_arrays.asarray([[9]]), device_arrays.asarray(f32))
+    once[3][1] = None
+    loss = device_arrays.asarray(np.float64(np.nan if bad == "loss" else 1.5))
+    rate, decays = device_arrays.asarray(np.float32([0.1])), [0.0, 0.2, 0.0, 0.2]
+    sizes = [x.size for x, *_ in once]
+    update = kernels.guarded_adamw(sizes, decays, 0.9, 0.99, 1e-8, 50.0, (0.0, 0, 6))
+    told = kernels.later(update(loss, rate, once))
+    if bad == "token":
+        with pytest.raises(ValueError, match=r"\[0, 2\), got 9"):
+            told()
+    else:
+        norm = kernels.global_norm([tensor[1] for tensor in once[:3]])
+        assert told()[1:] == (pytest.approx(norm, nan_ok=True), 6 if bad else 7)
+    if not bad:
+        for (p, g, m, v), decay in zip(each[:3], decays):
+            kernels.adamw(p, g, m, v, 0.1, 0.9, 0.99, 1e-8, decay, 7, 50 / (norm + 1e-6))
+    for (p, _, m, v), (q, _, n, w) in zip(once, each):
+        assert all(np.array_equal(x.get(), y.get()) for x, y in ((p, q), (m, n), (v, w)))
 
 
 # ---- barriers ----------------------------------------------------------------------------------

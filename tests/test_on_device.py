@@ -65,6 +65,10 @@ def text(prose, tmp_path_factory):
 def test_every_stage_learns_what_it_learns_on_the_cpu(cuda, text, tmp_path, capsys):
     found = all_stages(tmp_path, text, "cuda", "float32")
     assert backend.name == "cuda"
+    said = [line for line in capsys.readouterr().err.splitlines() if "CUDA graph" in line]
+    assert [line.split(":")[0] for line in said] == [
+        "pretrain with muon", "reward with adamw", "feedback with adamw", "dpo with adamw",
+    ]  # fmt: skip
     base, here = tmp_path / "cuda" / "base", ["--backend", "cuda"]
     command("generate", base, "the cat", "--max-new-tokens", 50, *here, "--seed", 1)
     command("fill", base, "the ___ sang", "--n", 2, *here)
@@ -185,6 +189,18 @@ def test_a_device_judges_and_updates_as_the_host_would(cuda):
         for p, q in zip(unasked.parameters.values(), asked.parameters.values()):
             assert numpy.array_equal(p.data.get(), q.data.get())
     assert [bool(v) for v in verdicts].count(True) == 4
+
+
+def test_a_gradient_of_another_kind_is_refused_by_name(cuda):
+    p = Tensor(backend.asarray(numpy.ones((3, 4), "float32")), True)
+    optimizer, rate = AdamW({"p": p}), backend.asarray(numpy.zeros(1, "float32"))
+    for grad, said in (
+        (numpy.ones((3, 4)), "float32"),
+        (numpy.ones((2, 6), "float32"), r"\(3, 4\)"),
+    ):
+        p.grad = backend.asarray(grad)
+        with pytest.raises((TypeError, ValueError), match=rf"\[guarded_adamw\] grad: .*{said}"):
+            optimizer.guarded_step(rate, rate, 0.0, Guard())
 
 
 SHORT = [*SMALL, "--eval-every", 3, "--save-every", 100, "--learning-rate", 1e-3]

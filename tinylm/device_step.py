@@ -16,10 +16,18 @@ from tinylm.data import Batch
 from tinylm.kernels.recorded import NotRecorded
 
 
-def able(optimizer, stage) -> bool:
-    """Whether the device in use can make this stage's steps by itself."""
-    on_a_device = hasattr(backend.kernels, "guarded_adamw")
-    return on_a_device and optimizer.can_be_guarded and not getattr(stage, "cautious", False)
+def device_step(trainer) -> DeviceStep | None:
+    """What makes this trainer's steps, where a device is in use that can by itself. Says so where
+    there is a device, but no graph of its steps."""
+    if not hasattr(backend.kernels, "guarded_adamw"):
+        return None
+    stage, optimizer = trainer.stage, trainer.optimizer
+    able = optimizer.can_be_guarded and not getattr(stage, "cautious", False)
+    made = DeviceStep(trainer) if able else None
+    if not made or made.recorded is None:
+        name = trainer.config.optimizer
+        trainer.progress.say(f"{stage.name} with {name}: kernel by kernel, not as a CUDA graph")
+    return made
 
 
 class DeviceStep:
@@ -44,7 +52,7 @@ class DeviceStep:
             except NotRecorded as error:
                 self.recorded = None
                 optimizer.zero_grad()  # what was begun
-                self.trainer.progress.say(f"kernel after kernel, as no graph can be made: {error}")
+                self.trainer.progress.say(f"kernel by kernel, as no graph can be made: {error}")
         told = self.update(self.trainer.backward(batches, n), backend.asarray(rate))
         return backend.kernels.later(told)
 

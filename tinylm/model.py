@@ -240,7 +240,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Loss per token in nats, (B, T); 0 where the target is −1.
 
-        even=False saves time where the tokens' losses will be weighted each in its own way.
+        even=False where the tokens' losses will be weighted each in its own way: it saves time, and
+        a device insists on it.
         """
         targets = backend.xp.atleast_2d(backend.asarray(targets))
         hidden = self.hidden(tokens, start)

@@ -29,7 +29,7 @@ from tinylm.checkpoint import (
     write_text,
 )  # fmt: skip
 from tinylm.data import Batch
-from tinylm.device_step import DeviceStep, able
+from tinylm.device_step import device_step
 from tinylm.errors import InputError
 from tinylm.model import Transformer
 from tinylm.optim import AdamW, Muon, clip_scale, schedule
@@ -247,6 +247,7 @@ class Trainer:
         self.checkpoint = Checkpoint(folder)
         self.guard = Guard()
         self.step, self.seconds, self.results = 0, 0.0, {}
+        self.device = None  # what makes the steps where nobody waits for them
         self.asked: list[Callable[[], dict]] = []  # steps of which nothing is logged yet
         self.good: Tensors = {}  # weights and moments of a cautious stage that were in order
         self.environment = environment.describe()
@@ -271,7 +272,7 @@ class Trainer:
             memory.check(self.stage.model, self.config)
             save_description(self.stage.model, self.stage.tokenizer, self.folder)
             self.save()
-        self.device = DeviceStep(self) if able(self.optimizer, self.stage) else None
+        self.device = device_step(self)
         with graceful_stop(self), products(self.config.dtype), self.progress.training(self):
             self.loop(metrics)
         if self.stop_asked:

@@ -46,12 +46,14 @@ class GuardedAdamW:
         return told
 
     def table(self, tensors):
-        """Where all of them lie, four pointers each, on the device."""
+        """Where all of them lie, four pointers each, on the device. Gradients, which are new in
+        every step, are checked."""
         args = Arguments(self.kernels, "guarded_adamw")
-        for size, tensor in zip(self.sizes, tensors, strict=True):
-            for name, x in zip(("param", "grad", "m", "v"), tensor):
-                if x is not None:
-                    args.in_place(name, x.reshape(-1), (size,))
+        for size, (param, grad, *_) in zip(self.sizes, tensors, strict=True):
+            if grad is not None:
+                args.in_place("grad", grad, param.shape)
+            if param.size != size:
+                args.wrong("param", f"{size} numbers, got {param.size}")
         pointers = [x for tensor in tensors for x in tensor]
         pointers += [None] * (-len(pointers) % POINTERS)
         table = self.xp.empty(len(pointers), "int64")
