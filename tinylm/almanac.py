@@ -194,7 +194,7 @@ class Almanac:
         rng, taken = Random(self.seed + 1), {bare(e.name).casefold() for e in self.entities}
         text = json.dumps([[e.facts for e in self.entities], self.templates, self.talk])
         taken |= set(re.findall(r"\w+", text.casefold()))
-        made = []
+        made, alone = [], set()  # alone: names of one word, with which no longer one may end
         for kind in self.kinds:
             names = [e.name for e in self.entities if e.kind == kind and e.part not in HIDDEN]
             single = [bare(n) for n in names if bare(n).isalpha() and len(bare(n)) >= 5]
@@ -207,8 +207,10 @@ class Almanac:
                 wanted = min(round(share * len(names)), len(halved) ** 2 // 8)
                 while wanted:
                     name = blend(*rng.sample(halved, 2))
-                    if name.casefold() not in taken and len(name.split()[-1]) <= 14:
-                        taken.add(name.casefold())
+                    whole, end = name.casefold(), name.split()[-1].casefold()
+                    if whole not in taken and end not in alone and len(end) <= 14:
+                        taken |= {whole, end}
+                        alone |= {whole} & {end}
                         made.append(Entity(kind, article + name, part, {}))
                         wanted -= 1
         return made
