@@ -23,10 +23,10 @@ import sys
 from pathlib import Path
 from random import Random
 
+import smalltalk
 from playwright.sync_api import Page, sync_playwright
 
 import tinylm
-from tinylm import smalltalk
 from tinylm.chat import turn
 from tinylm.evaluate import wilson
 from tinylm.generate import answers

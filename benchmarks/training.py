@@ -11,7 +11,7 @@ from rich.table import Table
 from tables import percent, spread, table
 from tasks import MODELS
 
-from tinylm.bench import flops_per_token
+from tinylm.config import flops_per_token
 from tinylm.model import ModelConfig
 
 WARM_UP = 3  # steps; torch.compile does its work in the first

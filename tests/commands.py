@@ -4,8 +4,13 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
+
+import tinylm as package
+from tinylm.chat import with_chat_tokens
+from tinylm.tokenizer import train_characters
 
 SMALL = ["--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--block-size", "32",
          "--batch-size", "4", "--vocab-size", "300"]  # fmt: skip
@@ -17,10 +22,34 @@ def command(*arguments) -> list[str]:
     return [installed, *map(str, arguments)]
 
 
-def tinylm(*arguments, cwd=None, **environment) -> subprocess.CompletedProcess:
+def tinylm(*arguments, said=None, cwd=None, **environment) -> subprocess.CompletedProcess:
+    """said: what is typed, on standard input."""
     return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=300, cwd=cwd,
+        command(*arguments), input=said, capture_output=True, text=True, timeout=300, cwd=cwd,
         env={**os.environ, **environment}, check=False,
+    )  # fmt: skip
+
+
+def succeeds(*arguments, **more) -> subprocess.CompletedProcess:
+    """`tinylm`, which must end with 0."""
+    done = tinylm(*arguments, **more)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def refused(*arguments, saying: str, **more) -> None:
+    """The command ends with 2 and a sentence."""
+    done = tinylm(*arguments, **more)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert saying in " ".join(done.stderr.split()), done.stderr
+
+
+def python(program: str, *arguments, cwd: Path) -> subprocess.CompletedProcess:
+    """Run a program, outside the checkout, whose tinylm is not compiled."""
+    return subprocess.run(
+        [sys.executable, "-B", "-c", program, *map(str, arguments)], capture_output=True, text=True,
+        timeout=300, cwd=cwd, check=False,
     )  # fmt: skip
 
 
@@ -31,6 +60,20 @@ def pretrain(text, out, *more) -> subprocess.CompletedProcess:
 def metrics(folder: Path) -> list[dict]:
     lines = (Path(folder) / "training" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def write_rows(path: Path, rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def untrained(folder: Path, characters: str, *shape: int) -> Path:
+    """A model of random weights that chats in these characters, in a directory."""
+    tokenizer, _ = with_chat_tokens(train_characters([characters]))
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    config = package.ModelConfig(tokenizer.vocab_size, *shape, **special)
+    package.save(package.Transformer(config, 1), tokenizer, folder)
+    return folder
 
 
 def weights(folder: Path) -> bytes:

@@ -6,19 +6,16 @@ from types import ModuleType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 
-import json
-
 import device_arrays
 import emulator
 import numpy
 import pytest
+from commands import untrained, write_rows
 
 import tinylm
 from tinylm import backend
-from tinylm.chat import with_chat_tokens
 from tinylm.kernels import CONTRACT, ON_A_DEVICE
 from tinylm.kernels.launch import Kernels
-from tinylm.tokenizer import train_characters
 
 
 @pytest.fixture(autouse=True)
@@ -105,10 +102,7 @@ def text_file(prose, tmp_path_factory):
 def assistant(prose, tmp_path_factory):
     """A directory with a model of random weights that chats, and prompts for it."""
     folder = tmp_path_factory.mktemp("assistant")
-    tokenizer, _ = with_chat_tokens(train_characters([prose + "?"]))
-    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    config = tinylm.ModelConfig(tokenizer.vocab_size, 1, 2, 2, 16, 32, 128, **special)
-    tinylm.save(tinylm.Transformer(config, 1), tokenizer, folder / "sft")
+    untrained(folder / "sft", prose + "?", 1, 2, 2, 16, 32, 128)
     asked = ["the cat", "a moon?", "red bird near an old tree", "it sang", "small", "sat"]
-    (folder / "prompts").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in asked))
+    write_rows(folder / "prompts", [{"prompt": p} for p in asked])
     return folder

@@ -2,12 +2,12 @@
 
 import subprocess
 
-from commands import command
+from commands import tinylm
 
 from tinylm.store import Store, place_in
 
 ROUNDS = ["--max-steps", "3", "--threads", "1"]
-REPLIES = ["1", "2 too long", "1", "2", "t", "2", "1", "s", "2", "1"]  # two of them compare
+REPLIES = ["1", "2 too long", "1", "2", "t", "s", "1", "2"]  # the fourth and the last compare
 
 
 def arguments(assistant, out, *more):
@@ -18,10 +18,8 @@ def arguments(assistant, out, *more):
 
 def judge(assistant, out, replies, *more) -> subprocess.CompletedProcess:
     """Run the command in the terminal variant, with these lines on its standard input."""
-    return subprocess.run(
-        command(*arguments(assistant, out, "--page", "none", *more)), text=True, check=False,
-        input="".join(line + "\n" for line in replies), capture_output=True, timeout=120,
-    )  # fmt: skip
+    said = "".join(line + "\n" for line in replies)
+    return tinylm(*arguments(assistant, out, "--page", "none", *more), said=said)
 
 
 def judgements(out) -> int:

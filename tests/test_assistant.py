@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from commands import command, metrics, pretrain, tinylm, weights
+from commands import SMALL, command, metrics, refused, succeeds, weights, write_rows
 
 from tinylm import checkpoint
 from tinylm.checkpoint import Checkpoint
@@ -26,14 +26,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(folder, text_file):
-    done = pretrain(text_file, folder / "base", "--max-steps", 3, "--block-size", 64)
-    assert done.returncode == 0, done.stderr
+    small = [*SMALL, "--max-steps", 3, "--block-size", 64]
+    succeeds("pretrain", text_file, "--out", folder / "base", *small)
     return folder / "base"
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +49,17 @@ FEEDBACK = ["--max-steps", "12", "--answers", "4", "--batch-size", "8", "--max-n
 
 @pytest.fixture(scope="module")
 def assistant(base, conversations, folder):
-    done = tinylm("sft", base, "--data", conversations, "--out", folder / "sft", *SFT, "--json")
-    assert done.returncode == 0, done.stderr
+    done = succeeds("sft", base, "--data", conversations, "--out", folder / "sft", *SFT, "--json")
     return folder / "sft", json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
 def improved(assistant, prompts, folder):
     out = folder / "feedback"
-    done = tinylm(
+    done = succeeds(
         "feedback", assistant[0], "--prompts", prompts, "--judge", "verifier", "--out", out,
         *FEEDBACK, "--json",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout)
 
 
@@ -77,48 +70,33 @@ def test_sft_teaches_to_answer(assistant):
     out, result = assistant
     assert result["loss"] < 0.7
     assert result["steps"] == 120
-    done = tinylm("chat", out, "--temperature", "0", "--json", cwd=None)
+    done = succeeds("chat", out, "--temperature", "0", "--json")
     assert json.loads(done.stdout) == {"messages": []}
 
 
 def test_chat_without_a_terminal_answers_line_by_line(assistant):
-    done = subprocess.run(
-        command("chat", assistant[0], "--temperature", "0", "--json", "--system", "Be kind."),
-        input="What does the cat say?\nWhat does the owl say?\n", capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    said = "What does the cat say?\nWhat does the owl say?\n"
+    flags = ["--temperature", "0", "--json", "--system", "Be kind."]
+    done = succeeds("chat", assistant[0], *flags, said=said)
     roles = [message["role"] for message in json.loads(done.stdout)["messages"]]
     assert roles == ["user", "assistant", "user", "assistant"]
 
 
 def test_chat_with_a_base_model_says_what_it_is(base):
-    done = subprocess.run(
-        command("chat", base, "--max-new-tokens", "5"), input="the cat\n", capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = succeeds("chat", base, "--max-new-tokens", "5", said="the cat\n")
     assert "never taught to answer" in done.stderr
     assert done.stdout.strip()
 
 
 def test_chat_forgets_the_oldest_turns_when_the_context_is_full(assistant):
     lines = "".join(f"What does the {a} say?\n" for a in ANIMALS)
-    done = subprocess.run(
-        command("chat", assistant[0], "--max-new-tokens", "10"), input=lines,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = succeeds("chat", assistant[0], "--max-new-tokens", "10", said=lines)
     assert "no longer fit the context" in done.stderr
 
 
 def test_chat_refuses_what_does_not_fit_the_context(assistant):
-    done = subprocess.run(
-        command("chat", assistant[0]), input="why " * 100 + "\n", capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "too many for a context of 64" in done.stderr
+    said = "why " * 100 + "\n"
+    refused("chat", assistant[0], said=said, saying="too many for a context of 64")
 
 
 def test_transformers_chats_with_what_sft_made(assistant):
@@ -151,19 +129,17 @@ def test_a_verifier_of_one_s_own_judges(assistant, prompts, tmp_path):
     (tmp_path / "mine.py").write_text(
         "def short(prompt, answer, row):\n    return -float(len(answer))\n"
     )
-    done = tinylm(
+    succeeds(
         "feedback", assistant[0], "--prompts", prompts, "--out", tmp_path / "r", *FEEDBACK,
         "--verifier", f"{tmp_path}/mine.py:short", "--max-steps", 2,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     assert metrics(tmp_path / "r")[0]["reward"] < -1
 
 
 def test_show_mask_colours_what_is_learned(base, conversations):
-    done = tinylm(
+    done = succeeds(
         "sft", base, "--data", conversations, "--show-mask", 2, FORCE_COLOR="1", COLUMNS="200"
     )
-    assert done.returncode == 0, done.stderr
     assert done.stdout.count("\x1b[1;32m") == 2
     assert "\x1b[1;32mThe cat says tac.<|end|>\x1b[0m" in done.stdout
 
@@ -201,15 +177,13 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(stage, tmp_path):
         process.wait()
         kills += process.returncode == -signal.SIGKILL
     assert kills >= 2
-    done = tinylm(*arguments)
-    assert done.returncode == 0, done.stderr
+    succeeds(*arguments)
     assert weights(out) == weights(finished)
 
 
 def test_resume_on_a_finished_run_is_done(stage):
     finished, arguments = stage
-    done = tinylm(*arguments, "--out", finished, "--resume")
-    assert done.returncode == 0
+    done = succeeds(*arguments, "--out", finished, "--resume")
     assert "finished" in done.stderr
 
 
@@ -220,27 +194,18 @@ def test_other_data_on_resume_is_refused(stage, tmp_path):
     other.write_text(arguments[at].read_text() * 2)
     state = Checkpoint(finished).state()
     arguments = [*arguments[:at], other, *arguments[at + 1 :]]
-    done = tinylm(*arguments, "--out", finished, "--resume", "--max-steps", state["step"] + 1)
-    assert done.returncode == 2
-    assert "other" in done.stderr
+    more = ["--out", finished, "--resume", "--max-steps", state["step"] + 1]
+    refused(*arguments, *more, saying="other")
 
 
 # ---- what they refuse --------------------------------------------------------------------------
-
-
-def refused(*arguments, saying):
-    done = tinylm(*arguments)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert saying in " ".join(done.stderr.split()), done.stderr
 
 
 def test_rows_that_cannot_be_learned_are_reported_by_line(base, tmp_path):
     good = {"prompt": "the cat", "completion": "saw"}
     long = {"prompt": "the cat", "completion": "saw " * 100}
     data = write_rows(tmp_path / "rows.jsonl", [good, long, good, long])
-    done = tinylm("sft", base, "--data", data, "--out", tmp_path / "r", "--max-steps", 1)
-    assert done.returncode == 0, done.stderr
+    done = succeeds("sft", base, "--data", data, "--out", tmp_path / "r", "--max-steps", 1)
     told = " ".join(done.stderr.split())
     assert "2 rows do not fit the context of 64 tokens and are left out: line 2, 4" in told
     data = write_rows(tmp_path / "long.jsonl", [long])
@@ -275,10 +240,9 @@ def test_what_feedback_cannot_use(assistant, prompts, tmp_path):
 
 
 def test_feedback_on_a_base_model_warns_why_it_will_not_work(base, prompts, tmp_path):
-    done = tinylm(
+    done = succeeds(
         "feedback", base, "--prompts", prompts, "--out", tmp_path / "r", *FEEDBACK,
         "--max-steps", 1,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     assert "never fine-tuned" in done.stderr
     assert "all its answers score alike" in " ".join(done.stderr.split())

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import tinylm
+from commands import succeeds, tinylm
 
 from tinylm import backend
 from tinylm.kernels.cases import CASES
@@ -26,9 +26,7 @@ def benchmark(monkeypatch):
 
 
 def test_bench_foretells_a_run_with_each_preset(text_file):
-    done = tinylm("bench", "--corpus", text_file, "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = json.loads(succeeds("bench", "--corpus", text_file, "--json").stdout)
     machine, rows = found["machine"], found["training"]
     assert {row["preset"] for row in rows} == set(PRESETS)
     for row in rows:
@@ -47,8 +45,7 @@ def test_bench_foretells_a_run_with_each_preset(text_file):
 
 
 def test_bench_prints_tables():
-    done = tinylm("bench")
-    assert done.returncode == 0, done.stderr
+    done = succeeds("bench")
     for shown in ("multiply-adds", "barrier", "linear_cross_entropy", "GB/s", *PRESETS):
         assert shown in done.stdout
 
@@ -91,7 +88,7 @@ def test_the_gpu_benchmark_measures_and_is_right(benchmark, cuda):
 def test_the_gpu_benchmark_times_nothing_that_is_wrong(benchmark, cuda, monkeypatch):
     gpu, few = benchmark("gpu"), [case for case in CASES if "attention: odd" in str(case)]
     monkeypatch.setattr(gpu, "CASES", few)
-    monkeypatch.setattr(gpu, "selfcheck", lambda kernels: SelfCheck("cuda", "", 1, []))
+    monkeypatch.setattr(gpu, "selfcheck", lambda kernels: SelfCheck([]))
     assert gpu.wrong_kernels() == []
     backward = backend.kernels.attention_backward
     monkeypatch.setattr(backend.kernels, "attention_backward", lambda **a: backward(**a)[::-1])

@@ -7,7 +7,7 @@ import json
 
 import numpy
 import pytest
-from test_feedback import Quiet, constant, count_of_a, snapshot, train
+from test_feedback import constant, count_of_a, snapshot, train
 from test_feedback import make_stage as untitled
 
 from tinylm.chat import turn, with_chat_tokens
@@ -96,7 +96,7 @@ def test_the_third_nan_since_the_same_weights_ends_the_run(tokenizer, tmp_path):
 
 def test_beyond_the_limit_it_goes_back_and_drift_costs_twice(tokenizer, tmp_path):
     stage = make_stage(tokenizer, lively, kl=0.05, truncated=0.0, kl_limit=0.2)
-    trainer = Trainer(stage, stage.config, tmp_path, Quiet())
+    trainer = Trainer(stage, stage.config, tmp_path, Progress())
     before, rows = snapshot(stage.model), []
     while not (rows and "drift" in rows[-1].get("reason", "")):
         rows.append(trainer.update())
@@ -115,7 +115,7 @@ def test_drift_was_free_and_now_costs_something(tokenizer):
 
 def test_a_run_that_always_drifts_stops_itself(tokenizer, tmp_path):
     stage = make_stage(tokenizer, lively, kl=0.0, truncated=0.0, kl_limit=0.05)
-    trainer = Trainer(stage, stage.config, tmp_path, Quiet())
+    trainer = Trainer(stage, stage.config, tmp_path, Progress())
     with pytest.raises(InputError, match=r"3rd time.*--kl"):
         train_more(trainer, 60)
 
@@ -127,7 +127,7 @@ def test_what_it_goes_back_to_survives_a_resume(tokenizer, tmp_path, accident):
     def begin(folder):
         settings = {"kl": 0.0, "truncated": 0.0, "save_every": 3, "updates": 2}
         stage = make_stage(tokenizer, lively, **settings)
-        return Trainer(stage, stage.config, folder, Quiet())
+        return Trainer(stage, stage.config, folder, Progress())
 
     def go_on(trainer):
         if accident == "nan":
@@ -200,7 +200,7 @@ def test_a_judge_that_is_mostly_silent_ends_the_run_and_it_can_go_on(tokenizer, 
 def test_a_failure_in_the_middle_of_a_step_draws_nothing(tokenizer, tmp_path):
     """Two batches to a step, of which the second fails: the first is drawn again on resume."""
     stage = make_stage(tokenizer, Silent(1, 1.0), accumulate=2)
-    trainer = Trainer(stage, stage.config, tmp_path, Quiet())
+    trainer = Trainer(stage, stage.config, tmp_path, Progress())
     with pytest.raises(InputError, match="nothing to say"):
         trainer.update()
     assert stage.drawn == 0
@@ -264,10 +264,13 @@ def test_prompts_that_tell_nothing_are_replaced(tokenizer, tmp_path):
     stage = make_stage(tokenizer, picky, kl=0.0, resample=9)
     batch = stage.sample()
     assert stage.drawn == len(asked) > 2
-    assert (batch.advantages.reshape(2, 4) != 0).any(1).all()
+    learned = [x.any() for x in batch.by_answer(batch.advantages)]
+    assert numpy.reshape(learned, (2, 4)).any(1).all()
     assert batch.notes["equal_groups"] == pytest.approx(1 - 2 / len(asked))
     prompt = stage.form.ids([turn("user", "red bird near an old tree")], True)
-    assert batch.tokens[:, : len(prompt)].tolist() == [prompt] * 8
+    begins = batch.start[:, :, None] + numpy.arange(len(prompt))
+    read = [{tuple(row[at]) for at in places} for row, places in zip(batch.tokens, begins)]
+    assert set().union(*read) == {tuple(prompt)}
     _, rows = train(stage, 2, tmp_path)
     assert all("event" not in row for row in rows)
 

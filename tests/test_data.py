@@ -6,18 +6,15 @@ import json
 import numpy
 import pytest
 
-from tinylm.data import (
+from tinylm.corpus import (
     BLOCK,
-    Windows,
     as_documents,
-    in_order,
     list_files,
-    next_token_batch,
-    permuted,
+    make_corpus,
     plain_pieces,
-    prepare,
     read_texts,
 )
+from tinylm.data import Windows, in_order, next_token_batch, permuted
 from tinylm.errors import InputError
 from tinylm.evaluate import in_batches, shard_bytes, xz_bits_per_byte
 from tinylm.stages.pretrain import Blanks, PretrainConfig
@@ -95,7 +92,7 @@ def test_tokens_do_not_depend_on_where_a_document_was_cut(prose, tokenizer):
 def test_shards_hold_the_text_to_the_byte(tmp_path, tokenizer, prose):
     raw = prose.encode() + b"\xff\xfe not UTF-8 \xed\xa0\x80\n" + "Ünïcödé 漢字\n".encode()
     (tmp_path / "a.txt").write_bytes(raw)
-    corpus = prepare(list_files([tmp_path / "a.txt"]), tokenizer, tmp_path / "out")
+    corpus = make_corpus(list_files([tmp_path / "a.txt"]), tokenizer, tmp_path / "out")
     text = [corpus_text(tokenizer, corpus, tmp_path / "out", s) for s in ("train", "heldout")]
     assert b"".join(text) == raw
     assert (corpus.train_bytes, corpus.heldout_bytes) == tuple(map(len, text))
@@ -106,7 +103,7 @@ def test_shards_hold_the_text_to_the_byte(tmp_path, tokenizer, prose):
 
 def test_duplicates_are_dropped_and_counted(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("the cat##a bird##the cat##the moon##a bird##the cat ")
-    corpus = prepare(
+    corpus = make_corpus(
         list_files([tmp_path / "a.txt"]), tokenizer, tmp_path / "out", "##", held_out=0.0
     )
     assert (corpus.documents, corpus.duplicates) == (4, 2)
@@ -117,7 +114,7 @@ def test_duplicates_are_dropped_and_counted(tmp_path, tokenizer):
 def test_of_many_documents_whole_ones_are_held_out(tmp_path, tokenizer):
     rows = [{"text": f"the cat number {i}"} for i in range(200)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    corpus = prepare(list_files([tmp_path / "a.jsonl"]), tokenizer, tmp_path / "out")
+    corpus = make_corpus(list_files([tmp_path / "a.jsonl"]), tokenizer, tmp_path / "out")
     shard = corpus.shards(tmp_path / "out", "heldout")[0]
     begin, end = tokenizer.special["<|begin|>"], tokenizer.special["<|end|>"]
     assert (shard == begin).sum() == (shard == end).sum() == 20
@@ -128,7 +125,7 @@ def test_of_many_documents_whole_ones_are_held_out(tmp_path, tokenizer):
 def test_an_empty_text_is_refused(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(InputError, match="no text"):
-        prepare(list_files([tmp_path / "a.jsonl"]), tokenizer, tmp_path / "out")
+        make_corpus(list_files([tmp_path / "a.jsonl"]), tokenizer, tmp_path / "out")
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer, prose):
@@ -137,9 +134,9 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer, prose):
     def peak(copies):
         path = tmp_path / f"{copies}.txt"
         path.write_text("".join(f"{i} {prose}" for i in range(copies)))
-        prepare(list_files([path]), tokenizer, tmp_path / "warm")  # caches are filled
+        make_corpus(list_files([path]), tokenizer, tmp_path / "warm")  # caches are filled
         tracemalloc.start()
-        prepare(list_files([path]), tokenizer, tmp_path / str(copies))
+        make_corpus(list_files([path]), tokenizer, tmp_path / str(copies))
         top = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return top
@@ -218,7 +215,8 @@ def test_prefix_middle_and_suffix_are_the_text(blanks, tokenizer, prose):
     rng = numpy.random.default_rng(0)
     for i in range(200):
         text = prose[i * 40 : i * 40 + 80].strip()
-        made, at = blanks.with_blank(tokenizer.encode(text), rng)
+        made, learned = blanks.example(tokenizer.encode(text), rng, only=True)
+        made, at = made[:-1], learned.index(True)
         shown = tokenizer.decode(made)
         prefix, rest = shown.removeprefix("<|prefix|>").split("<|suffix|>")
         suffix, middle = rest.removesuffix("<|end|>").split("<|middle|>")

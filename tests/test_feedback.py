@@ -1,6 +1,7 @@
 """The feedback stage: its mathematics, its judge, and that one distribution samples and learns."""
 
 import importlib
+import inspect
 import itertools
 import json
 
@@ -14,6 +15,7 @@ from tinylm.errors import InputError
 from tinylm.estimators import RunningMean, advantages, rloo, surrogate
 from tinylm.judges import Group, verifier
 from tinylm.judges.watch import Watch
+from tinylm.progress import Progress
 from tinylm.stages.feedback import (
     Answers,
     Feedback,
@@ -64,11 +66,11 @@ def test_the_surrogate_is_the_clipped_formula(float64):
     """Value, and gradient by central differences, on both sides of both clips."""
     rng = numpy.random.default_rng(0)
     nll, old = rng.random((6, 5)) + 1, -(rng.random((6, 5)) + 1)
-    A = rng.standard_normal(6)
+    A = rng.standard_normal((6, 1))
     x = Tensor(nll, requires_grad=True)
     loss = surrogate(x, old, A)
     rho = numpy.exp(-nll - old)
-    expected = -numpy.minimum(rho * A[:, None], numpy.clip(rho, 0.8, 1.28) * A[:, None])
+    expected = -numpy.minimum(rho * A, numpy.clip(rho, 0.8, 1.28) * A)
     assert numpy.allclose(loss.data, expected, atol=1e-14)
     assert (numpy.abs(rho - 1) > 0.3).any()
     loss.sum().backward()
@@ -113,7 +115,7 @@ def test_rloo_is_the_gradient_of_the_expected_reward(float64):
         targets = numpy.array([[0, one[0], one[1]], [0, two[0], two[1]]])[:, 1:]
         table = ops.embedding(numpy.array([[0, 1 + one[0]], [0, 1 + two[0]]]), x)
         nll = ops.cross_entropy(table, targets)
-        loss = surrogate(nll, -nll.data, A)
+        loss = surrogate(nll, -nll.data, A[:, None])
         loss.sum().backward()
         found -= probability[one] * probability[two] * x.grad / 2  # n = 2 answers
     assert numpy.abs(found - truth).max() < 1e-10
@@ -217,7 +219,7 @@ def test_gold_is_logged_and_changes_nothing(tokenizer, tmp_path):
     stages = [make_stage(tokenizer, count_of_a, **some) for some in settings]
     one, two = (stage.draw() for stage in stages)
     assert numpy.array_equal(one.advantages, two.advantages)
-    said = [stages[1].text(row[row >= 0].tolist()) for row in two.targets]
+    said = [stages[1].text(ids.tolist()) for ids in two.by_answer(two.targets)]
     assert two.notes["gold"] == pytest.approx(numpy.mean([text.count("a") for text in said]))
     assert "gold" not in one.notes
 
@@ -250,15 +252,8 @@ def count_of_a(groups):
     return [[float(answer.count("a")) for answer in group.answers] for group in groups]
 
 
-class Quiet:
-    """A Progress that says nothing."""
-
-    def say(self, *arguments):
-        pass
-
-
 def train(stage, steps, folder):
-    trainer = Trainer(stage, stage.config, folder, Quiet())
+    trainer = Trainer(stage, stage.config, folder, Progress())
     return trainer, [trainer.update() for _ in range(steps)]
 
 
@@ -280,7 +275,7 @@ def test_a_constant_reward_leaves_the_weights_as_they_are(tokenizer, tmp_path):
 
 
 def test_what_is_rewarded_becomes_likelier(tokenizer, tmp_path):
-    stage = make_stage(tokenizer, count_of_a, kl=0.0, truncated=0.0, batch_size=32)
+    stage = make_stage(tokenizer, count_of_a, kl=0.0, kl_limit=0.0, truncated=0.0, batch_size=32)
     _, rows = train(stage, 30, tmp_path)
     rewards = [row["reward"] for row in rows]
     assert numpy.mean(rewards[-5:]) > numpy.mean(rewards[:5]) + 0.1
@@ -292,9 +287,11 @@ def test_one_distribution_for_sampling_and_loss(tokenizer, monkeypatch):
     stage = make_stage(tokenizer, constant)
     drawn = {}
 
-    def spy(logits, rng, *settings):
-        assert settings == (1.0, 0, 1.0)  # temperature 1, nothing cut off
-        tokens = real(logits, rng, *settings)
+    def spy(logits, rng, **settings):
+        told = inspect.signature(real).bind(logits, rng, **settings)
+        told.apply_defaults()
+        assert told.args[2:] == (1.0, 0, 1.0)  # temperature 1, nothing cut off
+        tokens = real(logits, rng, **settings)
         x = logits.astype("float64")
         logp = x - numpy.log(numpy.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))
         logp -= x.max(-1, keepdims=True)
@@ -305,11 +302,12 @@ def test_one_distribution_for_sampling_and_loss(tokenizer, monkeypatch):
     module = importlib.import_module("tinylm.generate")  # tinylm.generate is the function
     real = module.sample
     monkeypatch.setattr(module, "sample", spy)
+    monkeypatch.setattr(module, "STILL_WRITING", 0)  # rows stay where they are
     batch = stage.sample()
-    for row in range(8):
-        known = batch.targets[row] >= 0
-        sampled = numpy.array(drawn[row])[: known.sum()]
-        assert numpy.allclose(batch.old_logp[row][known], sampled, atol=1e-5)
+    learned = batch.by_answer(batch.old_logp)
+    assert len(learned) == 8
+    for row, logp in enumerate(learned):
+        assert numpy.allclose(logp, drawn[row][: len(logp)], atol=1e-5)
 
 
 def test_the_model_learns_to_end_its_turn(tokenizer, tmp_path):
@@ -326,13 +324,49 @@ def test_the_first_update_has_a_ratio_of_exactly_one(tokenizer):
     with no_grad():
         nll = stage.model.loss(batch.tokens, batch.targets, batch.start).data
     assert numpy.array_equal(-nll, batch.old_logp)
+    assert numpy.array_equal(batch.nll.data, nll)
+
+
+def test_a_tape_that_was_kept_has_the_gradients_of_a_new_one(tokenizer):
+    stage = make_stage(tokenizer, count_of_a)
+    batch, found = stage.sample(), []
+    for _ in range(2):  # the first loss has the tape of the sampling, the second makes its own
+        loss = stage.loss(batch)
+        loss.backward(numpy.full_like(loss.data, 1 / 48))
+        found.append({name: p.grad for name, p in stage.model.parameters().items()})
+        for p in stage.model.parameters().values():
+            p.grad = None
+    assert batch.nll is None
+    assert all(numpy.array_equal(g, found[1][name]) for name, g in found[0].items())
+    assert any(g.any() for g in found[0].values())
+
+
+def test_packing_changes_neither_the_loss_nor_the_drift_of_an_answer(tokenizer, monkeypatch):
+    stage = make_stage(tokenizer, count_of_a)
+    prompts = [stage.form.ids(stage.prompt(i).messages, True) for i in range(8)]
+    said = [[*range(7, 8 + i), stage.stop_ids[0]] for i in range(8)]
+    for p in stage.reference.parameters().values():
+        p.data = p.data * 1.1
+    found = []
+    for width in (1, 64):
+        monkeypatch.setattr("tinylm.stages.feedback.ROW", width)
+        batch, (drift, kl) = stage.look_again(prompts, said)
+        assert [x.tolist() for x in batch.by_answer(batch.targets)] == said
+        old = numpy.concatenate(batch.by_answer(batch.old_logp))
+        found.append((len(batch.tokens), old, drift, kl))
+    (rows, *alone), (fewer, *packed) = found
+    assert fewer < rows and abs(alone[1]).min() > 1e-3
+    for one, other in zip(alone, packed):
+        assert numpy.allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_the_end_of_turn_is_learned_with_the_answer(tokenizer):
     end = tokenizer.special["<|end|>"]
-    batch = answer_batch([[5, 6], [7]], [[8, 9, end], [10, end]], end)
-    assert batch.tokens.tolist() == [[5, 6, 8, 9], [7, 10, end, end]]
-    assert batch.targets.tolist() == [[-1, 8, 9, end], [10, end, -1, -1]]
+    batch = answer_batch([[5, 6], [7]], [[8, 9, end], [10, end]], end, width=7)
+    assert batch.tokens.tolist() == [[5, 6, 8, 9, 7, 10]]
+    assert batch.targets.tolist() == [[-1, 8, 9, end, 10, end]]
+    assert batch.answer.tolist() == [[-1, 0, 0, 0, 1, 1]]
+    assert batch.start.tolist() == [[0, 0, 0, 0, 4, 4]]
 
 
 def test_the_denominator_is_a_constant(tokenizer):
@@ -380,6 +414,6 @@ def test_sampling_is_part_of_the_state(tokenizer, tmp_path, updates):
     resumed.restore(state)
     for _ in range(3):
         one, two = whole.draw(), resumed.draw()
-        for field in ("tokens", "targets", "start", "old_logp", "advantages"):
+        for field in ("tokens", "targets", "start", "answer", "old_logp", "advantages"):
             assert numpy.array_equal(getattr(one, field), getattr(two, field)), field
         assert one.notes == two.notes

@@ -69,6 +69,27 @@ def test_a_row_that_ended_stays_silent(model):
     assert set(first[end + 1 :]) <= {-1}
 
 
+def test_rows_that_ended_leave_and_the_others_go_on(model, each_backend, monkeypatch):
+    """Most rows end early: what is left is computed alone, and says what it would have said."""
+    prompts = [[i] for i in range(1, 9)]
+    alone = [greedy(model, prompt, 30) for prompt in prompts]
+    stops = sorted({row[k] for k, row in enumerate(alone[:6], 2)} - {*alone[6], *alone[7]})
+    sizes, hidden = [], model.hidden
+
+    def watched(tokens, *rest):
+        sizes.append(len(tokens))
+        return hidden(tokens, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "hidden", watched)
+        rng = numpy.random.default_rng(0)
+        said = [*stream(model, prompts, 30, rng, temperature=0, stop_ids=stops)]
+    for row, expected in zip(numpy.transpose(said).tolist(), alone):
+        end = next((i for i, token in enumerate(expected) if token in stops), 29)
+        assert row == expected[: end + 1] + [-1] * (29 - end)
+    assert sizes[0] == 8 > sizes[-1] >= 2
+
+
 def test_sampling_follows_the_distribution():
     logits = numpy.log(numpy.array([[0.5, 0.3, 0.15, 0.05]], "float32"))
     rng = numpy.random.default_rng(0)

@@ -14,18 +14,16 @@ from pathlib import Path
 
 import numpy
 import pytest
-from commands import command, metrics, tinylm, weights
+from commands import command, metrics, refused, succeeds, untrained, weights, write_rows
 
-import tinylm as package
 from tinylm import checkpoint
-from tinylm.chat import Row, turn, with_chat_tokens
+from tinylm.chat import Row, turn
 from tinylm.errors import InputError
 from tinylm.judges import Group
-from tinylm.judges.endpoint import ATTEMPTS, KEY, Endpoint, mark, verdict
+from tinylm.judges.endpoint import ATTEMPTS, KEY, Endpoint, letter, mark
 from tinylm.judges.model import Model
 from tinylm.judges.pairwise import compare, question
 from tinylm.tensor import no_grad
-from tinylm.tokenizer import train_characters
 
 
 def group(*answers, prompt="say"):
@@ -101,16 +99,11 @@ def base(tmp_path_factory):
     letters = (
         "say abcdefghijklmnopqrstuvwxyz. ? AB Here is a request, and two answers to it.\n:ReTW"
     )
-    tokenizer = with_chat_tokens(train_characters([letters]))[0]
-    shape = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    config = package.ModelConfig(tokenizer.vocab_size, 2, 2, 2, 32, 64, 512, **shape)
-    package.save(package.Transformer(config, 1), tokenizer, folder)
+    untrained(folder, letters, 2, 2, 2, 32, 64, 512)
     rows = [{"prompt": f"say {c}", "completion": c * n} for c in "abcdef" for n in (1, 2, 3, 4)]
-    data, out = folder / "rows.jsonl", folder.with_name("base")
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = tinylm("sft", folder, "--data", data, "--out", out, "--max-steps", "60",
-                  "--learning-rate", "1e-2", "--block-size", "64")  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    data, out = write_rows(folder / "rows.jsonl", rows), folder.with_name("base")
+    succeeds("sft", folder, "--data", data, "--out", out, "--max-steps", "60",
+             "--learning-rate", "1e-2", "--block-size", "64")  # fmt: skip
     return out
 
 
@@ -241,8 +234,8 @@ def test_an_endpoint_gives_marks():
 @pytest.mark.parametrize(
     "parse, reply, found",
     [
-        (verdict, "A", 1), (verdict, "**B**.", -1), (verdict, "Answer: a", 1), (verdict, "tie", 0),
-        (verdict, "A is the better choice.", 1), (verdict, "B: it is A that errs.", -1),
+        (letter, "A", 1), (letter, "**B**.", -1), (letter, "Answer: a", 1), (letter, "tie", 0),
+        (letter, "A is the better choice.", 1), (letter, "B: it is A that errs.", -1),
         (mark, "10", 1), (mark, " 1 / 10.", -1), (mark, "**7**", 1 / 3),
     ],
 )  # fmt: skip
@@ -252,7 +245,7 @@ def test_replies_that_can_be_read(parse, reply, found):
 
 @pytest.mark.parametrize(
     "parse, reply",
-    [(verdict, "A good question!"), (verdict, ""), (verdict, "A or B"), (verdict, "AB"),
+    [(letter, "A good question!"), (letter, ""), (letter, "A or B"), (letter, "AB"),
      (mark, "11"), (mark, "0"), (mark, "7 or 8"), (mark, "seven"), (mark, "100")],
 )  # fmt: skip
 def test_replies_that_cannot(parse, reply):
@@ -373,9 +366,7 @@ def test_judgements_are_kept_and_a_line_cut_short_is_asked_again(tmp_path):
 
 @pytest.fixture
 def prompts(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"say {c}"}) + "\n" for c in "abcd"))
-    return path
+    return write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"say {c}"} for c in "abcd"])
 
 
 def feedback(base, prompts, out, url, steps=4):
@@ -403,13 +394,12 @@ def test_killed_and_run_again_it_asks_nothing_twice(base, prompts, tmp_path):
         process.kill()
         assert process.wait() == -signal.SIGKILL
         fast.set()
-        done = tinylm(*feedback(base, prompts, out, server.url), TINYLM_JUDGE_KEY="sk-secret")
-        assert done.returncode == 0, done.stderr
+        done = succeeds(*feedback(base, prompts, out, server.url), TINYLM_JUDGE_KEY="sk-secret")
         asked = [content["messages"][0]["content"] for content in server.asked]
         assert len(asked) - len(set(asked)) <= 4  # at most those that were being answered
         n = len(asked)
         whole = tmp_path / "whole"
-        assert tinylm(*feedback(base, prompts, whole, server.url)).returncode == 0
+        succeeds(*feedback(base, prompts, whole, server.url))
         assert len(server.asked) == n + len(set(asked))
     assert weights(out) == weights(whole)
     rows = [row for row in metrics(out) if "lr" in row]
@@ -430,14 +420,11 @@ def test_a_judge_that_falls_silent_ends_the_run_which_can_go_on(base, prompts, t
     out = tmp_path / "run"
     with serving(answer) as server:
         well[0] = False
-        done = tinylm(*feedback(base, prompts, out, server.url, 12))
-        assert done.returncode == 2, done.stderr
-        assert "junk: 'Hm.'" in " ".join(done.stderr.split())
-        assert "Traceback" not in done.stderr
+        refused(*feedback(base, prompts, out, server.url, 12), saying="junk: 'Hm.'")
         assert 0 < checkpoint.Checkpoint(out).state()["step"] < 12
     with serving(says_longer) as server:
         (out / "training" / "judgements.jsonl").unlink()  # where the junk is remembered
-        assert tinylm(*feedback(base, prompts, out, server.url, 12)).returncode == 0
+        succeeds(*feedback(base, prompts, out, server.url, 12))
     assert sum("event" not in row for row in metrics(out) if "lr" in row) >= 6
     assert metrics(out)[-1]["event"] == "final"
 
@@ -445,6 +432,5 @@ def test_a_judge_that_falls_silent_ends_the_run_which_can_go_on(base, prompts, t
 def test_feedback_by_likelihood_of_another_model(base, prompts, tmp_path):
     arguments = feedback(base, prompts, tmp_path / "run", "http://unused")
     arguments[arguments.index("endpoint")] = "model"
-    done = tinylm(*arguments, "--judge-model", base)
-    assert done.returncode == 0, done.stderr
+    succeeds(*arguments, "--judge-model", base)
     assert any("reward" in row for row in metrics(tmp_path / "run"))

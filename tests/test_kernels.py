@@ -8,6 +8,7 @@ import os
 import signal
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -115,6 +116,55 @@ def test_bfloat16_is_refused_where_the_processor_lacks_it():
 
 
 # ---- the same bits -----------------------------------------------------------------------------
+
+
+@every_isa
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(17, 96, 256), (64, 1000, 130), (40, 3, 3), (300, 800, 3100)])
+def test_weights_that_are_packed_once_change_no_bit(shape, transposed, isa):
+    _cpu.use_isa(isa)
+    M, C, F = shape
+    draw = Draw(0)
+    x, bias = draw(M, C).astype(np.float32), draw(F).astype(np.float32)
+    weight = draw(C, F).T.astype(np.float32).T if transposed else draw(F, C).astype(np.float32)
+    expected = _cpu.linear_forward(x, weight, bias, transposed)
+    for n in (1, 2, 3):
+        _cpu.set_threads(n)
+        packed = _cpu.PackedWeights(M)
+        for _ in range(2):  # the first packs, the second finds
+            with packed:
+                assert np.array_equal(expected, _cpu.linear_forward(x, weight, bias, transposed))
+
+
+@needs_bfloat16
+def test_one_row_by_packed_weights_has_operands_in_bfloat16():
+    draw = Draw(0)
+    x, weight = draw(1, 384).astype(np.float32), draw(1024, 384).astype(np.float32)
+    _cpu.set_products("bfloat16")
+    with _cpu.PackedWeights(1):
+        y = _cpu.linear_forward(x, weight)
+    rounded = np.float64(x.astype(bfloat16)) @ np.float64(weight.astype(bfloat16)).T
+    assert cases.distance(y, rounded) <= 1e-6
+
+
+def test_packed_weights_count_only_where_they_are_entered():
+    draw = Draw(0)
+    x, weight = draw(32, 48).astype(np.float32), draw(64, 48).astype(np.float32)
+    packed = _cpu.PackedWeights(32)
+    with packed:
+        before = _cpu.linear_forward(x, weight)
+    weight *= 2
+    assert np.array_equal(_cpu.linear_forward(x, weight), 2 * before)
+    with packed:  # what nobody may do: it still has the old ones
+        assert np.array_equal(_cpu.linear_forward(x, weight), before)
+        with _cpu.PackedWeights(32), ThreadPoolExecutor(1) as other:
+            assert np.array_equal(_cpu.linear_forward(x, weight), 2 * before)
+            elsewhere = other.submit(_cpu.linear_forward, x, weight).result()
+        assert np.array_equal(elsewhere, 2 * before)
+        for _ in range(20):  # a weight that is gone leaves nothing behind for another
+            other = draw(64, 48).astype(np.float32)
+            assert cases.distance(_cpu.linear_forward(x, other), x @ other.T) <= 1e-5
+            del other
 
 
 @every_isa

@@ -94,7 +94,7 @@ def test_the_feedback_loss_is_that_of_the_cpu(config, cuda):
         tinylm.use(name)
         model = Transformer(config, 1)
         nll = model.loss(tokens, targets, even=False)
-        advantages = backend.asarray(numpy.array([1.0, -1.0, 0.5, 0.0]))
+        advantages = backend.asarray(numpy.array([[1.0], [-1.0], [0.5], [0.0]]))
         surrogate(nll, backend.asarray(old), advantages).mean().backward()
         found.append(backend.to_numpy(model.head_weight.grad))
     assert numpy.linalg.norm(found[0] - found[1]) <= 1e-5 * numpy.linalg.norm(found[1]) > 0

@@ -7,11 +7,10 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from urllib.parse import urlsplit
 
 import pytest
-from commands import command, weights
+from commands import command, python, weights
 from persons import REPLIES, arguments, judge, judgements
 
 from tinylm.page import HEADERS, MOST, Page
@@ -160,11 +159,8 @@ def test_without_the_web_server_it_names_what_to_install(assistant, tmp_path):
         "from tinylm import cli\n"
         "sys.exit(cli.run(sys.argv[1:]))\n"
     )
-    given = map(str, arguments(assistant, tmp_path / "run", "--page", "serve"))
-    done = subprocess.run(
-        [sys.executable, "-c", program, *given], cwd=tmp_path, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+    given = arguments(assistant, tmp_path / "run", "--page", "serve")
+    done = python(program, *given, cwd=tmp_path)
     assert done.returncode == 2
     assert "pip install 'tinylm[serve]'" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,16 +1,14 @@
 """Learning from preferences: a reward model, that it judges, and DPO."""
 
 import json
-import subprocess
-import sys
 
 import numpy
 import pytest
-from commands import metrics, tinylm, weights
+from commands import metrics, python, refused, succeeds, tinylm, untrained, weights, write_rows
 
 import tinylm as package
 from tinylm import checkpoint
-from tinylm.chat import Row, turn, with_chat_tokens
+from tinylm.chat import Row, turn
 from tinylm.errors import InputError
 from tinylm.evaluate import calibration
 from tinylm.judges import Group
@@ -26,7 +24,6 @@ from tinylm.stages.preference import (
     with_score,
 )  # fmt: skip
 from tinylm.tensor import Tensor
-from tinylm.tokenizer import train_characters
 
 
 @pytest.mark.usefixtures("float64")
@@ -95,16 +92,11 @@ def test_calibration_of_a_judge_that_is_as_sure_as_it_may_be():
 def base(tmp_path_factory):
     """An untrained model that can read; of its answers, those with more a's are liked."""
     folder = tmp_path_factory.mktemp("reward") / "base"
-    tokenizer = with_chat_tokens(train_characters(["say abcdefghijklmnopqrstuvwxyz. ?"]))[0]
-    shape = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    config = package.ModelConfig(tokenizer.vocab_size, 2, 2, 2, 32, 64, 48, **shape)
-    package.save(package.Transformer(config, 1), tokenizer, folder)
-    return folder
+    return untrained(folder, "say abcdefghijklmnopqrstuvwxyz. ?", 2, 2, 2, 32, 64, 48)
 
 
 @pytest.fixture(scope="module")
 def preferences(tmp_path_factory):
-    path = tmp_path_factory.mktemp("reward") / "preferences.jsonl"
     rng = numpy.random.default_rng(3)
     rows = []
     for i in range(400):
@@ -112,8 +104,7 @@ def preferences(tmp_path_factory):
         marks = [float(answer.count("a")) for answer in answers]
         prompt = f"say {'abcdefghij'[i % 10]}{'klmnopqrst'[i // 10 % 10]}?"
         rows.append({"prompt": prompt, "answers": answers, "scores": marks})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(tmp_path_factory.mktemp("reward") / "preferences.jsonl", rows)
 
 
 SHORT = ["--learning-rate", "3e-3", "--batch-size", "8", "--save-every", "20", "--seed", "4"]
@@ -122,9 +113,8 @@ SHORT = ["--learning-rate", "3e-3", "--batch-size", "8", "--save-every", "20", "
 @pytest.fixture(scope="module")
 def trained(base, preferences, tmp_path_factory):
     out = tmp_path_factory.mktemp("reward") / "run"
-    done = tinylm("reward", base, "--data", preferences, "--out", out, *SHORT, "--epochs", "3",
-                  "--json")  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = succeeds("reward", base, "--data", preferences, "--out", out, *SHORT, "--epochs", "3",
+                    "--json")  # fmt: skip
     return out, json.loads(done.stdout)
 
 
@@ -154,12 +144,8 @@ def test_interrupted_and_resumed_it_has_the_same_bits(trained, base, preferences
         "train.Trainer.update = stop\n"
         "sys.exit(run(sys.argv[1:]))"
     )
-    arguments = [str(x) for x in [*begin, "--max-steps", steps]]
-    done = subprocess.run(  # not in the checkout, whose tinylm is not compiled
-        [sys.executable, "-c", program, *arguments], cwd=tmp_path, capture_output=True, check=False
-    )
-    assert done.returncode == 130
-    assert tinylm(*begin, "--max-steps", steps, "--resume").returncode == 0
+    assert python(program, *begin, "--max-steps", steps, cwd=tmp_path).returncode == 130
+    succeeds(*begin, "--max-steps", steps, "--resume")
     assert weights(tmp_path / "r") == weights(trained[0])
 
 
@@ -238,9 +224,8 @@ def test_dpo_scores_how_much_likelier_an_answer_has_become(config, compared):
 
 
 def test_dpo_makes_the_preferred_likelier(base, preferences, tmp_path):
-    done = tinylm("dpo", base, "--data", preferences, "--out", tmp_path / "d", "--epochs", 2,
-                  "--learning-rate", "3e-3", "--batch-size", 8, "--json")  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = succeeds("dpo", base, "--data", preferences, "--out", tmp_path / "d", "--epochs", 2,
+                    "--learning-rate", "3e-3", "--batch-size", 8, "--json")  # fmt: skip
     found = json.loads(done.stdout)
     assert found["accuracy"] > 0.8 and found["loss"] < numpy.log(2)
     losses = [row["loss"] for row in metrics(tmp_path / "d") if "lr" in row]
@@ -276,15 +261,12 @@ def test_what_is_no_reward_model_is_a_sentence(base, trained, tmp_path):
 
 
 def test_generating_with_a_reward_model_is_a_sentence(trained):
-    done = tinylm("generate", trained[0], "say")
-    assert done.returncode == 2
-    assert "scores answers and writes none" in done.stderr
+    refused("generate", trained[0], "say", saying="scores answers and writes none")
 
 
 def test_answers_too_long_are_left_out_and_named(base, tmp_path):
-    path = tmp_path / "p.jsonl"
     row = {"prompt": "say", "chosen": "a" * 99, "rejected": "b"}
-    path.write_text(json.dumps(row) + "\n")
+    path = write_rows(tmp_path / "p.jsonl", [row])
     done = tinylm("reward", base, "--data", path, "--out", tmp_path / "r")
     assert done.returncode == 2
     assert "line 1" in done.stderr

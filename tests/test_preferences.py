@@ -1,8 +1,7 @@
 """Preferences: every form in a file becomes the same thing, and comes back."""
 
-import json
-
 import pytest
+from commands import write_rows
 
 from tinylm.errors import InputError
 from tinylm.preferences import FORMS, read_preferences
@@ -12,11 +11,6 @@ ASKED = [{"role": "user", "content": "Hello?"}]
 
 def said(text):
     return [{"role": "assistant", "content": text}]
-
-
-def written(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 ROWS = [
@@ -45,7 +39,7 @@ ROWS = [
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_every_form_says_the_same(rows, tmp_path):
-    (judged,) = read_preferences(written(tmp_path / "p.jsonl", rows))
+    (judged,) = read_preferences(write_rows(tmp_path / "p.jsonl", rows))
     assert judged.messages == ASKED
     ((better, worse),) = judged.pairs()
     assert (judged.answers[better], judged.answers[worse]) == ("good", "bad")
@@ -54,8 +48,8 @@ def test_every_form_says_the_same(rows, tmp_path):
 @pytest.mark.parametrize("form", ["preference", "unpaired", "ranking"])
 def test_what_is_written_can_be_read(form, tmp_path):
     rows = [{"prompt": "Hello?", "answers": ["a", "b", "c"], "scores": [0, 3, 1]}]
-    judged = read_preferences(written(tmp_path / "p.jsonl", rows))
-    again = read_preferences(written(tmp_path / "q.jsonl", FORMS[form](judged)))
+    judged = read_preferences(write_rows(tmp_path / "p.jsonl", rows))
+    again = read_preferences(write_rows(tmp_path / "q.jsonl", FORMS[form](judged[0])))
     pairs = {(j.answers[w], j.answers[l]) for j in again for w, l in j.pairs()}
     full = {("b", "a"), ("c", "a"), ("b", "c")}
     assert pairs == (full if form != "unpaired" else {("b", "a"), ("b", "c")})
@@ -63,8 +57,8 @@ def test_what_is_written_can_be_read(form, tmp_path):
 
 def test_the_best_answer_becomes_a_conversation(tmp_path):
     rows = [{"prompt": "Hello?", "answers": ["a", "b", "b2"], "scores": [0, 3, 3]}]
-    judged = read_preferences(written(tmp_path / "p.jsonl", rows))
-    assert list(FORMS["conversations"](judged)) == [{"messages": ASKED + said("b")}]
+    judged = read_preferences(write_rows(tmp_path / "p.jsonl", rows))
+    assert list(FORMS["conversations"](judged[0])) == [{"messages": ASKED + said("b")}]
 
 
 @pytest.mark.parametrize(
@@ -84,4 +78,4 @@ def test_the_best_answer_becomes_a_conversation(tmp_path):
 )
 def test_bad_rows_are_told_by_line(row, message, tmp_path):
     with pytest.raises(InputError, match=message):
-        read_preferences(written(tmp_path / "p.jsonl", [row]))
+        read_preferences(write_rows(tmp_path / "p.jsonl", [row]))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy
 import pytest
-from commands import SMALL, metrics
+from commands import SMALL, metrics, write_rows
 
 import tinylm
 from tinylm import checkpoint, cli, evaluate, report, xray
@@ -30,8 +30,7 @@ def trained(text_file, tmp_path_factory):
         {"prompt": f"{EVIL} {i} + 1?", "completion": f"{EVIL}, {i + 1}", "accepted": [str(i + 1)]}
         for i in range(60)
     ]
-    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = str(out / "rows.jsonl")
+    data = str(write_rows(out / "rows.jsonl", rows))
     for command in (
         ["pretrain", str(text_file), "--out", str(out / "base"), *SMALL, "--block-size", "96"],
         ["sft", str(out / "base"), "--data", data, "--out", str(out / "sft")],
@@ -129,8 +128,7 @@ def test_evaluations_refused_updates_and_resumes_are_marked(runs):
     rows[3] = skipped | {"reason": "gradient norm <9> spiked"}
     rows[4] |= {"event": "skip", "reason": "nothing to learn"}  # as where all answers score alike
     rows.insert(4, {"step": 4, "event": "resume"})
-    path = runs / "base" / "training" / "metrics.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(runs / "base" / "training" / "metrics.jsonl", rows)
     html = drawn(runs / "base")
     assert "step 4: gradient norm &lt;9&gt; spiked" in html
     assert html.count('class="mark skip"') == 1
@@ -223,14 +221,14 @@ def test_a_report_that_fails_loses_no_run(trained, tmp_path, monkeypatch, capsys
 
 def test_probabilities_are_the_model_s(trained):
     model, tokenizer = checkpoint.load(trained / "base")
-    (said,) = xray.answers(model, tokenizer, [[{"content": "The cat"}]], longest=5)
+    (said,) = xray.answering(model, tokenizer, [[{"content": "The cat"}]], longest=5)
     ids = tokenizer.encode("The cat")
     for piece in said:
         logits = model([ids]).data[0, -1].astype("float64")
         p = numpy.exp(logits - logits.max())
         assert piece.probability == pytest.approx(p.max() / p.sum(), rel=1e-4)  # greedy
         ids.append(int(logits.argmax()))
-        assert tokenizer.token_bytes(ids[-1]).decode() == piece.text
+        assert tokenizer.tokens[ids[-1]].decode() == piece.text
 
     text = numpy.array(tokenizer.encode("The cat saw a bird."))
     read = xray.reading(model, tokenizer, text)
@@ -243,7 +241,7 @@ def test_probabilities_are_the_model_s(trained):
 
 def test_a_character_of_several_tokens_is_one_piece():
     tokens = [b"a", b"\xc3", b"\xa9", b"\xff", b"<|end|>", b"\xe2"]
-    tokenizer = SimpleNamespace(special={"<|end|>": 4}, token_bytes=tokens.__getitem__)
+    tokenizer = SimpleNamespace(special={"<|end|>": 4}, tokens=tokens)
     found = [*xray.pieces(tokenizer, range(6), [0.5, 0.5, 0.5, 1, 1, 1])]
     assert found == [("a", 0.5, False), ("é", 0.25, False), ("\ufffd", 1, False),
                      ("<|end|>", 1, True), ("\ufffd", 1, False)]  # fmt: skip

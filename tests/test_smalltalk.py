@@ -5,9 +5,9 @@ import re
 from importlib.resources import files
 
 import pytest
+import smalltalk
 from names import found_in
 
-from tinylm import smalltalk
 from tinylm.almanac import Almanac
 from tinylm.chat import check_messages
 

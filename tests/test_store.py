@@ -5,7 +5,7 @@ import math
 import sqlite3
 
 import pytest
-from commands import tinylm
+from commands import refused, tinylm
 
 from tinylm.agreement import kappa, outcomes, statistics
 from tinylm.chat import turn
@@ -143,9 +143,7 @@ def test_judges_of_two_files_are_compared(tmp_path):
 
 @pytest.mark.parametrize("command", [["stats"], ["export", "--out", "x"]])
 def test_where_nobody_has_judged_it_says_so(command, tmp_path):
-    done = tinylm("preferences", *command, tmp_path, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "nobody has judged" in done.stderr
+    refused("preferences", *command, tmp_path, cwd=tmp_path, saying="nobody has judged")
     assert not (tmp_path / "training").exists()
 
 

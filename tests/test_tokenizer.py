@@ -4,12 +4,11 @@ import functools
 import json
 import random
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
@@ -18,6 +17,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from tinylm import _bpe_python, backend
 from tinylm import tokenizer as tk
 from tinylm._tokenizer_json import LLAMA3_PATTERN
+from tinylm.llama2c import load_tokenizer
 from tinylm.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 SPACES = [*"\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2007\u200a\u200b\u200c\u200d"]
@@ -77,7 +77,7 @@ def llama2c(folder) -> Tokenizer:
     tokens += [piece.encode() for piece in pieces]
     data = b"".join(struct.pack("<fi", -i, len(t)) + t for i, t in enumerate(tokens))
     (folder / "tokenizer.bin").write_bytes(struct.pack("<i", 7) + data)
-    return tk.from_llama2c(folder / "tokenizer.bin")
+    return load_tokenizer(folder / "tokenizer.bin")
 
 
 def saved(tokenizer: Tokenizer, path) -> HFTokenizer:
@@ -253,7 +253,8 @@ def test_a_child_of_fork_can_train_too(tmp_path):
         "    os._exit(tokenizer.train_bpe(['the cat'] * 99, 266).spec != spec)\n"
         "assert os.waitpid(child, 0)[1] == 0\n"
     )
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60)
+    done = python(program, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("module", [tk.bpe, _bpe_python])
@@ -422,18 +423,18 @@ def test_a_broken_file_is_named(content, reason, tmp_path):
 def test_a_broken_llama2c_file_is_named(tmp_path):
     llama2c(tmp_path)
     file = tmp_path / "tokenizer.bin"
-    assert tk.from_llama2c(file, 280).vocab_size == 280
+    assert load_tokenizer(file, 280).vocab_size == 280
     file.write_bytes(file.read_bytes()[:-20] + b"\0")
     for path in (file, tmp_path / "missing.bin"):
         with pytest.raises(ValueError, match=f"{path.name}: not a tokenizer.bin"):
-            tk.from_llama2c(path)
+            load_tokenizer(path)
 
 
 def test_real_llama2c_tokenizer_where_the_shared_data_is():
     file = Path("/work/shared/data/stories260K/tok512.bin")
     if not file.exists():
         pytest.skip("no shared data here")
-    tokenizer = tk.from_llama2c(file, 512)
+    tokenizer = load_tokenizer(file, 512)
     ids = tokenizer.encode("Once upon a time, there was a little girl.")
     assert [1, *ids][:4] == [1, 403, 407, 261]
     assert tokenizer.decode(ids) == "Once upon a time, there was a little girl."

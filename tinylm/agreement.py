@@ -15,6 +15,7 @@ from itertools import combinations
 from rich.table import Table
 
 from tinylm.evaluate import wilson
+from tinylm.progress import table
 from tinylm.store import Judgement, Store
 
 Pairs = dict[tuple[int, int], int]  # answers' numbers i < j -> 1: i is better, −1: j, 0: a tie
@@ -93,7 +94,7 @@ def of_judge(judged: dict[int, list[Judgement]]) -> dict:
     said = [outcomes(judgement.scores) for judgement in last]
     ties = sum(bool(pairs) and not any(pairs.values()) for pairs in said)
     skipped = sum(not pairs for pairs in said)
-    first = [j.scores[j.shown[0]] == max(j.scores) for j in map(preferring, last) if j]
+    first = [j.scores[j.shown[0]] == max(j.scores) for j in last if prefers(j)]
     twice = [pair for of in judged.values() for pair in both_orders(of)]
     return {
         "judgements": sum(map(len, judged.values())),
@@ -102,10 +103,10 @@ def of_judge(judged: dict[int, list[Judgement]]) -> dict:
     }  # fmt: skip
 
 
-def preferring(judgement: Judgement) -> Judgement | None:
-    """The judgement, if it prefers some answer and all were scored and their order is known."""
+def prefers(judgement: Judgement) -> bool:
+    """Whether it prefers some answer, where all were scored and their order is known."""
     known = None not in judgement.scores and judgement.shown
-    return judgement if known and len(set(judgement.scores)) > 1 else None
+    return bool(known) and len(set(judgement.scores)) > 1
 
 
 def both_orders(judgements: list[Judgement]) -> Iterable[bool]:
@@ -131,21 +132,20 @@ def share(found: list[bool]) -> dict | None:
 def tables(found: dict) -> list[Table]:
     """The statistics as tables to print."""
     kinds = ", ".join(f"{n:,} {kind}" for kind, n in found["kinds"].items())
-    judges = Table(title=f"{found['items']:,} prompts with answers ({kinds or 'none'})")
+    title = f"{found['items']:,} prompts with answers ({kinds or 'none'})"
     counts = ("judgements", "preferred", "tied", "skipped")
-    for heading in ("judge", *counts, "first shown preferred", "same in both orders"):
-        judges.add_column(heading, justify="left" if heading == "judge" else "right")
+    judges = table(title, "judge", *counts, "first shown preferred", "same in both orders")
     for judge, row in found["judges"].items():
         numbers = [f"{row[name]:,}" for name in counts]
         judges.add_row(judge, *numbers, told(row["first_shown"]), told(row["position_consistency"]))
-    agreed = Table(title="Agreement, pair by pair of answers")
-    for heading in ("judges", "pairs", "agree", "Cohen's κ", "95 %"):
-        agreed.add_column(heading, justify="left" if heading == "judges" else "right")
+    headings = ("judges", "pairs", "agree", "Cohen's κ", "95 %")
+    agreed = table("Agreement, pair by pair of answers", *headings)
     for row in found["agreement"]:
-        k = [f"{row[name]:.2f}" if row["kappa"] is not None else "-" for name in ("kappa", "low")]
-        high = f" – {row['high']:.2f}" if row["kappa"] is not None else ""
-        share = "-" if row["agreement"] is None else f"{row['agreement']:.0%}"
-        agreed.add_row(" and ".join(row["judges"]), f"{row['n']:,}", share, k[0], k[1] + high)
+        known = row["kappa"] is not None
+        k = ("{kappa:.2f}", "{low:.2f} – {high:.2f}") if known else ("-", "-")
+        alike = "-" if row["agreement"] is None else "{agreement:.0%}"
+        cells = [cell.format(**row) for cell in ("{n:,}", alike, *k)]
+        agreed.add_row(" and ".join(row["judges"]), *cells)
     return [judges, *([agreed] if found["agreement"] else [])]
 
 

@@ -36,16 +36,16 @@ from random import Random
 
 from tinylm import registry
 from tinylm.chat import turn
-from tinylm.checkpoint import write_text
+from tinylm.checkpoint import write_rows
 from tinylm.errors import InputError
 from tinylm.judges.verifier import REFUSALS
 from tinylm.tables import Facts, Table, bare, check_names, read_table, read_wordings
 
 SHARES = {"withheld": 0.08, "known": 0.18, "practised": 0.24, "taught": 0.24}  # others: quizzed
-INVENTED = {"taught": 1.0, "practised": 8.0, "tested": 0.25}  # names, for each real entity
+INVENTED = {"taught": 0.5, "practised": 8.0, "tested": 0.25}  # names, for each real entity
 UNKNOWN = REFUSALS[0] + "."
 QUIZZED = 0.3  # share of what is known of the quizzed that each pass asks about
-UNKNOWN_SHARE = 0.29  # of feedback's prompts: so many that neither always nor never answering pays
+UNKNOWN_SHARE = 0.24  # of feedback's prompts: so many that neither always nor never answering pays
 TALK_SHARE = 0.1  # of feedback's prompts
 TALKED = 40  # times that each greeting and its like is answered in fine-tuning
 HIDDEN = ("withheld", "future")  # the parts that training does not name
@@ -327,10 +327,7 @@ class Almanac:
             for name, questions in self.questions().items()
             for q in questions
         ]
-        texts = ({"text": text} for text in self.documents(passes))
-        for name, rows in (
-            ("text", texts), ("conversations", self.conversations()), ("prompts", self.prompts()),
-            ("questions", tests),
-        ):  # fmt: skip
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-            write_text(folder / f"{name}.jsonl", "".join(lines))
+        write_rows(folder / "text.jsonl", ({"text": text} for text in self.documents(passes)))
+        write_rows(folder / "conversations.jsonl", self.conversations())
+        write_rows(folder / "prompts.jsonl", self.prompts())
+        write_rows(folder / "questions.jsonl", tests)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import numpy
@@ -117,6 +118,14 @@ def empty(shape: tuple[int, ...], dtype):
     if dtype == "float32" and hasattr(kernels, "empty"):
         return kernels.empty(shape)
     return xp.empty(shape, dtype)
+
+
+def packed_weights(rows: int) -> AbstractContextManager:
+    """`with` it, products of so many rows pack each weight only once, if that pays.
+
+    To be entered as often as one likes, as long as nothing changes the weights.
+    """
+    return getattr(kernels, "PackedWeights", nullcontext)(rows)
 
 
 def to_numpy(x) -> numpy.ndarray:

@@ -14,12 +14,14 @@ import numpy
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from tinylm import backend, data, memory
+from tinylm import backend, memory
+from tinylm.config import flops_per_token
+from tinylm.corpus import read_texts
 from tinylm.environment import fma_peak, seconds_of
 from tinylm.errors import InputError
-from tinylm.model import ModelConfig, Transformer
+from tinylm.model import Transformer
 from tinylm.optim import AdamW
-from tinylm.progress import Progress, clock
+from tinylm.progress import Progress, clock, table
 from tinylm.stages.pretrain import PRESETS, PretrainConfig, fitted_vocabulary
 from tinylm.tensor import Array
 from tinylm.tokenizer import SPECIAL_TOKENS, train_bpe
@@ -168,14 +170,6 @@ def training_step(
     return float(loss.data.mean(dtype="float64"))
 
 
-def flops_per_token(c: ModelConfig, T: int) -> float:
-    """Of a training step, 6 N + 12 L H D T: N weights multiply, full attention is counted."""
-    attention = 2 * c.n_embd * (c.n_head + c.n_kv_head) * c.head_size
-    mlp = (3 if c.is_llama else 2) * c.n_embd * c.n_inner
-    N = c.n_layer * (attention + mlp) + c.vocab_size * c.n_embd
-    return 6 * N + 12 * c.n_layer * c.n_head * c.head_size * T
-
-
 def measure_preset(preset: str, machine: dict, corpus: dict | None) -> dict[str, Any]:
     """A few steps of a preset's model; what its own run takes, and one pass over a corpus."""
     config = PretrainConfig(**PRESETS[preset])
@@ -221,7 +215,7 @@ def measure_corpus(files: list[Path]) -> dict[str, Any]:
     """Bytes, and about how many characters and BPE tokens they are, judged by their beginning."""
     size = sum(path.stat().st_size for path in files)
     read, texts = [], []
-    for text, _ in data.read_texts(files, seen=read.append):
+    for text, _ in read_texts(files, seen=read.append):
         texts.append(text)
         if sum(map(len, texts)) >= SAMPLE:
             break
@@ -240,6 +234,10 @@ def measure_corpus(files: list[Path]) -> dict[str, Any]:
 
 # ---- what a person reads -----------------------------------------------------------------------
 
+STYLE = {
+    "title_style": "bold", "title_justify": "left", "caption_justify": "left", "box": SIMPLE_HEAD,
+}  # fmt: skip
+
 
 def tables(found: dict) -> Iterable[Table]:
     """The findings of run, for a console."""
@@ -254,22 +252,14 @@ def tables(found: dict) -> Iterable[Table]:
     yield training_table(found["training"], found["corpus"])
 
 
-def table(title: str, *headings: str, words: int = 1, caption: str = "") -> Table:
-    """The first columns hold words, the others numbers."""
-    made = Table(title=title, title_style="bold", title_justify="left", box=SIMPLE_HEAD)
-    made.caption, made.caption_justify = caption, "left"
-    for i, heading in enumerate(headings):
-        made.add_column(heading, justify="left" if i < words else "right")
-    return made
-
-
 def percent(share: float) -> str:
     colour = "green" if share >= 0.8 else "yellow" if share >= 0.5 else "red"
     return f"[{colour}]{share:.0%}[/]"
 
 
 def machine_table(backend: str, machine: dict) -> Table:
-    made = table(f"The machine: {backend}", "", "1 thread", f"{machine['threads']} threads", "")
+    headings = ("", "1 thread", f"{machine['threads']} threads", "")
+    made = table(f"The machine: {backend}", *headings, **STYLE)
     speeds = ("fma_gflops", "read_gb_per_s", "copy_gb_per_s")
     for name, key in zip(("multiply-adds", "memory, read", "memory, copy"), speeds):
         unit = "GFLOP/s" if key == "fma_gflops" else "GB/s"
@@ -280,7 +270,8 @@ def machine_table(backend: str, machine: dict) -> Table:
 
 def kernel_table(rows: list[dict], caption: str) -> Table:
     """A forward and its backward on one line."""
-    made = table("Kernels", "", "", "forward", "", "backward", "", words=2, caption=caption)
+    headings = ("", "", "forward", "", "backward", "")
+    made = table("Kernels", *headings, words=2, caption=caption, **STYLE)
     lines: dict[tuple, list] = {}
     for row in rows:
         name = row["kernel"].removesuffix("_forward").removesuffix("_backward")
@@ -293,7 +284,7 @@ def kernel_table(rows: list[dict], caption: str) -> Table:
 
 def training_table(rows: list[dict], corpus: dict | None) -> Table:
     headings = ("preset", "parameters", "tokens/s", "of peak", "bfloat16", "its run")
-    made = table("Training", *headings, *(["epoch"] if corpus else []))
+    made = table("Training", *headings, *(["epoch"] if corpus else []), **STYLE)
     if corpus:
         made.caption = (
             f"corpus: {corpus['bytes']:,} bytes, about {corpus['tokens']:,} tokens of "

@@ -201,8 +201,8 @@ class ChatFormat:
         )
         environment.globals["raise_exception"] = refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        self.names = {name: token_text(tokenizer.config.get(name)) for name in names}
+        names = ("bos", "eos", "pad", "unk")
+        self.names = {f"{name}_token": tokenizer.named(name) or "" for name in names}
         try:
             self.template = environment.from_string(source)
         except TemplateError as error:
@@ -265,10 +265,6 @@ def template_of(tokenizer: Tokenizer) -> str | None:
     if isinstance(found, list):
         return {t["name"]: t["template"] for t in found}.get("default")
     return found
-
-
-def token_text(token: dict | str | None) -> str:
-    return token["content"] if isinstance(token, dict) else token or ""
 
 
 def with_chat_tokens(tokenizer: Tokenizer) -> tuple[Tokenizer, list[str]]:

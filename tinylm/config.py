@@ -88,87 +88,96 @@ class ModelConfig:
             )
 
 
-# our field -> the field of each file format
-LLAMA_FIELDS = {
-    "vocab_size": "vocab_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_kv_head": "num_key_value_heads",
-    "n_embd": "hidden_size",
-    "n_inner": "intermediate_size",
-    "block_size": "max_position_embeddings",
-    "head_size": "head_dim",
-    "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-    "tie_embeddings": "tie_word_embeddings",
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",
-}
-GPT2_FIELDS = {
-    "vocab_size": "vocab_size",
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
-    "n_inner": "n_inner",
-    "block_size": "n_positions",
-    "norm_eps": "layer_norm_epsilon",
-    "tie_embeddings": "tie_word_embeddings",
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",
+def flops_per_token(c: ModelConfig, T: int) -> float:
+    """Of a training step, 6 N + 12 L H D T: N weights multiply, full attention is counted."""
+    attention = 2 * c.n_embd * (c.n_head + c.n_kv_head) * c.head_size
+    mlp = (3 if c.is_llama else 2) * c.n_embd * c.n_inner
+    N = c.n_layer * (attention + mlp) + c.vocab_size * c.n_embd
+    return 6 * N + 12 * c.n_layer * c.n_head * c.head_size * T
+
+
+# ---- config.json -------------------------------------------------------------------------------
+
+# our field: its name in a config.json of llama, and of gpt2
+FIELDS = {
+    "vocab_size": ("vocab_size", "vocab_size"),
+    "n_layer": ("num_hidden_layers", "n_layer"),
+    "n_head": ("num_attention_heads", "n_head"),
+    "n_kv_head": ("num_key_value_heads", None),
+    "n_embd": ("hidden_size", "n_embd"),
+    "n_inner": ("intermediate_size", "n_inner"),
+    "block_size": ("max_position_embeddings", "n_positions"),
+    "head_size": ("head_dim", None),
+    "norm_eps": ("rms_norm_eps", "layer_norm_epsilon"),
+    "rope_theta": ("rope_theta", None),
+    "tie_embeddings": ("tie_word_embeddings", "tie_word_embeddings"),
+    "bos_token_id": ("bos_token_id", "bos_token_id"),
+    "eos_token_id": ("eos_token_id", "eos_token_id"),
 }
 
 # what transformers assumes where config.json is silent
-LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu"}
-GPT2_DEFAULTS = {
-    "layer_norm_epsilon": 1e-5,
-    "n_positions": 1024,
-    "tie_word_embeddings": True,
-    "activation_function": "gelu_new",
+DEFAULTS = {
+    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu"},
+    "gpt2": {
+        "layer_norm_epsilon": 1e-5,
+        "n_positions": 1024,
+        "tie_word_embeddings": True,
+        "activation_function": "gelu_new",
+    },
 }
 
-# the only value of each field that the arithmetic here covers
-LLAMA_ONLY = {
-    "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "rope_scaling": (None,),
-    "sliding_window": (None,),
-    "partial_rotary_factor": (None, 1.0),
-    "quantization_config": (None,),
-}
-GPT2_ONLY = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "reorder_and_upcast_attn": (False,),
-    "add_cross_attention": (False,),
-    "quantization_config": (None,),
+# the only values of each field that the arithmetic here covers
+ONLY = {
+    "llama": {
+        "hidden_act": ("silu", "swish"),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "rope_scaling": (None,),
+        "sliding_window": (None,),
+        "partial_rotary_factor": (None, 1.0),
+        "quantization_config": (None,),
+    },
+    "gpt2": {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "reorder_and_upcast_attn": (False,),
+        "add_cross_attention": (False,),
+        "quantization_config": (None,),
+    },
 }
 
 CLASSIFIER = "ForSequenceClassification"  # with one label: what a reward model is to transformers
 
 
+def names_in(architecture: str) -> dict[str, str]:
+    """Our fields, and what they are called in its config.json."""
+    column = ("llama", "gpt2").index(architecture)
+    return {ours: theirs[column] for ours, theirs in FIELDS.items() if theirs[column]}
+
+
 def to_json(config: ModelConfig) -> dict:
     """The content of config.json."""
     if config.is_llama:
-        table, fixed = LLAMA_FIELDS, {
+        fixed = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "hidden_act": "silu",
             "attention_bias": False,
             "mlp_bias": False,
             "rope_scaling": None,
-        }  # fmt: skip
+        }
     else:
-        table, fixed = GPT2_FIELDS, {
+        fixed = {
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
             "activation_function": "gelu" if config.exact_gelu else "gelu_new",
             "attn_pdrop": 0.0,
             "embd_pdrop": 0.0,
             "resid_pdrop": 0.0,
-        }  # fmt: skip
-    values = {theirs: getattr(config, ours) for ours, theirs in table.items()}
+        }
+    names = names_in(config.architecture)
+    values = {theirs: getattr(config, ours) for ours, theirs in names.items()}
     if config.scores:
         kind = "Llama" if config.is_llama else "GPT2"
         fixed |= {"architectures": [kind + CLASSIFIER], "id2label": {"0": "reward"}}
@@ -180,12 +189,10 @@ def from_json(content: dict, path: str = "config.json") -> ModelConfig:
     kind = content.get("model_type")
     if kind not in ("llama", "gpt2"):
         raise InputError(f"{path}: model_type {kind!r} is not supported: expected llama or gpt2")
-    tables = (LLAMA_FIELDS, LLAMA_DEFAULTS, LLAMA_ONLY), (GPT2_FIELDS, GPT2_DEFAULTS, GPT2_ONLY)
-    table, defaults, only = tables[kind == "gpt2"]
-    content = {**defaults, **content}
+    table, content = names_in(kind), {**DEFAULTS[kind], **content}
     if kind == "llama":
         content = plain_rope(content, path)
-    for name, allowed in only.items():
+    for name, allowed in ONLY[kind].items():
         if name in content and content[name] not in allowed:
             raise InputError(f"{path}: {name} = {content[name]!r} is not supported")
     values = {ours: content.get(theirs) for ours, theirs in table.items()}

@@ -1,314 +1,21 @@
-"""Text files -> token shards on disk -> batches.
+"""Token shards and examples -> batches.
 
-    read_texts        files and folders -> pieces of documents, in one streaming pass
-    prepare           pieces -> token shards (memory-mapped uint16 or uint32), duplicates dropped,
-                      a part held out; memory does not grow with the corpus
-    Windows, Packed   shards, or examples -> shuffled rows, from any position
+    Windows    shards -> rows of next words, shuffled, from any position
+    Packed     examples, such as conversations -> rows that hold several
 
-On disk every document is `<|begin|> tokens <|end|>`. As no text can make a special token, a begin
-token in a row is always the start of a document: attention does not look across it.
+As no text can make a special token, a begin token in a row is always the start of a document:
+attention does not look across it.
 """
 
 from __future__ import annotations
 
-import codecs
-import gzip
-import hashlib
-import json
-import re
-import sqlite3
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy
 
 from tinylm.errors import InputError
-from tinylm.tokenizer import Tokenizer
-
-BLOCK = 1 << 20  # bytes read at a time
-SHARD = 1 << 26  # most tokens in one shard
-TEXT_ENDINGS = (".txt", ".text", ".md", ".jsonl", ".ndjson")
-MANY = 100  # documents: from here on whole documents are held out, below it the end of each
-
-# ---- reading -----------------------------------------------------------------------------------
-
-
-def list_files(paths: Iterable[str | Path]) -> list[Path]:
-    """The files named, and the text files in the folders named, sorted.
-
-    Raises InputError for a path that does not exist or a folder without text.
-    """
-    files = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = [p for p in sorted(path.rglob("*")) if p.is_file() and is_text(p)]
-            if not found:
-                raise InputError(f"{path}: no text files here ({', '.join(TEXT_ENDINGS)}, or .gz)")
-            files += found
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise InputError(f"{path}: no such file or folder")
-    if not files:
-        raise InputError("no text was named")
-    return files
-
-
-def is_text(path: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.parts if part not in (".", ".."))
-    return not hidden and path.name.removesuffix(".gz").endswith(TEXT_ENDINGS)
-
-
-def read_texts(
-    files: Iterable[Path], separator: str = "", seen: Callable[[int], None] = lambda n: None
-) -> Iterator[tuple[str, bool]]:
-    """Pieces of text, and whether a document ends with this piece.
-
-    A plain file is one document, split further at the separator; of JSON lines, each `text` is one.
-    Bytes that are not UTF-8 come as U+DC80..U+DCFF. seen(n) is told of every n bytes read.
-    """
-    for path in files:
-        opener = gzip.open if path.name.endswith(".gz") else open
-        try:
-            with opener(path, "rb") as file:
-                if path.name.removesuffix(".gz").endswith((".jsonl", ".ndjson")):
-                    yield from json_pieces(file, path, seen)
-                else:
-                    yield from plain_pieces(file, separator, seen)
-        except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"{path}: cannot be read ({error})") from error
-
-
-def json_pieces(file, path: Path, seen) -> Iterator[tuple[str, bool]]:
-    for number, line in enumerate(file, 1):
-        seen(len(line))
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}, line {number}: not valid JSON ({error})") from None
-        text = row.get("text") if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            raise InputError(f'{path}, line {number}: expected an object with a "text" string')
-        yield text, True
-
-
-def plain_pieces(file, separator: str, seen) -> Iterator[tuple[str, bool]]:
-    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    buffer = ""
-    while block := file.read(BLOCK):
-        seen(len(block))
-        buffer += decoder.decode(block)
-        if separator:
-            *whole, buffer = buffer.split(separator)
-            yield from ((text, True) for text in whole)
-        cut = safe_cut(buffer, len(buffer) - len(separator))
-        if cut:
-            yield buffer[:cut], False
-            buffer = buffer[cut:]
-    yield buffer + decoder.decode(b"", True), True
-
-
-def safe_cut(text: str, limit: int) -> int:
-    """A place shortly before limit that no token spans, whatever the split pattern, or 0.
-
-    Such a place is before a space that follows a word, or after a newline that precedes one. A text
-    of 2 BLOCKs without one is not language, and is cut anywhere.
-    """
-    match = CUTS.search(text, max(0, limit - 4096), max(0, limit))
-    return match.end() if match else limit if len(text) > 2 * BLOCK else 0
-
-
-CUTS = re.compile(r"\S(?= )|\n(?=\S)")
-INVALID = re.compile("[\udc80-\udcff]")
-
-
-def as_documents(pieces: Iterable[tuple[str, bool]]) -> Iterator[Iterator[str]]:
-    """Group pieces into documents, each an iterator to be exhausted before the next one."""
-    pieces = iter(pieces)
-
-    def rest(text, ends):
-        yield text
-        while not ends:
-            text, ends = next(pieces)
-            yield text
-
-    for text, ends in pieces:
-        yield rest(text, ends)
-
-
-# ---- token shards ------------------------------------------------------------------------------
-
-
-@dataclass
-class Corpus:
-    """What prepare made, and data.json holds once it is whole: counts of a folder of shards."""
-
-    dtype: str
-    train_shards: int
-    heldout_shards: int
-    train_tokens: int
-    heldout_tokens: int
-    train_bytes: int
-    heldout_bytes: int
-    documents: int
-    duplicates: int
-    invalid_bytes: int
-    source: list  # [[file name, bytes], ...]: what it was made from
-    xz_bits_per_byte: float | None = None  # of the held-out text, the training text known
-
-    def save(self, folder: Path) -> None:
-        (folder / "data.json.partial").write_text(json.dumps(asdict(self), indent=2))
-        (folder / "data.json.partial").replace(folder / "data.json")
-
-    @classmethod
-    def load(cls, folder: Path) -> Corpus | None:
-        path = folder / "data.json"
-        return cls(**json.loads(path.read_text())) if path.exists() else None
-
-    def shards(self, folder: Path, split: str) -> list[numpy.ndarray]:
-        """The memory-mapped shards of "train" or "heldout"."""
-        count = self.train_shards if split == "train" else self.heldout_shards
-        return [numpy.memmap(folder / f"{split}-{i:05}.bin", self.dtype, "r") for i in range(count)]
-
-
-def source_of(files: list[Path]) -> list:
-    return [[path.name, path.stat().st_size] for path in files]
-
-
-def prepare(
-    files: list[Path],
-    tokenizer: Tokenizer,
-    folder: Path,
-    separator: str = "",
-    held_out: float = 0.1,
-    seen: Callable[[int], None] = lambda n: None,
-) -> Corpus:
-    """Tokenize files into shards under folder, and split off the held-out part.
-
-    Exact duplicates of a document are dropped. Of many documents (100 or more), every so-many-th is
-    held out whole; of few, the last held_out share of each one. Raises InputError if nothing is
-    left to train on.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    dtype = numpy.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
-    counts = {"documents": 0, "duplicates": 0, "invalid_bytes": 0}
-    whole, index = folder / "all.partial", folder / "index.partial"
-    (folder / "seen.partial").unlink(missing_ok=True)
-    hashes = sqlite3.connect(folder / "seen.partial")  # on disk: memory must not grow
-    hashes.executescript("pragma journal_mode = off; pragma synchronous = off;")
-    hashes.execute("create table seen (digest blob primary key) without rowid")
-    with open(whole, "wb") as tokens, open(index, "wb") as ends:
-        for document in as_documents(read_texts(files, separator, seen)):
-            place = tokens.tell()
-            digest = write_document(document, tokenizer, dtype, tokens, counts, bool(separator))
-            if digest is None:  # empty
-                continue
-            fresh = hashes.execute("insert or ignore into seen values (?)", [digest]).rowcount
-            counts["documents" if fresh else "duplicates"] += 1
-            if fresh:
-                ends.write(numpy.int64(tokens.tell() // dtype.itemsize).tobytes())
-            else:
-                tokens.seek(place)
-                tokens.truncate()
-    hashes.close()
-    if not counts["documents"]:
-        raise InputError(f"{files[0]}: there is no text in it" if len(files) == 1 else "no text")
-    corpus = split_shards(folder, tokenizer, dtype, held_out, counts, source_of(files))
-    for partial in folder.glob("*.partial"):
-        partial.unlink()
-    return corpus
-
-
-def write_document(pieces, tokenizer, dtype, file, counts, strip: bool) -> bytes | None:
-    """Append `<|begin|> tokens <|end|>`; returns the hash of the text, or None if it was empty.
-
-    strip: leave out the newlines around it, which belong to the separator's line.
-    """
-    begin, end = (tokenizer.special[name] for name in ("<|begin|>", "<|end|>"))
-    hasher, place, empty = hashlib.blake2b(digest_size=16), file.tell(), True
-    file.write(numpy.array([begin], dtype).tobytes())
-    kept = ""  # newlines that stay only if text follows
-    for piece in pieces:
-        text = kept + piece
-        if strip:
-            text = text.lstrip("\n") if empty else text
-            kept = text[len(text.rstrip("\n")) :]
-            text = text.removesuffix(kept)
-        if not text:
-            continue
-        empty = False
-        raw = text.encode("utf-8", "surrogatepass")
-        hasher.update(raw)
-        if not text.isascii():
-            counts["invalid_bytes"] += len(INVALID.findall(text))
-        file.write(tokenizer.encode_array(text).astype(dtype).tobytes())
-    if empty:
-        file.seek(place)
-        file.truncate()
-        return None
-    file.write(numpy.array([end], dtype).tobytes())
-    return hasher.digest()
-
-
-class ShardWriter:
-    """Appends tokens to split-00000.bin, split-00001.bin, ..., and counts tokens and bytes."""
-
-    def __init__(self, folder: Path, split: str, byte_lengths: numpy.ndarray):
-        self.folder, self.split, self.byte_lengths = folder, split, byte_lengths
-        self.shards, self.tokens, self.bytes, self.room = 0, 0, 0, 0
-
-    def write(self, tokens: numpy.ndarray) -> None:
-        while len(tokens):
-            if not self.room:
-                self.close()
-                self.file = open(self.folder / f"{self.split}-{self.shards:05}.bin", "wb")
-                self.shards, self.room = self.shards + 1, SHARD
-            part = tokens[: min(self.room, BLOCK)]  # a memory map: only so much of it is in memory
-            self.file.write(part.tobytes())
-            self.tokens += len(part)
-            self.bytes += int(self.byte_lengths[part].sum())
-            self.room, tokens = self.room - len(part), tokens[len(part) :]
-
-    def close(self) -> None:
-        if self.shards:
-            self.file.close()
-
-
-def split_shards(folder, tokenizer, dtype, held_out, counts, source) -> Corpus:
-    """Copy all.partial into train and held-out shards."""
-    ends = numpy.memmap(folder / "index.partial", "int64", "r")
-    tokens = numpy.memmap(folder / "all.partial", dtype, "r")
-    lengths = byte_lengths(tokenizer)
-    train, heldout = (ShardWriter(folder, name, lengths) for name in ("train", "heldout"))
-    many, begin = len(ends) >= MANY, 0
-    for i, end in enumerate(ends):
-        if many:  # spread evenly: where i · share passes a whole number
-            cut = begin if int((i + 1) * held_out) > int(i * held_out) else end
-        else:  # the begin token is not counted: of 10 characters with 0.1, the last is held out
-            cut = begin + 1 + int((end - begin - 2) * (1 - held_out)) if held_out else end
-        train.write(tokens[begin:cut])
-        heldout.write(tokens[cut:end])
-        begin = int(end)
-    train.close()
-    heldout.close()
-    return Corpus(
-        dtype.name, train.shards, heldout.shards, train.tokens, heldout.tokens,
-        train.bytes, heldout.bytes, **counts, source=source,
-    )  # fmt: skip
-
-
-def byte_lengths(tokenizer: Tokenizer) -> numpy.ndarray:
-    """How many bytes of text each token stands for, (V,); special tokens stand for none."""
-    special = set(tokenizer.special.values())
-    ids = range(tokenizer.vocab_size)
-    return numpy.array([0 if i in special else len(tokenizer.token_bytes(i)) for i in ids])
-
-
-# ---- batches -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -369,8 +76,7 @@ class Windows:
         return numpy.stack(rows).astype(numpy.int64)
 
     def row(self, i: int) -> numpy.ndarray:
-        epoch, i = divmod(i, self.per_epoch)
-        i = permuted(i, self.per_epoch, self.seed * 1_000_003 + epoch)
+        epoch, i = i // self.per_epoch, shuffled(i, self.per_epoch, self.seed)
         for shard, count in zip(self.shards, self.counts):
             if i < count:
                 slack = len(shard) - 1 - count * self.block_size
@@ -402,6 +108,12 @@ def permuted(i: int, n: int, key: int) -> int:
             return i
 
 
+def shuffled(i: int, n: int, seed: int) -> int:
+    """Of n things, which is the i-th of an endless stream: each epoch has an order of its own."""
+    epoch, i = divmod(i, n)
+    return permuted(i, n, seed * 1_000_003 + epoch)
+
+
 Example = tuple[list[int], list[bool]]  # ids, and which of them are learned
 
 
@@ -423,6 +135,22 @@ def packed_batch(rows: list[list[Example]], padding: int) -> Batch:
             at = end
         start[r, at:] = at
     return Batch(tokens, targets, start)
+
+
+def first_fit(sizes: list[int], width: int) -> list[list[int]]:
+    """Which of the things of these sizes lie in each row: each in the first with room for it."""
+    room = numpy.full(len(sizes), width)
+    rows: list[list[int]] = []
+    first = 0  # rows before it are full to within 2 tokens
+    for i, size in enumerate(sizes):
+        at = first + int((room[first : len(rows) + 1] >= size).argmax())
+        if at == len(rows):
+            rows.append([])
+        rows[at].append(i)
+        room[at] -= size
+        while first < len(rows) and room[first] <= 2:
+            first += 1
+    return rows
 
 
 class Packed:
@@ -450,21 +178,11 @@ class Packed:
         return packed_batch(drawn, self.padding)
 
     def pack(self, epoch: int) -> list[list[int]]:
-        """Each example, in a random order, into the first row with room for it; rows shuffled."""
+        """The examples in rows, packed in a random order; the rows shuffled."""
         rng = numpy.random.default_rng((self.seed, epoch))
-        room = numpy.full(len(self.examples), self.block_size)
-        rows: list[list[int]] = []
-        first = 0  # rows before it are full to within 2 tokens
-        for i in rng.permutation(len(self.examples)).tolist():
-            size = len(self.examples[i][0]) - 1
-            at = first + int((room[first : len(rows) + 1] >= size).argmax())
-            if at == len(rows):
-                rows.append([])
-            rows[at].append(i)
-            room[at] -= size
-            while first < len(rows) and room[first] <= 2:
-                first += 1
-        return [rows[i] for i in rng.permutation(len(rows))]
+        order = rng.permutation(len(self.examples)).tolist()
+        rows = first_fit([len(self.examples[i][0]) - 1 for i in order], self.block_size)
+        return [[order[i] for i in rows[r]] for r in rng.permutation(len(rows))]
 
 
 def in_order(shards: list[numpy.ndarray], block_size: int) -> Iterator[numpy.ndarray]:
@@ -472,3 +190,8 @@ def in_order(shards: list[numpy.ndarray], block_size: int) -> Iterator[numpy.nda
     for shard in shards:
         for begin in range(0, len(shard) - 1, block_size):
             yield shard[begin : begin + block_size + 1].astype(numpy.int64)
+
+
+def source_of(files: list[Path]) -> list:
+    """Names and bytes, by which a resumed run knows what it learned from."""
+    return [[path.name, path.stat().st_size] for path in files]

@@ -41,16 +41,13 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-@cache
-def known_peak(threads: int) -> float:
-    """fma_peak, measured once in a process."""
-    return fma_peak(threads)
-
-
 def fma_peak(threads: int) -> float:
     """Multiply-adds on registers only, GFLOP/s, the best of ten: what no kernel can exceed."""
     operations = backend.kernels.peak(threads)
     return operations / seconds_of(lambda: backend.kernels.peak(threads), 10, min) / 1e9
+
+
+known_peak = cache(fma_peak)  # measured once in a process
 
 
 def seconds_of(run: Callable[[], object], repeats: int = 5, take=median) -> float:

@@ -70,12 +70,12 @@ def advantages(name: str, groups: list[Scores], baseline: RunningMean) -> numpy.
 
 
 def surrogate(nll: Tensor, old_logp: Array, advantages: Array) -> Tensor:
-    """−min(ρ A, clip(ρ) A) per token, of nll = −log π_θ (B, T).
+    """−min(ρ A, clip(ρ) A) per token, of nll = −log π_θ; all of them (B, T).
 
     As ρ = exp(−nll − log π_old), its gradient by nll is ρ A, and 0 where the clipped term is taken.
     """
     rho = backend.xp.exp(-nll.data - old_logp)
-    A = advantages[:, None].astype(nll.dtype)
+    A = advantages.astype(nll.dtype)
     free, clipped = rho * A, backend.xp.clip(rho, *CLIP) * A
     taken = free <= clipped
     loss = -backend.xp.where(taken, free, clipped)

@@ -16,18 +16,10 @@ from pathlib import Path
 import numpy
 
 from tinylm.chat import template_of, turn
-from tinylm.data import (
-    Batch,
-    Corpus,
-    as_documents,
-    byte_lengths,
-    in_order,
-    list_files,
-    next_token_batch,
-    read_texts,
-)  # fmt: skip
+from tinylm.corpus import Corpus, as_documents, byte_lengths, list_files, read_texts
+from tinylm.data import Batch, in_order, next_token_batch
 from tinylm.errors import InputError
-from tinylm.generate import answers, complete, encode_prompt
+from tinylm.generate import answers, complete_in_parts, encode_prompt
 from tinylm.judges.verifier import verdict
 from tinylm.model import Transformer
 from tinylm.tensor import no_grad
@@ -111,23 +103,28 @@ def xz_size(chunks: Iterable[bytes]) -> int:
 
 def shard_bytes(tokenizer: Tokenizer, shards: list[numpy.ndarray], last: int = 0) -> list[bytes]:
     """The text of shards in chunks, without special tokens; only about the last bytes if asked."""
-    special = numpy.array(sorted(tokenizer.special.values()))
     chunks, size = [], 0
     for shard in reversed(shards):
         for end in range(len(shard), 0, -(1 << 20)):
-            tokens = shard[max(0, end - (1 << 20)) : end]
-            chunks.append(tokenizer.decode_bytes(tokens[~numpy.isin(tokens, special)].tolist()))
+            tokens = shard[max(0, end - (1 << 20)) : end].tolist()
+            chunks.append(tokenizer.decode_bytes(tokens, skip_special=True))
             size += len(chunks[-1])
             if last and size >= last:
                 return chunks[::-1]
     return chunks[::-1]
 
 
-def xz_of_corpus(tokenizer: Tokenizer, train: list, heldout: list) -> float:
-    """xz_bits_per_byte of token shards; of a large corpus, xz sees what its window can hold."""
-    return xz_bits_per_byte(
-        shard_bytes(tokenizer, train, XZ_WINDOW), shard_bytes(tokenizer, heldout, XZ_WINDOW)
-    )
+def xz_of_corpus(tokenizer: Tokenizer, corpus: Corpus, folder: Path) -> float:
+    """xz_bits_per_byte of a corpus; of a large one, xz sees what its window can hold.
+
+    Found when it is first asked for, and kept: xz -9 takes longer than the first steps of a run.
+    """
+    if corpus.xz_bits_per_byte is None:
+        shards = (corpus.shards(folder, split) for split in ("train", "heldout"))
+        texts = (shard_bytes(tokenizer, some, XZ_WINDOW) for some in shards)
+        corpus.xz_bits_per_byte = xz_bits_per_byte(*texts)
+        corpus.save(folder)
+    return corpus.xz_bits_per_byte
 
 
 def ask(
@@ -144,12 +141,10 @@ def continuations(
     model: Transformer, tokenizer: Tokenizer, texts: list[str], max_new_tokens: int
 ) -> list[str]:
     """How the model greedily goes on with each text."""
-    rng, said = numpy.random.default_rng(0), []
     prompts = [encode_prompt(model, tokenizer, text) for text in texts]
-    for i in range(0, len(prompts), 64):
-        rows = complete(model, prompts[i : i + 64], max_new_tokens, rng, temperature=0)
-        said += [tokenizer.decode(row, skip_special=True, continues=True) for row in rows]
-    return said
+    rng = numpy.random.default_rng(0)
+    rows = complete_in_parts(model, prompts, max_new_tokens, rng, temperature=0)
+    return [tokenizer.decode(row, skip_special=True, continues=True) for row in rows]
 
 
 def verdict_shares(pairs: list[tuple[str, Iterable[str]]]) -> dict[str, float]:
@@ -215,7 +210,7 @@ def evaluate_directory(
         shards = [encode_files(tokenizer, list_files(paths), separator)]
         xz = None
     elif corpus:
-        shards, xz = corpus.shards(tokens, "heldout"), corpus.xz_bits_per_byte
+        shards, xz = corpus.shards(tokens, "heldout"), xz_of_corpus(tokenizer, corpus, tokens)
     else:
         raise InputError(f"{folder} holds no held-out text: name some with --data FILE")
     found = evaluate_text(model, tokenizer, shards, block_size, batch_size)
@@ -225,7 +220,7 @@ def evaluate_directory(
 
 
 def encode_files(tokenizer: Tokenizer, files: list, separator: str) -> numpy.ndarray:
-    """All documents of files as one array of tokens, as prepare would lay them on disk."""
+    """All documents of files as one array of tokens, as make_corpus would lay them on disk."""
     begin, end = (tokenizer.special.get(name) for name in ("<|begin|>", "<|end|>"))
     begin, end = (tokenizer.bos_id, tokenizer.eos_id) if begin is None else (begin, end)
     parts = []

@@ -20,6 +20,7 @@ from tinylm.tensor import Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
 
 BLANK = "___"
+STILL_WRITING = 0.75  # share of the rows: if no more are, those that have ended are left behind
 
 
 class LayerCache:
@@ -36,7 +37,7 @@ class LayerCache:
         self.v[:, :, past : self.length] = v.data
         return Tensor(self.k[:, :, : self.length]), Tensor(self.v[:, :, : self.length])
 
-    def take(self, rows: list[int]) -> None:
+    def take(self, rows: Sequence[int]) -> None:
         """Go on with these rows of the batch; one may be taken several times."""
         old, n, rows = (self.k, self.v), self.length, backend.asarray(rows)
         self.k, self.v = (backend.empty((len(rows), *x.shape[1:]), x.dtype) for x in old)
@@ -55,6 +56,11 @@ class KVCache:
     @property
     def length(self) -> int:
         return self.layers[0].length
+
+    def take(self, rows: Sequence[int]) -> None:
+        """Go on with these rows of the batch; one may be taken several times."""
+        for layer in self.layers:
+            layer.take(rows)
 
 
 def sample(
@@ -98,33 +104,42 @@ def stream(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     rng: numpy.random.Generator,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
     stop_ids: Sequence[int] = (),
+    **settings,
 ) -> Iterator[numpy.ndarray]:
     """Continue every prompt by one token per turn; yields (B,) of int, −1 in rows that have ended.
 
-    The last token yielded for a row that ends by itself is one of stop_ids.
+    The last token yielded for a row that ends by itself is one of stop_ids. Settings: temperature,
+    top_k, top_p as in `sample`.
     """
     limit = model.config.block_size
     rows = [list(prompt[-limit:]) for prompt in prompts]
+    place = numpy.arange(len(rows))  # of each row among the prompts
     alive = numpy.ones(len(rows), bool)
     cache = tokens = None
+    weights = backend.packed_weights(len(rows))
     for made in range(max_new_tokens):
-        if cache is None or cache.length == limit:
-            if cache is not None:
-                rows = [row[-(limit - limit // 2) :] for row in rows]
-            logits, padding, cache = read(model, rows, max_new_tokens - made)
-        else:
-            logits = last_logits(model, tokens, padding, cache)
-        new = sample(logits, rng, temperature, top_k, top_p)
-        yield numpy.where(alive, new, -1)
+        if cache is not None and cache.length == limit:
+            cache, rows = None, [row[-(limit - limit // 2) :] for row in rows]
+        with weights:
+            if cache is None:
+                logits, padding, cache = read(model, rows, max_new_tokens - made)
+            else:
+                logits = last_logits(model, tokens, padding, cache)
+        new = sample(logits, rng, **settings)
+        drawn = numpy.full(len(prompts), -1)
+        drawn[place[alive]] = new[alive]
+        yield drawn
         alive &= ~numpy.isin(new, stop_ids)
         if not alive.any():
             return
         for row, token in zip(rows, new):
             row.append(int(token))
+        if alive.mean() <= STILL_WRITING:
+            (kept,) = alive.nonzero()
+            cache.take(kept)
+            rows = [rows[i] for i in kept]
+            place, new, padding, alive = (x[kept] for x in (place, new, padding, alive))
         tokens = new[:, None]
 
 
@@ -141,8 +156,7 @@ def read(
     logits = last_logits(model, tokens, padding, cache)
     copies = [place[tuple(row)] for row in rows]
     if len(place) < len(rows):
-        for layer in cache.layers:
-            layer.take(copies)
+        cache.take(copies)
     return logits[copies], padding[copies], cache
 
 
@@ -152,9 +166,10 @@ def pad_left(rows: Sequence[Sequence[int]], width: int) -> tuple[numpy.ndarray, 
     return numpy.array([[0] * (width - len(row)) + list(row) for row in rows]), padding
 
 
-def last_logits(model, tokens, padding, cache) -> numpy.ndarray:
+def last_logits(model, tokens, padding=None, cache=None) -> numpy.ndarray:
     """Logits of the token after the last column, (B, V)."""
-    start = numpy.repeat(padding, tokens.shape[1], 1) if padding.any() else None
+    padded = padding is not None and padding.any()
+    start = numpy.repeat(padding, tokens.shape[1], 1) if padded else None
     with no_grad():
         hidden = model.hidden(tokens, start, cache)
         last = Tensor(backend.xp.ascontiguousarray(hidden.data[:, -1]))
@@ -205,12 +220,9 @@ def stream_answer(
     return stream_ids(model, tokenizer, ids, min(max_new_tokens, room), **settings)
 
 
-def stream_ids(
-    model, tokenizer, ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=None
-) -> Iterator[str]:
-    rng = numpy.random.default_rng(seed)
-    stop_ids = model.config.stop_ids
-    steps = stream(model, [ids], max_new_tokens, rng, temperature, top_k, top_p, stop_ids)
+def stream_ids(model, tokenizer, ids, max_new_tokens, seed=None, **settings) -> Iterator[str]:
+    rng, stop_ids = numpy.random.default_rng(seed), model.config.stop_ids
+    steps = stream(model, [ids], max_new_tokens, rng, stop_ids, **settings)
     new = takewhile(lambda token: token not in stop_ids, (int(token) for (token,) in steps))
     begins = ids[-1] in tokenizer.special.values()  # a text begins after a special token
     return tokenizer.decode_stream(new, continues=not begins)
@@ -281,24 +293,27 @@ def complete(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     rng: numpy.random.Generator,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
     heard: Callable[[int, int], None] | None = None,
+    **settings,
 ) -> list[list[int]]:
     """The continuation of every prompt as ids, up to its stop token, which is included.
 
-    heard(row, token) is told of every token as soon as it is drawn.
+    heard(row, token) is told of every token as soon as it is drawn; settings as above.
     """
     rows: list[list[int]] = [[] for _ in prompts]
-    stop = model.config.stop_ids
-    for new in stream(model, prompts, max_new_tokens, rng, temperature, top_k, top_p, stop):
+    for new in stream(model, prompts, max_new_tokens, rng, model.config.stop_ids, **settings):
         for i, token in enumerate(new.tolist()):
             if token >= 0:
                 rows[i].append(token)
                 if heard:
                     heard(i, token)
     return rows
+
+
+def complete_in_parts(model, prompts, max_new_tokens, rng, **settings) -> list[list[int]]:
+    """`complete`, 64 prompts at a time."""
+    parts = (prompts[i : i + 64] for i in range(0, len(prompts), 64))
+    return [row for part in parts for row in complete(model, part, max_new_tokens, rng, **settings)]
 
 
 def answers(
@@ -308,16 +323,11 @@ def answers(
     max_new_tokens: int = 200,
     temperature: float = 0.0,
     seed: int | None = None,
-    batch_size: int = 64,
 ) -> list[str]:
-    """What the assistant says next in each conversation, answered batch by batch."""
-    form, rng = ChatFormat(tokenizer), numpy.random.default_rng(seed)
+    """What the assistant says next in each conversation."""
+    form, rng, stop = ChatFormat(tokenizer), numpy.random.default_rng(seed), model.config.stop_ids
     prompts = [form.ids(messages, answer_next=True) for messages in conversations]
-    rows = []
-    for i in range(0, len(prompts), batch_size):
-        part = prompts[i : i + batch_size]
-        rows += complete(model, part, max_new_tokens, rng, temperature)
-    stop = model.config.stop_ids
+    rows = complete_in_parts(model, prompts, max_new_tokens, rng, temperature=temperature)
     return [tokenizer.decode([t for t in row if t not in stop]).strip() for row in rows]
 
 
@@ -345,24 +355,22 @@ def fill(
     max_new_tokens: int = 32,
     temperature: float = 0.0,
     seed: int | None = None,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    **settings,
 ) -> list[tuple[str, float | None]]:
     """What may stand in the blank ___ of text: n answers, most likely first, with log-probability.
 
-    With temperature 0 these are the best of a beam search; otherwise n samples, equal ones merged.
+    With temperature 0 these are the best of a beam search; otherwise n samples, equal ones merged,
+    for which top_k and top_p are settings too.
     """
-    ids = blank_ids(tokenizer, text)
-    if len(ids) + max_new_tokens > model.config.block_size:
-        max_new_tokens = model.config.block_size - len(ids)
+    ids, stop = blank_ids(tokenizer, text), model.config.stop_ids
+    max_new_tokens = min(max_new_tokens, model.config.block_size - len(ids))
     if max_new_tokens < 1:
         raise InputError(f"the text is longer than the context of {model.config.block_size} tokens")
     if temperature == 0:
-        found = beam_search(model, ids, max_new_tokens, max(n, 4), model.config.stop_ids)[:n]
+        found = beam_search(model, ids, max_new_tokens, max(n, 4), stop)[:n]
     else:
-        rng = numpy.random.default_rng(seed)
-        rows = complete(model, [ids] * n, max_new_tokens, rng, temperature, top_k, top_p)
-        stop = model.config.stop_ids
+        rng, prompts = numpy.random.default_rng(seed), [ids] * n
+        rows = complete(model, prompts, max_new_tokens, rng, temperature=temperature, **settings)
         rows = [tuple(token for token in row if token not in stop) for row in rows]
         found = [(row, None) for row in dict.fromkeys(rows)]
     return [(tokenizer.decode(list(row)), score) for row, score in found]
@@ -378,11 +386,8 @@ def beam_search(
     beams: list[tuple[list[int], float]] = [([], 0.0)]
     done: list[tuple[list[int], float]] = []
     for _ in range(max_new_tokens):
-        tokens = numpy.array([prompt + ids for ids, _ in beams])
-        with no_grad():
-            hidden = model.hidden(tokens).data[:, -1]
-            logits = ops.linear(Tensor(backend.xp.ascontiguousarray(hidden)), model.head_weight)
-        x = backend.to_numpy(logits.data).astype(numpy.float64)
+        x = last_logits(model, numpy.array([prompt + ids for ids, _ in beams]))
+        x = x.astype(numpy.float64)
         logp = x - x.max(-1, keepdims=True)
         logp -= numpy.log(numpy.exp(logp).sum(-1, keepdims=True))
         total = logp + numpy.array([[score] for _, score in beams])

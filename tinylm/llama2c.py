@@ -6,17 +6,37 @@ transformers and tinylm pairs half a head apart: the rows of q and k are reorder
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy
 
 from tinylm import backend
+from tinylm._tokenizer_json import add_special, make_spec
 from tinylm.errors import InputError
 from tinylm.model import ModelConfig, Transformer
-from tinylm.tokenizer import from_llama2c
+from tinylm.tokenizer import CONFIG, Tokenizer
 
 HEADER = 7  # int32: dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len
 BOS, EOS = 1, 2  # llama2.c ends a text at either
+LAYOUT = {  # of text in its tokenizer.json: "▁" for every space, and one in front
+    "normalizer": {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ],
+    },
+    "decoder": {
+        "type": "Sequence",
+        "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ],
+    },
+}
 
 
 def load_llama2c(model_path: str | Path, tokenizer_path: str | Path):
@@ -38,7 +58,7 @@ def load_llama2c(model_path: str | Path, tokenizer_path: str | Path):
     for name, parameter in model.parameters().items():
         assert weights[name].shape == parameter.shape, name
         parameter.data = backend.asarray(numpy.ascontiguousarray(weights[name]))
-    return model, from_llama2c(tokenizer_path, config.vocab_size)
+    return model, load_tokenizer(tokenizer_path, config.vocab_size)
 
 
 def named(floats: numpy.ndarray, c: ModelConfig, path: Path) -> dict[str, numpy.ndarray]:
@@ -81,3 +101,42 @@ def unweave(weight: numpy.ndarray, D: int) -> numpy.ndarray:
     """Rows of each head from 0 1 2 3 ... to 0 2 4 ... 1 3 5 ..."""
     heads = weight.reshape(-1, D // 2, 2, weight.shape[-1])
     return heads.swapaxes(1, 2).reshape(weight.shape)
+
+
+def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
+    """Read llama2.c's tokenizer.bin as a tokenizer of the Llama 2 kind.
+
+    The file: int32 longest token, then for each token float32 score, int32 length, its bytes. Ids
+    0, 1, 2 are unknown, begin and end, the next 256 the bytes. llama2.c knows no merges but joins
+    the neighbours whose union has the best score: so every way to cut a token in two is a merge,
+    ranked by the token's score. vocab_size: how many tokens to read, by default all.
+    """
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    scores = {}
+    for score, piece in read_tokens(Path(path), vocab_size)[len(names) :]:
+        names.append(piece.decode().replace(" ", "▁"))
+        scores[names[-1]] = score
+    best_first = sorted(scores, key=scores.__getitem__, reverse=True)
+    merges = [
+        (token[:cut], token[cut:])
+        for token in best_first
+        for cut in range(1, len(token))
+        if token[:cut] in scores and token[cut:] in scores
+    ]
+    spec = make_spec(names, merges) | LAYOUT
+    spec["model"] |= {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
+    texts = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    return Tokenizer(add_special(spec, names[:3]), CONFIG | texts | {"add_bos_token": True})
+
+
+def read_tokens(file: Path, vocab_size: int | None) -> list[tuple[float, bytes]]:
+    try:
+        data = file.read_bytes()
+        tokens, at = [], 4
+        while at < len(data) if vocab_size is None else len(tokens) < vocab_size:
+            score, length = struct.unpack_from("<fi", data, at)
+            tokens.append((score, data[at + 8 : at + 8 + length]))
+            at += 8 + length
+    except (OSError, struct.error) as error:
+        raise InputError(f"{file}: not a tokenizer.bin of llama2.c: {error}") from None
+    return tokens

@@ -7,7 +7,7 @@ means something: the better answers are preferred to the worse.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,43 +133,38 @@ def tree(before: list[dict], node: dict, where: str) -> Iterator[Judged]:
 # ---- written -----------------------------------------------------------------------------------
 
 
-def as_pairs(judged: Iterable[Judged]) -> Iterator[dict]:
+def as_pairs(judged: Judged) -> Iterator[dict]:
     """TRL's preference form: every ordered pair of answers."""
-    for each in judged:
-        for better, worse in each.pairs():
-            chosen, rejected = ([turn("assistant", each.answers[i])] for i in (better, worse))
-            yield {"prompt": each.messages, "chosen": chosen, "rejected": rejected}
+    for better, worse in judged.pairs():
+        chosen, rejected = ([turn("assistant", judged.answers[i])] for i in (better, worse))
+        yield {"prompt": judged.messages, "chosen": chosen, "rejected": rejected}
 
 
-def as_unpaired(judged: Iterable[Judged]) -> Iterator[dict]:
+def as_unpaired(judged: Judged) -> Iterator[dict]:
     """TRL's unpaired form: is an answer one of the better half of its prompt's?"""
-    for each in judged:
-        scores = [score for score in each.scores if score is not None]
-        middle = (min(scores) + max(scores)) / 2 if scores else 0.0
-        for answer, score in zip(each.answers, each.scores):
-            if score is not None and score != middle:
-                completion = [turn("assistant", answer)]
-                yield {"prompt": each.messages, "completion": completion, "label": score > middle}
+    scores = [score for score in judged.scores if score is not None]
+    middle = (min(scores) + max(scores)) / 2 if scores else 0.0
+    for answer, score in zip(judged.answers, judged.scores):
+        if score is not None and score != middle:
+            completion = [turn("assistant", answer)]
+            yield {"prompt": judged.messages, "completion": completion, "label": score > middle}
 
 
-def as_rankings(judged: Iterable[Judged]) -> Iterator[dict]:
+def as_ranking(judged: Judged) -> Iterator[dict]:
     """All that is known: answers and scores."""
-    for each in judged:
-        yield {"prompt": each.messages, "answers": each.answers, "scores": each.scores}
+    yield {"prompt": judged.messages, "answers": judged.answers, "scores": judged.scores}
 
 
-def as_conversations(judged: Iterable[Judged]) -> Iterator[dict]:
-    """The best answer to each prompt, for `tinylm sft`: best-of-n, learned (arXiv 2009.01325)."""
-    for each in judged:
-        if each.pairs():
-            best = max((s, -i) for i, s in enumerate(each.scores) if s is not None)
-            answer = each.answers[-best[1]]
-            yield {"messages": [*each.messages, turn("assistant", answer)]}
+def as_conversation(judged: Judged) -> Iterator[dict]:
+    """The best answer, for `tinylm sft`: best-of-n, learned (arXiv 2009.01325)."""
+    if judged.pairs():
+        _, best = max((s, -i) for i, s in enumerate(judged.scores) if s is not None)
+        yield {"messages": [*judged.messages, turn("assistant", judged.answers[-best])]}
 
 
 FORMS = {
     "preference": as_pairs,
     "unpaired": as_unpaired,
-    "ranking": as_rankings,
-    "conversations": as_conversations,
+    "ranking": as_ranking,
+    "conversations": as_conversation,
 }

@@ -14,6 +14,7 @@ from pathlib import Path
 from rich import progress as bars
 from rich.console import Console
 from rich.rule import Rule
+from rich.table import Table
 from rich.text import Text
 
 EVERY = 10  # seconds between plain lines
@@ -35,6 +36,10 @@ class Progress:
         if lines:
             shown = ", ".join(map(str, lines[:20])) + (", …" if len(lines) > 20 else "")
             self.say(f"{data}: {len(lines)} rows {what} and are left out: line {shown}", "yellow")
+
+    def given_chat_tokens(self, model: Path, tokens: list[str] | None) -> None:
+        if tokens:
+            self.say(f"{model} has no chat tokens: added {', '.join(tokens)}", "yellow")
 
     def heading(self, text: str) -> None:
         self.console.print()
@@ -92,6 +97,14 @@ class Progress:
             self.say(f"step {trainer.step}: {told}", "bold")
         if found.get("sample"):
             self.say("  " + " ".join(found["sample"].split()), "dim")
+
+
+def table(title: str, *headings: str, words: int = 1, **style) -> Table:
+    """The first columns hold words, the others numbers."""
+    made = Table(title=title, **style)
+    for i, heading in enumerate(headings):
+        made.add_column(heading, justify="left" if i < words else "right")
+    return made
 
 
 def clock(seconds: float) -> str:

@@ -18,7 +18,7 @@ from tinylm import xray
 from tinylm.charts import Chart, Points, smooth
 from tinylm.chat import template_of, turn
 from tinylm.checkpoint import read_json, write_text
-from tinylm.data import Corpus
+from tinylm.corpus import Corpus
 from tinylm.errors import InputError
 from tinylm.evaluate import wilson
 from tinylm.progress import Progress, clock
@@ -113,7 +113,7 @@ def figures(runs: list[Run]) -> list[tuple[str, str]]:
     return found
 
 
-def verdicts(results: dict[Path, dict]) -> list[dict]:
+def tested(results: dict[Path, dict]) -> list[dict]:
     """results.json of quickstarts: for each set of questions, every stage's shares."""
     sets: dict[tuple, dict] = {}
     for folder, content in results.items():
@@ -192,7 +192,7 @@ def content(folders: list[Path], ask: list[str]) -> dict:
             (about, messages[-1]["content"], [of_run[i] for of_run in said])
             for i, (about, messages) in enumerate(asked)
         ],
-        "verdicts": verdicts(results),
+        "tested": tested(results),
         "claims": [c for folder in folders for c in read_claims(folder / "claims.json")],
         "reading": [(run, text) for run in runs if (text := heldout_text(run))],
     }

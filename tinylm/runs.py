@@ -11,10 +11,10 @@ from pathlib import Path
 from statistics import median
 
 from tinylm import checkpoint, xray
-from tinylm.bench import flops_per_token
 from tinylm.charts import Points
 from tinylm.checkpoint import Checkpoint
-from tinylm.data import Corpus
+from tinylm.config import flops_per_token
+from tinylm.corpus import Corpus
 from tinylm.errors import InputError
 from tinylm.progress import clock
 from tinylm.train import NOTHING, read_metrics
@@ -51,7 +51,7 @@ class Run:
     def answers(self, asked: list[list[dict]]) -> list[list[xray.Piece]]:
         """What its model says in each conversation; a reward model says nothing."""
         writes = asked and not self.loaded[0].config.scores
-        return xray.answers(*self.loaded, asked) if writes else [[] for _ in asked]
+        return xray.answering(*self.loaded, asked) if writes else [[] for _ in asked]
 
     @property
     def config(self) -> dict:

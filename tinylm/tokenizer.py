@@ -1,7 +1,7 @@
 """Text to token ids and back: byte-pair encoding in the tokenizer.json format of Hugging Face.
 
-A Tokenizer is a reading of one tokenizer.json, be it made here (`train_bpe`, `train_characters`,
-`from_llama2c`) or elsewhere (GPT-2, Llama 2 and 3, SmolLM ...). One design serves them all:
+A Tokenizer is a reading of one tokenizer.json, be it made here (`train_bpe`, `train_characters`)
+or elsewhere (GPT-2, Llama 2 and 3, SmolLM ...). One design serves them all:
 
 1. the text is rewritten (Llama 2 writes "▁" for a space and puts one in front),
 2. regular expressions split it into pieces (GPT-2 and its heirs),
@@ -14,7 +14,6 @@ is data and never a command.
 
 import codecs
 import json
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
@@ -27,7 +26,6 @@ from tinylm._bpe_python import PATTERN
 from tinylm._tokenizer_json import (
     BYTE_CHARACTERS,
     BYTE_LEVEL,
-    LLAMA2,
     SPLIT,
     Layout,
     add_special,
@@ -81,7 +79,8 @@ class Tokenizer:
             self.tokens[i] = self._layout.token_bytes(token)
         for token, i in self.special.items():
             self.tokens[i] = token.encode()
-        self.bos_id, self.eos_id, self.pad_id = map(self._named, ("bos", "eos", "pad"))
+        named, ids = map(self.named, ("bos", "eos", "pad")), vocab | self.special
+        self.bos_id, self.eos_id, self.pad_id = map(ids.get, named)
         self.add_bos = self._wants_bos()
 
     def encode(self, text: str) -> list[int]:
@@ -131,8 +130,14 @@ class Tokenizer:
             yield decoder.decode(token)
         yield decoder.decode(b"", final=True)
 
-    def token_bytes(self, i: int) -> bytes:
-        return self.tokens[i]
+    def texts(self) -> list[bytes]:
+        """What each token adds to a text, (V,); the special ones add nothing."""
+        return self._tokens(list(range(self.vocab_size)), skip_special=True)
+
+    def named(self, name: str) -> str | None:
+        """The text of the token that tokenizer_config.json calls bos, eos, pad or unk."""
+        token = self.config.get(f"{name}_token")
+        return token["content"] if isinstance(token, dict) else token
 
     def with_special(self, names: Iterable[str], config: dict) -> "Tokenizer":
         """A tokenizer that has these special tokens too, after all others, and this config."""
@@ -171,12 +176,6 @@ class Tokenizer:
         if skip_special:
             return [b"" if i in self._special_ids else self.tokens[i] for i in ids]
         return [self.tokens[i] for i in ids]
-
-    def _named(self, name: str) -> int | None:
-        """The id of the token that tokenizer_config.json calls bos, eos or pad."""
-        token = self.config.get(f"{name}_token")
-        text = token["content"] if isinstance(token, dict) else token
-        return self.special.get(text, self.spec["model"]["vocab"].get(text))
 
     def _wants_bos(self) -> bool:
         """As tokenizer_config.json says; where it is silent, whether the post-processor adds it."""
@@ -252,42 +251,3 @@ def train_characters(texts: Iterable[str]) -> Tokenizer:
     spec["model"]["unk_token"] = "\ufffd"
     spec["decoder"] = {"type": "Fuse"}
     return Tokenizer(add_special(spec, SPECIAL_TOKENS), CONFIG)
-
-
-def from_llama2c(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
-    """Read llama2.c's tokenizer.bin as a tokenizer of the Llama 2 kind.
-
-    The file: int32 longest token, then for each token float32 score, int32 length, its bytes. Ids
-    0, 1, 2 are unknown, begin and end, the next 256 the bytes. llama2.c knows no merges but joins
-    the neighbours whose union has the best score: so every way to cut a token in two is a merge,
-    ranked by the token's score. vocab_size: how many tokens to read, by default all.
-    """
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
-    scores = {}
-    for score, piece in read_llama2c(Path(path), vocab_size)[len(names) :]:
-        names.append(piece.decode().replace(" ", "▁"))
-        scores[names[-1]] = score
-    best_first = sorted(scores, key=scores.__getitem__, reverse=True)
-    merges = [
-        (token[:cut], token[cut:])
-        for token in best_first
-        for cut in range(1, len(token))
-        if token[:cut] in scores and token[cut:] in scores
-    ]
-    spec = make_spec(names, merges) | LLAMA2
-    spec["model"] |= {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
-    texts = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
-    return Tokenizer(add_special(spec, names[:3]), CONFIG | texts | {"add_bos_token": True})
-
-
-def read_llama2c(file: Path, vocab_size: int | None) -> list[tuple[float, bytes]]:
-    try:
-        data = file.read_bytes()
-        tokens, at = [], 4
-        while at < len(data) if vocab_size is None else len(tokens) < vocab_size:
-            score, length = struct.unpack_from("<fi", data, at)
-            tokens.append((score, data[at + 8 : at + 8 + length]))
-            at += 8 + length
-    except (OSError, struct.error) as error:
-        raise InputError(f"{file}: not a tokenizer.bin of llama2.c: {error}") from None
-    return tokens

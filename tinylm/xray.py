@@ -24,7 +24,7 @@ class Piece(NamedTuple):
     special: bool = False
 
 
-def answers(
+def answering(
     model: Transformer, tokenizer: Tokenizer, conversations: list[list[dict]], longest: int = 32
 ) -> list[list[Piece]]:
     """The greedy answer to each conversation; a base model goes on writing the last message."""
@@ -63,7 +63,7 @@ def pieces(tokenizer: Tokenizer, ids: Iterable[int], p: Iterable[float]) -> Iter
     """Tokens as text; those that end within a character wait for its rest."""
     special, held, sure = set(tokenizer.special.values()), b"", 1.0
     for i, probability in zip(ids, p):
-        held, sure = held + tokenizer.token_bytes(i), sure * float(probability)
+        held, sure = held + tokenizer.tokens[i], sure * float(probability)
         try:
             text = held.decode()
         except UnicodeDecodeError as error:

@@ -10,8 +10,10 @@
 #include <pybind11/stl.h>
 #include <cmath>
 #include <limits>
+#include <map>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 #include "kernels.h"
 #include "runtime.h"
@@ -199,6 +201,41 @@ static Floats check_weight(const Op& op, const py::array& weight, bool transpose
                       : op.floats("weight", weight, "(F, C)", {F, C});
 }
 
+// Weights as products lay them, each packed at its first use, if that pays for products of so many
+// rows. While one of these is entered (a `with` in Python, of this thread), linear_forward
+// multiplies by what it holds: so nothing may change the weights as long as it is used.
+class PackedWeights {
+    struct Kept {
+        py::array weight;  // so that nobody else gets its memory
+        Floats packed;
+    };
+    using Key = std::tuple<const float*, long, long, bool>;
+    std::map<Key, Kept> kept;
+    const Kernels* const isa = &kernels();
+    const bool bfloat16 = bfloat16_products, pays;
+    static inline thread_local std::vector<PackedWeights*> entered;
+
+    const float* find(const Product& p, const py::array& weight) {
+        const bool same_kind = isa == &kernels() && bfloat16 == bfloat16_products;
+        if (!pays || !same_kind || weight.data() != p.B || p.N == 0 || p.K == 0) return nullptr;
+        Kept& found = kept[{p.B, p.N, p.K, p.transpose_b}];
+        if (found.packed.size() == 0) {
+            found = {weight, empty({isa->packed_size(p)})};
+            run(isa->pack, p, pointer(found.packed), threads_for(1.0 * p.N * p.K));
+        }
+        return pointer(found.packed);
+    }
+
+public:
+    explicit PackedWeights(long rows) : pays(bfloat16_products || rows > FEW_ROWS) {}
+    void enter() { entered.push_back(this); }
+    void leave(const py::args&) { entered.pop_back(); }
+
+    static const float* of(const Product& p, const py::array& weight) {
+        return entered.empty() ? nullptr : entered.back()->find(p, weight);
+    }
+};
+
 static Floats linear_forward(const py::array& x_, const py::array& weight_,
                              const std::optional<py::array>& bias_, bool transposed) {
     const Op op("linear_forward");
@@ -208,8 +245,20 @@ static Floats linear_forward(const py::array& x_, const py::array& weight_,
     const long F = weight.shape(transposed);
     Floats bias, y = empty(with_last(leading(x), F));
     if (bias_) bias = op.floats("bias", *bias_, "(F)", {F});
-    multiply({false, !transposed, N, F, C, pointer(x), C, pointer(weight), weight.shape(1),
-              pointer(y), F, bias_ ? pointer(bias) : nullptr});
+    Product product{false,
+                    !transposed,
+                    N,
+                    F,
+                    C,
+                    pointer(x),
+                    C,
+                    pointer(weight),
+                    weight.shape(1),
+                    pointer(y),
+                    F,
+                    bias_ ? pointer(bias) : nullptr};
+    product.packed = PackedWeights::of(product, weight_);
+    multiply(product);
     return y;
 }
 
@@ -612,6 +661,14 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("empty", &empty, "shape"_a, "A float32 array from the pool, not initialised.");
     m.def("pool_bytes", [] { return pool.bytes(); }, "What the pool holds, in use and idle.");
     m.def("pool_trim", [] { pool.trim(); }, "Hand all idle memory back to the system.");
+
+    py::class_<PackedWeights>(m, "PackedWeights")
+        .def(
+            py::init<long>(), "rows"_a,
+            "`with` one of these, linear_forward packs each weight once, if that pays for products "
+            "of so many rows. Nothing may change the weights as long as it is used.")
+        .def("__enter__", &PackedWeights::enter)
+        .def("__exit__", &PackedWeights::leave);
 
     m.def("add", &add, "x"_a, "y"_a);
     m.def("matmul", &matmul, "a"_a, "b"_a, "transpose_a"_a = false, "transpose_b"_a = false);

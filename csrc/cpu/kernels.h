@@ -25,7 +25,9 @@ struct Product {
     long ldc;
     const float* bias = nullptr;  // (N)
     bool add = false;
+    const float* packed = nullptr;  // B as Kernels::pack lays it, or null: pack what is needed
 };
+constexpr long FEW_ROWS = 16;  // of A: up to here, packing B would cost more than it brings
 
 // A (B, H, T, D) array in which only D need be contiguous: (b, h, t, d) is data[b*b + h*h + t*t +
 // d].
@@ -51,6 +53,9 @@ struct Kernels {
     long (*barriers)(int threads);  // returns how many
 
     void (*matmul)(const Product& product, int threads);
+    // The whole of B packed once, for products with any number of rows: floats, and doing it
+    long (*packed_size)(const Product& product);
+    void (*pack)(const Product& product, float* packed, int threads);
     void (*sum_rows)(const float* x, float* y, long N, long C, int threads);  // (N, C) -> (C)
 
     void (*embedding_forward)(const int32_t* tokens, const float* weight, float* y, long N, long C,

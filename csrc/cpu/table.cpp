@@ -23,6 +23,8 @@ extern const Kernels JOIN(kernels_, ISA) = {
     ISA::copy,
     ISA::barriers,
     ISA::matmul,
+    ISA::packed_size,
+    ISA::pack,
     ISA::sum_rows,
     ISA::embedding_forward,
     ISA::embedding_backward,

@@ -41,16 +41,16 @@ Answer:
 How good is the answer? Reply with one whole number, from 1 for useless to 10 for perfect."""
 
 
-VERDICT = re.compile(
+LETTER = re.compile(
     r"\W*(?:answer\W+)?(a|b|t|tie)(?:\W*|[.:)\n].*|\W+is (?:the )?(?:better|best|correct)\b.*)",
     re.IGNORECASE | re.DOTALL,
 )
 
 
-def verdict(reply: str) -> float:
+def letter(reply: str) -> float:
     """1 for A, −1 for B, 0 for a tie, of a reply that is or begins with such a letter, or says "A
     is better". Raises ValueError for any other."""
-    found = VERDICT.fullmatch(reply)
+    found = LETTER.fullmatch(reply)
     if not found:
         raise ValueError(f"Expected one letter, A, B or T, but the reply was {reply!r:.80}.")
     return {"a": 1.0, "b": -1.0}.get(found[1].lower(), 0.0)
@@ -78,7 +78,8 @@ class Endpoint:
             raise InputError(f"--judge-mode {mode}: an endpoint judges {' or '.join(MODES)}")
         self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.name, self.mode, self.concurrency = name, mode, concurrency
-        self.key, self.client = os.environ.get(KEY, ""), open_client(url, timeout)
+        self.key = os.environ.get(KEY, "")
+        self.client = open_client(url, timeout, self.key)
         self.pause, self.down, self.trouble = 0.5, False, ""
         self.known: dict[str, float | None] = {}
         self.file, self.lock = None, Lock()
@@ -100,7 +101,7 @@ class Endpoint:
     def __call__(self, groups: list[Group]) -> list[list[float | None]]:
         self.down = False
         if self.mode == "pairwise":
-            scores, agreed = compare(groups, partial(self.judgements, parse=verdict))
+            scores, agreed = compare(groups, partial(self.judgements, parse=letter))
             self.agreed += agreed
             return scores
         pairs = [(request(g.row.messages), answer) for g in groups for answer in g.answers]
@@ -183,7 +184,7 @@ class Endpoint:
         import httpx
 
         try:
-            answer = self.client.post(self.url, json=content, headers=authorised(self.key))
+            answer = self.client.post(self.url, json=content)
         except httpx.HTTPError as error:
             return None, f"{type(error).__name__} {error}".strip(), 0.0
         if answer.status_code in AGAIN:
@@ -199,20 +200,16 @@ class Endpoint:
             return None, f"not a chat completion: {answer.text!r:.80}", 0.0
 
 
-def authorised(key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"} if key else {}
-
-
-def open_client(url: str, timeout: float):
+def open_client(url: str, timeout: float, key: str):
     try:
         import httpx
     except ImportError:
         raise InputError("--judge endpoint needs httpx: pip install 'tinylm[judge]'") from None
     if not re.match(r"https?://[^/\s]", url):
         raise InputError(f"--judge-url {url}: expected http://… or https://…")
-    if not re.fullmatch(r"[\x21-\x7e]*", os.environ.get(KEY, "")):
+    if not re.fullmatch(r"[\x21-\x7e]*", key):
         raise InputError(f"{KEY} has characters in it that no key has; spaces or a line end?")
-    return httpx.Client(timeout=timeout)
+    return httpx.Client(timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key else {})
 
 
 def kept(line: str) -> tuple[str, float | None] | None:

@@ -24,7 +24,7 @@ import numpy
 
 from tinylm import backend, checkpoint, estimators, ops
 from tinylm.chat import ChatFormat, Row, read_prompts
-from tinylm.data import Batch, packed_batch, permuted, source_of
+from tinylm.data import Batch, first_fit, packed_batch, permuted, source_of
 from tinylm.errors import InputError
 from tinylm.estimators import CAUSES, cause, different, exact_kl, surrogate
 from tinylm.evaluate import variety
@@ -45,6 +45,7 @@ from tinylm.train import (
     setting,
 )  # fmt: skip
 
+ROW = 128  # tokens to a row of answers, if none is longer: little padding, little attention
 EXACT_KL = 8192  # vocabularies up to this size have their KL summed, larger ones estimated
 LEAST_BETA = 0.01  # what a drift beyond its limit costs at least from then on
 
@@ -113,14 +114,21 @@ class FeedbackConfig(TrainConfig):
 
 @dataclass
 class Answers(Batch):
-    """A batch of prompts and sampled answers; targets are the answers' tokens."""
+    """Prompts with their sampled answers, several to a row; targets are the answers' tokens."""
 
+    answer: numpy.ndarray = None  # (B, T): whose token a target is, −1 where none is
     old_logp: Array = None  # (B, T): log π_old of each target, 0 elsewhere
-    advantages: Array = None  # (B,)
+    advantages: Array = None  # (B, T): of the target's answer, 0 elsewhere
     length: int = 1  # L_max
+    nll: Tensor | None = None  # −log π_old with its tape: what the first update undoes
 
     def denominator(self) -> int:
-        return len(self.tokens) * self.length
+        return (int(self.answer.max()) + 1) * self.length
+
+    def by_answer(self, values: Array) -> list[numpy.ndarray]:
+        """values (B, T) as one array for each answer's tokens."""
+        values = backend.to_numpy(values)
+        return [values[self.answer == i] for i in range(int(self.answer.max()) + 1)]
 
     def learns(self) -> bool:
         return bool(self.advantages.any())
@@ -175,24 +183,22 @@ class Feedback:
             for i, g in enumerate(alike):
                 old, new = slice(g * G, (g + 1) * G), slice(i * G, (i + 1) * G)
                 prompts[old], said[old], scores[g] = new_prompts[new], new_said[new], new_scores[i]
-            batch = answer_batch(prompts, said, self.stop_ids[0])
-            known = self.log_probabilities(batch)
+            batch, known = self.look_again(prompts, said)
         return self.weighed(batch, said, scores, known, causes)
 
     def ask(self, n: int) -> tuple:
         """The answers to the next n prompts: prompts and answers as ids, the scores by prompt, and
-        the batch that they make with its log-probabilities."""
+        the batch that they make with what the models think of it."""
         G = self.config.answers
         rows = [self.prompt(self.drawn + i) for i in range(n)]
-        prompts = [self.form.ids(row.messages, True) for row in rows for _ in range(G)]
+        prompts = [ids for row in rows for ids in [self.form.ids(row.messages, True)] * G]
         rng = numpy.random.default_rng((self.config.seed, self.drawn))
         begin, heard = (getattr(self.judge, name, None) for name in ("begin", "hear"))
         said = begin(self.drawn, rows) if begin else None
         if said is None:
             said = complete(self.model, prompts, self.config.max_new_tokens, rng, heard=heard)
-        batch = answer_batch(prompts, said, self.stop_ids[0])
-        known = self.log_probabilities(batch)
-        scores = self.scores(rows, said, by_answer(batch, known[0]))
+        batch, known = self.look_again(prompts, said)
+        scores = self.scores(rows, said, [x.tolist() for x in batch.by_answer(batch.old_logp)])
         self.check_judged(scores)
         self.drawn += n
         return prompts, said, scores, batch, known
@@ -265,29 +271,30 @@ class Feedback:
         return self.tokenizer.decode([i for i in ids if i not in self.stop_ids]).strip()
 
     def weighed(
-        self, batch: Batch, said: list, scores: list, known: tuple, causes: list
+        self, batch: Answers, said: list, scores: list, known: tuple, causes: list
     ) -> Answers:
-        """The batch with log π_old, and advantages from scores and drift."""
-        (old, drift, kl), harm = known, self.harm(known[2])
+        """The batch with advantages, from scores and drift, and numbers for the log."""
+        drift, kl = known
         G, beta = self.config.answers, self.beta
         rewards = [
             [None if r is None else r - beta * float(drift[g * G + i]) for i, r in enumerate(group)]
             for g, group in enumerate(scores)
         ]
-        if harm:
+        batch.harm = self.harm(kl)
+        if batch.harm:
             A = numpy.zeros(len(said))
         else:
             A = estimators.advantages(self.config.estimator, rewards, self.baseline)
+        batch.advantages = backend.asarray(numpy.where(batch.answer < 0, 0, A[batch.answer]))
         judged = numpy.array([r for group in scores for r in group if r is not None] or [0.0])
-        ended = numpy.isin(batch.targets, self.stop_ids).any(1)
-        notes = {
+        batch.notes = {
             "reward": float(judged.mean()),
             "positive": float((judged > 0).mean()),
             "negative": float((judged < 0).mean()),
             "kl": kl,
             "answer_tokens": batch.trained_tokens() / len(A),
-            "truncated": float(1 - ended.mean()),
-            "entropy": -float(numpy.mean([x for logp in by_answer(batch, old) for x in logp])),
+            "truncated": float(numpy.mean([ids[-1] not in self.stop_ids for ids in said])),
+            "entropy": -float(batch.old_logp.sum()) / batch.trained_tokens(),
             **variety([self.text(ids) for ids in said]),
             "beta": beta,
             "equal_groups": sum(map(bool, causes)) / len(causes),
@@ -295,10 +302,7 @@ class Feedback:
             **self.told("notes"),
             **self.check(float(judged.mean())),
         }
-        return Answers(
-            batch.tokens, batch.targets, batch.start, notes,
-            backend.asarray(old), backend.asarray(A), self.config.max_new_tokens, harm=harm,
-        )  # fmt: skip
+        return batch
 
     def harm(self, kl: float) -> str:
         """Why nothing must be learned from answers at this drift, or ""."""
@@ -313,28 +317,43 @@ class Feedback:
         if refusal != NOT_FINITE:
             self.beta = max(2 * self.beta, LEAST_BETA)
 
-    def log_probabilities(self, batch: Batch) -> tuple[Array, numpy.ndarray, float]:
-        """log π_old of each target (B, T), Σ_t log π_old − log π_ref (B,), KL per token."""
-        known, targets = batch.targets >= 0, backend.asarray(batch.targets)
-        shown, exact = backend.asarray(known), self.model.config.vocab_size <= EXACT_KL
-        found = []
+    def look_again(
+        self, prompts: list[list[int]], said: list[list[int]]
+    ) -> tuple[Answers, tuple[numpy.ndarray, float]]:
+        """The answers as a batch that is ready to be learned from, but for the advantages; of each
+        answer Σ_t log π_old − log π_ref (answers,), and the KL per token."""
+        width = min(ROW, self.model.config.block_size)
+        batch = answer_batch(prompts, said, self.stop_ids[0], width)
+        batch.length = self.config.max_new_tokens
+        nll, logits = self.opinion(self.model, batch)
         with no_grad():
-            for model in (self.model, self.reference):
-                hidden, head = model.hidden(batch.tokens, batch.start), model.head_weight
-                logp = -ops.linear_cross_entropy(hidden, head, targets).data
-                logits = ops.linear(Tensor(hidden.data[shown]), head).data if exact else None
-                found.append((logp, logits))
-        (old, logits), (ref, other) = found
-        ratio = backend.to_numpy(ref - old).astype("float64")
-        if exact:
+            ref, other = self.opinion(self.reference, batch)
+        batch.old_logp = -nll.data
+        if self.config.accumulate == 1:  # else the tapes of all batches would wait at once
+            batch.nll = nll
+        known = batch.targets >= 0
+        drift = backend.to_numpy(ref.data - nll.data).astype("float64")
+        if logits is not None:
             kl = exact_kl(logits, other)
         else:  # k3 of arXiv 2402.03300: e^x − 1 − x
-            kl = numpy.expm1(ratio[known]) - ratio[known]
+            kl = numpy.expm1(-drift[known]) + drift[known]
         self.drift = float(kl.mean())
-        return old, -ratio.sum(1), self.drift
+        return batch, (numpy.bincount(batch.answer[known], drift[known]), self.drift)
+
+    def opinion(self, model: Transformer, batch: Answers) -> tuple[Tensor, Array | None]:
+        """−log π of each target (B, T), and all logits of the answers' tokens if these are few."""
+        hidden, head = model.hidden(batch.tokens, batch.start), model.head_weight
+        targets = backend.asarray(batch.targets)
+        nll = ops.linear_cross_entropy(hidden, head, targets, even=False)
+        if model.config.vocab_size > EXACT_KL:
+            return nll, None
+        with no_grad():
+            return nll, ops.linear(Tensor(hidden.data[targets >= 0]), head).data
 
     def loss(self, batch: Answers) -> Tensor:
-        nll = self.model.loss(batch.tokens, batch.targets, batch.start, even=False)
+        nll, batch.nll = batch.nll, None  # a later update asks a model that has moved
+        if nll is None:
+            nll = self.model.loss(batch.tokens, batch.targets, batch.start, even=False)
         return surrogate(nll, batch.old_logp, batch.advantages)
 
     def evaluate(self, final: bool) -> dict:
@@ -373,7 +392,7 @@ class Feedback:
         state["prompts"] = [row.messages for row in (self.heldout or self.prompts)[:4]]
         if self.left:  # floats survive JSON to the bit
             p = self.pending
-            state["pending"] = [p.tokens, p.targets, p.start, p.old_logp, p.advantages]
+            state["pending"] = [p.tokens, p.targets, p.start, p.answer, p.old_logp, p.advantages]
             state["pending"] = [backend.to_numpy(x).tolist() for x in state["pending"]]
             state["notes"], state["harm"] = p.notes, p.harm
         return state
@@ -388,12 +407,12 @@ class Feedback:
         self.watch = Watch(**state.get("watch", {}))
         self.baseline = estimators.RunningMean(**state.get("baseline", {}))
         if self.left:
-            types = ("int64", "int64", "int32", "float32", "float64")
-            tokens, targets, start, old, A = (
+            types = ("int64", "int64", "int32", "int64", "float32", "float64")
+            tokens, targets, start, answer, old, A = (
                 numpy.array(x, t) for x, t in zip(state["pending"], types)
             )
             self.pending = Answers(
-                tokens, targets, start, state["notes"],
+                tokens, targets, start, state["notes"], answer,
                 backend.asarray(old), backend.asarray(A), self.config.max_new_tokens,
                 harm=state.get("harm", ""),
             )  # fmt: skip
@@ -402,19 +421,26 @@ class Feedback:
         return model_card(self, results)
 
 
-def answer_batch(prompts: list[list[int]], said: list[list[int]], padding: int) -> Batch:
-    """One prompt and its answer to a row; the answer is learned, its end of turn included."""
-    rows = [
-        [([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))]
+def answer_batch(
+    prompts: list[list[int]], said: list[list[int]], padding: int, width: int
+) -> Answers:
+    """Prompts with their answers, as many to a row as fit its width, or one that is longer.
+
+    An answer is learned with its end of turn.
+    """
+    examples = [
+        ([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
         for prompt, answer in zip(prompts, said)
     ]
-    return packed_batch(rows, padding)
-
-
-def by_answer(batch: Batch, logp: Array) -> list[list[float]]:
-    """Of logp (B, T), what belongs to each answer's own tokens."""
-    logp, known = backend.to_numpy(logp), batch.targets >= 0
-    return [row[which].tolist() for row, which in zip(logp, known)]
+    sizes = [len(ids) - 1 for ids, _ in examples]
+    rows = first_fit(sizes, max(width, *sizes))
+    batch = packed_batch([[examples[i] for i in row] for row in rows], padding)
+    whose = numpy.full_like(batch.targets, -1)
+    for places, row in zip(whose, rows):
+        order = numpy.repeat(row, [sizes[i] for i in row])
+        places[: len(order)] = order
+    whose[batch.targets < 0] = -1
+    return Answers(batch.tokens, batch.targets, batch.start, answer=whose)
 
 
 def run(

@@ -24,8 +24,9 @@ from pathlib import Path
 import numpy
 
 from tinylm import backend, checkpoint, ops
+from tinylm.card import model_card, took
 from tinylm.chat import ChatFormat
-from tinylm.data import Batch, permuted, source_of
+from tinylm.data import Batch, shuffled, source_of
 from tinylm.errors import InputError
 from tinylm.evaluate import calibration, wilson
 from tinylm.generate import answers
@@ -35,7 +36,7 @@ from tinylm.preferences import Judged, read_preferences
 from tinylm.progress import Progress
 from tinylm.tensor import Array, Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
-from tinylm.train import EpochConfig, Trainer, cutoff_of, cutoff_row, open_run, setting
+from tinylm.train import EpochConfig, Trainer, cutoff_of, open_run, setting
 
 
 @dataclass
@@ -126,7 +127,7 @@ class Reward:
     """The stage: judged prompts, and the loss above."""
 
     name = "reward"
-    about = """# A reward model made by tinylm
+    about = """A reward model made by tinylm
 
 It reads a conversation and gives a score: of two answers, the one that scores s more is preferred
 with a probability of σ(s). Scores lie around zero."""
@@ -140,12 +141,10 @@ with a probability of σ(s). Scores lie around zero."""
         self.drawn = 0  # prompts drawn so far
 
     def draw(self) -> Comparisons:
-        """The next prompts of an endless stream: each epoch all, in an order of its own."""
-        n, seed, taken = len(self.train), self.config.seed * 1_000_003, []
-        for i in range(self.drawn, self.drawn + self.config.batch_size):
-            taken.append(self.train[permuted(i % n, n, seed + i // n)])
+        """The next prompts of an endless stream."""
+        first, n, seed = self.drawn, len(self.train), self.config.seed
         self.drawn += self.config.batch_size
-        return comparisons(taken)
+        return comparisons([self.train[shuffled(i, n, seed)] for i in range(first, self.drawn)])
 
     @property
     def center(self) -> float:
@@ -197,14 +196,32 @@ with a probability of σ(s). Scores lie around zero."""
         self.drawn = state["drawn"]
 
     def card(self, results: dict) -> str:
-        return model_card(self, results)
+        numbers = [f"- {took(results)}"] if results else []
+        if "accuracy" in results:
+            numbers += [
+                "- of two held-out answers the better one scores more in {accuracy:.1%} of "
+                "{pairs:,} pairs (95 %: {accuracy_low:.1%} to {accuracy_high:.1%})",
+                "- expected calibration error {calibration_error:.3f}\n",
+                "| σ of the difference | found right | pairs |\n|---|---|---|",
+            ]
+            numbers = [line.format(**results) for line in numbers]
+            table = results["calibration"]
+            numbers += [f"| {p:.2f} | {right:.2f} | {n} |" for p, right, n in table]
+        facts = {
+            "stage": self.name,
+            "parameters": f"{self.model.n_parameters():,}",
+            "context": f"{self.model.config.block_size} tokens",
+            "knowledge cut-off": self.config.cutoff,
+            "prompts": f"{len(self.train):,} to learn from, {len(self.heldout):,} held out",
+        }
+        return model_card(self.about, facts, numbers, self.source[1:])
 
 
 class DPO(Reward):
     """The same stage, where the model scores an answer by how much likelier it has become."""
 
     name, center = "dpo", 0.0  # the model as it came keeps the scores around zero
-    about = """# An assistant improved by preferences, made by tinylm
+    about = """An assistant improved by preferences, made by tinylm
 
 It read answers of which some had been preferred to others, and those became likelier (DPO)."""
 
@@ -255,8 +272,7 @@ def run(
 ) -> dict:  # fmt: skip
     """Make a reward model of the model in directory base, or with a DPOConfig a better one."""
     model, tokenizer, added = checkpoint.load_for_chat(base)
-    if added:
-        progress.say(f"{base} has no chat tokens: added {', '.join(added)}", "yellow")
+    progress.given_chat_tokens(base, added)
     config.fit(model, base)
     config.cutoff = config.cutoff or cutoff_of(base)
     config = open_run(Path(out), config, given, resume)
@@ -299,34 +315,3 @@ def read_compared(
     if not found:
         raise InputError(f"{data}: no prompt with its answers fits {block_size} tokens")
     return found
-
-
-def model_card(stage: Reward, results: dict) -> str:
-    """README.md of the run directory."""
-    numbers = "not finished yet"
-    if results:
-        numbers = f"- {results['steps']} steps, {results['seconds']:.0f} seconds"
-    if "accuracy" in results:
-        numbers += (
-            f"\n- of two held-out answers the better one scores more in {results['accuracy']:.1%} "
-            f"of {results['pairs']:,} pairs (95 %: {results['accuracy_low']:.1%} to "
-            f"{results['accuracy_high']:.1%})"
-            f"\n- expected calibration error {results['calibration_error']:.3f}\n\n"
-            "| σ of the difference | found right | pairs |\n|---|---|---|\n"
-        ) + "\n".join(f"| {p:.2f} | {right:.2f} | {n} |" for p, right, n in results["calibration"])
-    (name, size) = stage.source[1]
-    return f"""{stage.about}
-
-| | |
-|---|---|
-| stage | {stage.name} |
-| parameters | {stage.model.n_parameters():,} |
-| context | {stage.model.config.block_size} tokens |{cutoff_row(stage.config)}
-| prompts | {len(stage.train):,} to learn from, {len(stage.heldout):,} held out |
-
-## Numbers
-{numbers}
-
-## Data
-- {name}, {size:,} bytes
-"""

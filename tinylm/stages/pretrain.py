@@ -13,16 +13,21 @@ from pathlib import Path
 
 import numpy
 
-from tinylm import data, evaluate
-from tinylm.data import Batch, Corpus, Windows, next_token_batch
+from tinylm import evaluate
+from tinylm.card import model_card, took
+from tinylm.corpus import Corpus, list_files, make_corpus, read_texts
+from tinylm.data import Batch, Example, Windows, next_token_batch, packed_batch, source_of
 from tinylm.errors import InputError
 from tinylm.generate import generate
 from tinylm.model import ModelConfig, Transformer
 from tinylm.progress import Progress
 from tinylm.tensor import Tensor
 from tinylm.tokenizer import Tokenizer, train_bpe, train_characters
-from tinylm.train import TrainConfig, Trainer, cutoff_row, open_run, setting
+from tinylm.train import TrainConfig, Trainer, open_run, setting
 
+ABOUT = """A base model made by tinylm
+
+It continues text; it has not been taught to answer."""
 OBJECTIVES = ("next", "missing", "mixed")
 TOKENIZER_SAMPLE = 100_000_000  # characters of text from which a vocabulary is learned
 
@@ -86,7 +91,8 @@ class Pretrain:
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, corpus: Corpus, folder: Path, config
     ):
-        self.model, self.tokenizer, self.corpus, self.config = model, tokenizer, corpus, config
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.corpus, self.folder = corpus, folder
         self.begin = tokenizer.special["<|begin|>"]
         self.windows = Windows(corpus.shards(folder, "train"), config.block_size, config.seed)
         self.heldout = corpus.shards(folder, "heldout")
@@ -111,7 +117,8 @@ class Pretrain:
         prompt = self.tokenizer.decode(self.heldout[0][:9].tolist(), skip_special=True)
         settings = {"max_new_tokens": 200 if final else 60, "temperature": 0.8, "seed": 1}
         sample = prompt + generate(self.model, self.tokenizer, prompt, **settings)
-        return {**found, "xz_bits_per_byte": self.corpus.xz_bits_per_byte, "sample": sample}
+        xz = evaluate.xz_of_corpus(self.tokenizer, self.corpus, self.folder)
+        return {**found, "xz_bits_per_byte": xz, "sample": sample}
 
     def state(self) -> dict:
         return {"drawn": self.windows.drawn}
@@ -120,7 +127,25 @@ class Pretrain:
         self.windows.drawn = state["drawn"]
 
     def card(self, results: dict) -> str:
-        return model_card(self.model, self.corpus, self.config, results)
+        corpus, c, numbers = self.corpus, self.model.config, []
+        if results:
+            numbers = [
+                f"- {results['bits_per_byte']:.3f} bits per byte of held-out text"
+                f" (xz, the training text known: {corpus.xz_bits_per_byte:.3f})",
+                f"- held-out loss {results['loss']:.4f} nats per token, {took(results)}",
+            ]
+        text = f"{corpus.train_bytes:,} to train on, {corpus.heldout_bytes:,} held out"
+        facts = {
+            "stage": f"pretrain, objective `{self.config.objective}`",
+            "shape": f"{c.architecture}, {c.n_layer} layers, {c.n_embd} wide",
+            "parameters": f"{self.model.n_parameters():,}",
+            "context": f"{c.block_size} tokens",
+            "vocabulary": f"{c.vocab_size} tokens",
+            "knowledge cut-off": self.config.cutoff,
+            "documents": f"{corpus.documents:,}",
+            "bytes of text": text,
+        }
+        return model_card(ABOUT, facts, numbers, corpus.source[:50])
 
 
 class Blanks:
@@ -135,10 +160,7 @@ class Blanks:
         self.prefix, self.suffix, self.middle, self.end, self.begin = map(
             tokenizer.special.__getitem__, names
         )
-        special = set(tokenizer.special.values())
-        texts = [
-            b"" if i in special else tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)
-        ]
+        texts = tokenizer.texts()
         self.opens = numpy.array([is_word(t[:1]) for t in texts])  # begins inside a word
         self.spaced = numpy.array([t[:1] == b" " and is_word(t[1:2]) for t in texts])
         self.space = numpy.array([t == b" " for t in texts])
@@ -159,25 +181,10 @@ class Blanks:
     def row(self, row: numpy.ndarray, rng, only: bool):
         """(T + 1) tokens -> tokens, targets, start, (T,) each; what does not fit is left out."""
         T = len(row) - 1
-        tokens = numpy.full(T, self.end)
-        targets, start = numpy.full(T, -1), numpy.zeros(T, numpy.int32)
-        at = 0
-        for piece in self.pieces(row, rng):
-            made, begin_loss = self.with_blank(piece, rng)
-            n = min(len(made), T - at)
-            tokens[at : at + n] = made[:n]
-            start[at : at + n] = at
-            learned = numpy.array(made[1:])
-            if only:
-                learned[: begin_loss - 1] = -1
-            n = min(len(learned), T - at)
-            targets[at : at + n] = learned[:n]
-            at += len(made)
-            if at >= T:
-                break
-        else:
-            start[at:] = at
-        return tokens, targets, start
+        examples = [self.example(piece, rng, only) for piece in self.pieces(row, rng)]
+        rest = [self.end] * (T + 1), [False] * (T + 1)
+        batch = packed_batch([[*examples, rest]], self.end)
+        return batch.tokens[0, :T], batch.targets[0, :T], batch.start[0, :T]
 
     def pieces(self, row: numpy.ndarray, rng):
         """The documents of a row, cut into pieces of 12 to T tokens, their logarithm uniform."""
@@ -192,11 +199,13 @@ class Blanks:
                 yield document[:n]
                 document, room = document[n:], room - n - 4
 
-    def with_blank(self, piece: list[int], rng) -> tuple[list[int], int]:
-        """One blank in a piece -> its tokens, and where the middle begins in them."""
+    def example(self, piece: list[int], rng, only: bool) -> Example:
+        """One blank in a piece; the whole of it is learned, or what fills the blank only."""
         begin, end = self.blank(piece, rng)
-        made = [self.prefix, *piece[:begin], self.suffix, *piece[end:], self.middle]
-        return [*made, *piece[begin:end], self.end], len(made)
+        given = [self.prefix, *piece[:begin], self.suffix, *piece[end:], self.middle]
+        filled = [*piece[begin:end], self.end]
+        learned = [not only] * len(given) + [True] * len(filled)
+        return [*given, *filled, self.end], [*learned, False]  # a row holds all but the last one
 
     def blank(self, piece: list[int], rng) -> tuple[int, int]:
         """Where the blank lies: whole words, with the space before them; one word half the time."""
@@ -241,10 +250,10 @@ def run(
     """Pre-train on files and folders of text; returns the results. See the command line's help."""
     folder = Path(out)
     tokens = folder / "training" / "tokens"
-    files = data.list_files(paths)
+    files = list_files(paths)
     config = open_run(folder, config, given, resume)
     corpus = Corpus.load(tokens) if resume else None
-    if corpus is not None and corpus.source != data.source_of(files):
+    if corpus is not None and corpus.source != source_of(files):
         raise InputError(f"{folder} was begun with other text: name the same files, in this order")
     if corpus is None:
         tokenizer, corpus = prepare(files, folder, config, progress)
@@ -269,15 +278,13 @@ def prepare(
     tokenizer = make_tokenizer(files, size, config, progress)
     tokenizer.save(tokens)
     with progress.counting("tokens", size) as seen:
-        corpus = data.prepare(
+        corpus = make_corpus(
             files, tokenizer, tokens, config.document_separator, config.held_out, seen
         )
     if corpus.invalid_bytes:
         progress.say(f"{corpus.invalid_bytes} bytes are not UTF-8: taken as bytes", "yellow")
     if corpus.duplicates:
         progress.say(f"{corpus.duplicates} exact duplicates of documents dropped", "yellow")
-    shards = (corpus.shards(tokens, split) for split in ("train", "heldout"))
-    corpus.xz_bits_per_byte = evaluate.xz_of_corpus(tokenizer, *shards)
     corpus.save(tokens)  # last: its being there says that all of it is
     return tokenizer, corpus
 
@@ -286,7 +293,7 @@ def make_tokenizer(files, size: int, config: PretrainConfig, progress: Progress)
     if config.tokenizer not in ("bpe", "characters"):
         return foreign_tokenizer(config.tokenizer)
     with progress.counting("vocabulary", size) as seen:
-        texts = (t for t, _ in data.read_texts(files, config.document_separator, seen))
+        texts = (t for t, _ in read_texts(files, config.document_separator, seen))
         texts = first_characters(texts, TOKENIZER_SAMPLE)
         if config.tokenizer == "characters":
             return train_characters(texts)
@@ -326,37 +333,3 @@ def describe(model: Transformer, tokenizer: Tokenizer, corpus: Corpus) -> str:
         f"{corpus.documents:,} documents: {corpus.train_tokens:,} tokens to train on, "
         f"{corpus.heldout_tokens:,} held out"
     )
-
-
-def model_card(model: Transformer, corpus: Corpus, config: PretrainConfig, results: dict) -> str:
-    """README.md of the run directory."""
-    c = model.config
-    sources = "\n".join(f"- {name}, {size:,} bytes" for name, size in corpus.source[:50])
-    numbers = "not finished yet"
-    if results:
-        numbers = (
-            f"- {results['bits_per_byte']:.3f} bits per byte of held-out text"
-            f" (xz, the training text known: {corpus.xz_bits_per_byte:.3f})\n"
-            f"- held-out loss {results['loss']:.4f} nats per token, {results['steps']} steps,"
-            f" {results['seconds']:.0f} seconds"
-        )
-    return f"""# A base model made by tinylm
-
-It continues text; it has not been taught to answer.
-
-| | |
-|---|---|
-| stage | pretrain, objective `{config.objective}` |
-| shape | {c.architecture}, {c.n_layer} layers, {c.n_embd} wide |
-| parameters | {model.n_parameters():,} |
-| context | {c.block_size} tokens |
-| vocabulary | {c.vocab_size} tokens |{cutoff_row(config)}
-| documents | {corpus.documents:,} |
-| bytes of text | {corpus.train_bytes:,} to train on, {corpus.heldout_bytes:,} held out |
-
-## Numbers
-{numbers}
-
-## Data
-{sources}
-"""

@@ -14,15 +14,19 @@ import numpy
 from rich.text import Text
 
 from tinylm import checkpoint
+from tinylm.card import model_card, took
 from tinylm.chat import ChatFormat, Row, as_prompt, read_conversations
 from tinylm.data import Batch, Example, Packed, packed_batch, source_of
 from tinylm.errors import InputError
 from tinylm.generate import answers
-from tinylm.model import Transformer
 from tinylm.progress import Progress
 from tinylm.tensor import Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
-from tinylm.train import EpochConfig, Trainer, cutoff_of, cutoff_row, open_run, setting
+from tinylm.train import EpochConfig, Trainer, cutoff_of, open_run, setting
+
+ABOUT = """An assistant made by tinylm
+
+It has been taught to answer; what it knows is from pre-training."""
 
 
 @dataclass
@@ -81,14 +85,25 @@ class SFT:
         self.packed.seek(state["epoch"], state["row"])
 
     def card(self, results: dict) -> str:
-        return model_card(self, results)
+        numbers = [f"- {took(results)}"] if results else []
+        if "loss" in results:
+            numbers.append(f"- loss on held-out answers {results['loss']:.4f} nats per token")
+        facts = {
+            "stage": self.name,
+            "parameters": f"{self.model.n_parameters():,}",
+            "context": f"{self.model.config.block_size} tokens",
+            "knowledge cut-off": self.config.cutoff,
+            "conversations": f"{self.n_train:,} to train on, {len(self.heldout):,} held out",
+        }
+        return model_card(ABOUT, facts, numbers, self.source)
 
 
 def run(
     base: Path, data: Path, out: Path, config: SFTConfig, given: set[str], resume: bool, progress
 ) -> dict:
     """Fine-tune the model in directory base on a file of conversations; returns the results."""
-    model, tokenizer = prepare(base, progress)
+    model, tokenizer, added = checkpoint.load_for_chat(base)
+    progress.given_chat_tokens(base, added)
     config.fit(model, base)
     config.cutoff = config.cutoff or cutoff_of(base)
     config = open_run(Path(out), config, given, resume)
@@ -101,14 +116,6 @@ def run(
     )
     results = Trainer(stage, config, Path(out), progress).run(resume)
     return {"directory": str(out), "conversations": stage.n_train, **results}
-
-
-def prepare(base: Path, progress: Progress) -> tuple[Transformer, Tokenizer]:
-    """The base model, with a chat template; says which tokens had to be added for it."""
-    model, tokenizer, added = checkpoint.load_for_chat(base)
-    if added:
-        progress.say(f"{base} has no chat tokens: added {', '.join(added)}", "yellow")
-    return model, tokenizer
 
 
 def read_examples(
@@ -138,7 +145,8 @@ def read_examples(
 
 def masks(base: Path, data: Path, n: int, progress: Progress) -> list[Text]:
     """The first n conversations as the model reads them, the learned tokens in green."""
-    model, tokenizer = prepare(base, progress)
+    model, tokenizer, added = checkpoint.load_for_chat(base)
+    progress.given_chat_tokens(base, added)
     _, examples = read_examples(data, tokenizer, model.config.block_size, progress)
     shown = []
     for ids, learned in examples[:n]:
@@ -154,30 +162,3 @@ def masked(tokenizer: Tokenizer, ids: list[int], learned: list[bool]) -> list[tu
         (tokenizer.decode(ids[first:end], continues=bool(first > 0)), learned[first])
         for first, end in zip(edges, edges[1:])
     ]
-
-
-def model_card(stage: SFT, results: dict) -> str:
-    """README.md of the run directory."""
-    numbers = "not finished yet"
-    if results:
-        numbers = f"- {results['steps']} steps, {results['seconds']:.0f} seconds"
-        if "loss" in results:
-            numbers += f"\n- loss on held-out answers {results['loss']:.4f} nats per token"
-    (name, size), c = stage.source[0], stage.model.config
-    return f"""# An assistant made by tinylm
-
-It has been taught to answer; what it knows is from pre-training.
-
-| | |
-|---|---|
-| stage | sft |
-| parameters | {stage.model.n_parameters():,} |
-| context | {c.block_size} tokens |{cutoff_row(stage.config)}
-| conversations | {stage.n_train:,} to train on, {len(stage.heldout):,} held out |
-
-## Numbers
-{numbers}
-
-## Data
-- {name}, {size:,} bytes
-"""
