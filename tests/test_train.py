@@ -20,7 +20,8 @@ from tinylm.checkpoint import Checkpoint
 from tinylm.errors import InputError
 from tinylm.model import ModelConfig, Transformer
 from tinylm.optim import AdamW, clip_scale, schedule
-from tinylm.train import Guard, TrainConfig, resumed_config
+from tinylm.settings import TrainConfig, resumed_config
+from tinylm.train import Guard
 
 STEPS = ["--max-steps", "60", "--save-every", "4", "--eval-every", "20"]
 

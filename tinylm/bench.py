@@ -22,10 +22,11 @@ from tinylm.errors import InputError
 from tinylm.model import Transformer
 from tinylm.optim import AdamW
 from tinylm.progress import Progress, clock, table
+from tinylm.settings import products
 from tinylm.stages.pretrain import PRESETS, PretrainConfig, fitted_vocabulary
 from tinylm.tensor import Array
 from tinylm.tokenizer import SPECIAL_TOKENS, train_bpe
-from tinylm.train import make_optimizer, products
+from tinylm.train import make_optimizer
 
 SAMPLE = 1_000_000  # characters of a corpus by which its tokens are estimated
 

@@ -22,7 +22,7 @@ from rich.text import Text
 from tinylm import backend as backends
 from tinylm.errors import InputError
 from tinylm.progress import Progress
-from tinylm.train import TrainConfig
+from tinylm.settings import TrainConfig
 
 TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 

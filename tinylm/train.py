@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,101 +34,14 @@ from tinylm.errors import InputError
 from tinylm.model import Transformer
 from tinylm.optim import AdamW, Muon, clip_scale, schedule
 from tinylm.progress import Progress
+from tinylm.settings import TrainConfig, products
 from tinylm.tensor import Array, Tensor
 from tinylm.tokenizer import Tokenizer
 
-
-def setting(default, help: str, free: bool = False, choices: tuple[str, ...] = ()):
-    """A field of a stage's config, which is also a flag. free: may change between resumes."""
-    return field(default=default, metadata={"help": help, "free": free, "choices": choices})
-
-
-OPTIMIZERS = ("adamw", "muon")
-DTYPES = ("auto", "float32", "bfloat16")
 NOTHING = "nothing to learn"  # why an update was skipped without being refused
 NOT_FINITE = "loss or gradient not finite"
 REMEMBER = 10  # steps between the weights that a cautious stage may go back to
 RETURNS = 3  # to the same weights end the run
-
-
-@dataclass
-class TrainConfig:
-    """What every stage can be told; the flags are made from these fields."""
-
-    max_steps: int = setting(0, "Optimizer steps in all (0: as many as --minutes allows).", True)
-    minutes: float = setting(0.0, "Minutes to train, by the clock: not bit-repeatable.", True)
-    batch_size: int = setting(8, "Rows in one forward and backward.")
-    accumulate: int = setting(1, "Forwards and backwards in one optimizer step.")
-    block_size: int = setting(256, "Tokens in a row: the context.")
-    optimizer: str = setting("adamw", "What moves the blocks' matrices.", False, OPTIMIZERS)
-    learning_rate: float = setting(2e-3, "Peak learning rate.")
-    warmup: float = setting(0.05, "Share of the run in which the learning rate rises.")
-    floor: float = setting(0.1, "Learning rate at the end, as a share of its peak.")
-    beta1: float = setting(0.9, "Memory of the gradient.")
-    beta2: float = setting(0.99, "AdamW: memory of its square.")
-    weight_decay: float = setting(0.1, "Decoupled decay of matrices.")
-    clip: float = setting(1.0, "Largest global norm of the gradient (0: no limit).")
-    dtype: str = setting("auto", "Operands of products (auto: bfloat16 on cuda).", False, DTYPES)
-    recompute: bool = setting(False, "Save memory: blocks run again in the backward pass.", True)
-    seed: int = setting(0, "Seeds everything random.")
-    cutoff: str = setting("", "Knowledge cut-off for the model card; later stages inherit it.")
-    eval_every: int = setting(250, "Steps between evaluations.", True)
-    save_every: int = setting(250, "Steps between checkpoints.", True)
-
-    def check(self) -> None:
-        """Raise InputError for a value that makes no sense."""
-        for name in ("batch_size", "accumulate", "block_size", "eval_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{flag(name)}: expected at least 1, got {getattr(self, name)}")
-        for name in ("max_steps", "minutes", "learning_rate", "weight_decay", "clip"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{flag(name)}: expected at least 0, got {getattr(self, name)}")
-        for name in ("warmup", "floor", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{flag(name)}: expected 0 to 1, got {getattr(self, name)}")
-        with products(self.dtype):
-            pass
-        if not self.length_given():
-            raise InputError("say how long to train: --max-steps N or --minutes N")
-
-    def length_given(self) -> bool:
-        return bool(self.max_steps or self.minutes)
-
-
-@dataclass
-class EpochConfig(TrainConfig):
-    """For stages that go a few times through their data, a share of which is held out."""
-
-    epochs: float = setting(1.0, "Times through the data, where no --max-steps or --minutes is.")
-    block_size: int = setting(0, "Tokens in a row (0: the model's context).")
-    held_out: float = setting(0.1, "Share of the data held out for evaluation.")
-
-    def check(self) -> None:
-        if self.epochs <= 0:
-            raise InputError(f"--epochs: expected more than 0, got {self.epochs}")
-        if not 0 <= self.held_out < 1:
-            raise InputError(f"--held-out: expected 0 or more, below 1, got {self.held_out}")
-        super().check()
-
-    def length_given(self) -> bool:
-        return True
-
-    def fit(self, model: Transformer, base: Path) -> None:
-        """Rows as long as the model's context, unless shorter ones are asked for."""
-        most = model.config.block_size
-        self.block_size = self.block_size or most
-        if self.block_size > most:
-            raise InputError(f"--block-size {self.block_size}: the context of {base} is {most}")
-
-    def end_after_epochs(self, rows: int) -> None:
-        """As many steps as the epochs take, where no other end is given."""
-        if not self.max_steps and not self.minutes:
-            steps = self.epochs * rows / (self.batch_size * self.accumulate)
-            self.max_steps = max(1, round(steps))
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 class Stage(Protocol):
@@ -490,52 +403,6 @@ def notes_of(batches: list[Batch]) -> dict:
     """The mean of each number that the batches of one step bring for the log."""
     names = [k for k in batches[0].notes if all(k in b.notes for b in batches)]
     return {k: sum(b.notes[k] for b in batches) / len(batches) for k in names}
-
-
-def open_run(folder: Path, config: TrainConfig, given: set[str], resume: bool) -> TrainConfig:
-    """The config of a run in folder, which is new or, with resume, may have been begun before."""
-    if resume:
-        config = resumed_config(config, given, folder)
-    elif Checkpoint(folder).exists():
-        raise InputError(f"{folder} holds another run: choose another --out, or add --resume")
-    elif folder.exists() and {path.name for path in folder.iterdir()} - {"training"}:
-        raise InputError(f"{folder} holds other files: choose another --out")
-    config.check()
-    return config
-
-
-def resumed_config(config: TrainConfig, given: set[str], folder: Path) -> TrainConfig:
-    """The interrupted run's config with what may change taken from this one.
-
-    given: the fields that the user named; naming one that must not change is an InputError.
-    """
-    if not Checkpoint(folder).exists():
-        return config
-    # a setting that did not exist then had today's default
-    old = {f.name: f.default for f in fields(config)} | Checkpoint(folder).state()["config"]
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if f.name not in given:
-            setattr(config, f.name, old[f.name])
-        elif value != old[f.name] and not f.metadata["free"]:
-            raise InputError(
-                f"{flag(f.name)} {value} differs from the interrupted run's {old[f.name]}: "
-                f"resume without it, or begin anew in another --out directory"
-            )
-    return config
-
-
-@contextmanager
-def products(dtype: str):
-    """Matrices are multiplied in this dtype inside. Raises InputError where that cannot be."""
-    try:
-        backend.set_products(dtype)
-    except ValueError as error:
-        raise InputError(f"--dtype {dtype}: {error}; use --dtype float32") from None
-    try:
-        yield
-    finally:
-        backend.set_products("float32")
 
 
 @contextmanager

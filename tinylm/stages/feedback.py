@@ -33,17 +33,10 @@ from tinylm.judges import Group, Judge, human, verifier
 from tinylm.judges.choice import JUDGES, MODES, PAGES
 from tinylm.judges.watch import Watch
 from tinylm.model import Transformer
+from tinylm.settings import TrainConfig, open_run, setting
 from tinylm.tensor import Array, Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
-from tinylm.train import (
-    NOT_FINITE,
-    TrainConfig,
-    Trainer,
-    cutoff_of,
-    cutoff_row,
-    open_run,
-    setting,
-)  # fmt: skip
+from tinylm.train import NOT_FINITE, Trainer, cutoff_of, cutoff_row
 
 ROW = 128  # tokens to a row of answers, if none is longer: little padding, little attention
 EXACT_KL = 8192  # vocabularies up to this size have their KL summed, larger ones estimated

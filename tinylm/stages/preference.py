@@ -34,9 +34,10 @@ from tinylm.judges.reward import pad_right
 from tinylm.model import Transformer
 from tinylm.preferences import Judged, read_preferences
 from tinylm.progress import Progress
+from tinylm.settings import EpochConfig, open_run, setting
 from tinylm.tensor import Array, Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
-from tinylm.train import EpochConfig, Trainer, cutoff_of, open_run, setting
+from tinylm.train import Trainer, cutoff_of
 
 
 @dataclass

@@ -21,9 +21,10 @@ from tinylm.errors import InputError
 from tinylm.generate import generate
 from tinylm.model import ModelConfig, Transformer
 from tinylm.progress import Progress
+from tinylm.settings import TrainConfig, open_run, setting
 from tinylm.tensor import Tensor
 from tinylm.tokenizer import Tokenizer, train_bpe, train_characters
-from tinylm.train import TrainConfig, Trainer, open_run, setting
+from tinylm.train import Trainer
 
 ABOUT = """A base model made by tinylm
 

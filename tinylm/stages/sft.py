@@ -20,9 +20,10 @@ from tinylm.data import Batch, Example, Packed, packed_batch, source_of
 from tinylm.errors import InputError
 from tinylm.generate import answers
 from tinylm.progress import Progress
+from tinylm.settings import EpochConfig, open_run, setting
 from tinylm.tensor import Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
-from tinylm.train import EpochConfig, Trainer, cutoff_of, open_run, setting
+from tinylm.train import Trainer, cutoff_of
 
 ABOUT = """An assistant made by tinylm
 
