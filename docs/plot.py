@@ -2,8 +2,10 @@
 
 python docs/plot.py learning RUN PICTURE.png         loss, and bits per byte beside xz
 python docs/plot.py outwitted LAB/SEED PICTURE.png   judge and gold against drift, of `tinylm lab`
+python docs/plot.py refusal LAB PICTURE.png          what a wrong answer's price does, of the same
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import numpy as np
 from tinylm.lab.outwitted import COMPARISONS, FEEDBACK, curve
 from tinylm.train import read_metrics
 
-BLUE, PALE, RED = "#1f5a99", "#c9d8ea", "#c0392b"
+BLUE, PALE, RED, GOLD = "#1f5a99", "#c9d8ea", "#c0392b", "#d9a441"
 
 
 def learning(run: Path, panels) -> None:
@@ -42,7 +44,7 @@ def learning(run: Path, panels) -> None:
 
 def outwitted(seed: Path, panels) -> None:
     titles = "What the judge thinks", "What it was to stand for (gold)"
-    for n, shade in zip(COMPARISONS, (RED, "#d9a441", BLUE)):
+    for n, shade in zip(COMPARISONS, (RED, GOLD, BLUE)):
         run = seed / "outwitted" / f"feedback-{n}"
         drift, judged, gold = np.array(curve(run)).T
         turned = [row["step"] for row in read_metrics(run) if row.get("outwitted")]
@@ -55,11 +57,40 @@ def outwitted(seed: Path, panels) -> None:
     panels[1].legend(frameon=False, title="ring: the run said so")
 
 
+def refusal(lab: Path, panels) -> None:
+    (claim,) = (c for c in json.loads((lab / "claims.json").read_text()) if c["claim"] == "refusal")
+    of = {m["name"]: m for m in claim["measures"]}
+    when = list(dict.fromkeys(name.split(": ")[0] for name in of))
+    left, right = panels
+    for what, shade in (
+        ("known, right", BLUE),
+        ("invented, wrong", RED),
+        ("withheld, wrong", GOLD),
+    ):
+        rows = [of[f"{at}: {what}"] for at in when]
+        y, low, high = (
+            100 * np.array([row[key] for row in rows]) for key in ("value", "low", "high")
+        )
+        left.errorbar(when, y, [y - low, high - y], fmt="o-", color=shade, capsize=3, label=what)
+    left.set(title="Of each kind of question", ylabel="%", ylim=(0, 100))
+    left.legend(frameon=False, loc="upper right", bbox_to_anchor=(0.76, 0.86))
+
+    names = ("coverage", "risk")
+    by_seed = [100 * np.array([of[f"{at}: {name}"]["by_seed"] for at in when]) for name in names]
+    right.plot(*by_seed, "o-", color=PALE, markersize=3, linewidth=1)
+    x, y = (100 * np.array([of[f"{at}: {name}"]["value"] for at in when]) for name in names)
+    right.plot(x, y, "o-", color=BLUE, linewidth=2)
+    for at, *place in zip(when, x, y):
+        right.annotate(at, place, xytext=(8, -10), textcoords="offset points")
+    right.set(title="Of all questions", xlabel="answered, % (coverage)")
+    right.set(ylabel="of these wrong, % (risk)", ylim=(0, None), xlim=(20, 100))
+
+
 def main() -> None:
     draw, source, picture = sys.argv[1:]
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    {"learning": learning, "outwitted": outwitted}[draw](Path(source), panels)
+    {"learning": learning, "outwitted": outwitted, "refusal": refusal}[draw](Path(source), panels)
     figure.savefig(picture, dpi=150)
 
 
