@@ -77,16 +77,18 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    x = logits.astype(numpy.float64) / temperature
+    x = logits.astype(numpy.float64)  # and all the rest in its place: new memory costs page faults
+    x /= temperature
     if 0 < top_k < x.shape[-1]:
         kth = numpy.partition(x, -top_k, -1)[:, -top_k, None]
-        x = numpy.where(x < kth, -numpy.inf, x)
-    p = numpy.exp(x - x.max(-1, keepdims=True))
+        x[x < kth] = -numpy.inf
+    x -= x.max(-1, keepdims=True)
+    p = numpy.exp(x, out=x)
     p /= p.sum(-1, keepdims=True)
     if top_p < 1:
         p = nucleus(p, top_p)
-    cumulative = numpy.cumsum(p, -1)
-    draw = rng.random((len(x), 1)) * cumulative[:, -1:]
+    cumulative = numpy.cumsum(p, -1, out=p)
+    draw = rng.random((len(p), 1)) * cumulative[:, -1:]
     return (cumulative > draw).argmax(-1)
 
 
