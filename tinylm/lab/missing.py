@@ -27,6 +27,7 @@ from tinylm.stages.pretrain import OBJECTIVES
 from tinylm.tensor import no_grad
 
 PASSES = 200  # tellings of everything, each another
+PRETRAIN = {**extraction.PRETRAIN, "n_embd": extraction.WIDTH, "vocab_size": 1000}  # fewer people
 
 
 def text(almanac: Almanac) -> Iterator[dict]:
@@ -78,8 +79,7 @@ def measure(workshop: Workshop) -> list[Measure]:
     asked, rows = blanks(almanac), workshop.rows("missing/text", text(almanac))
     found, bits = [], []
     for objective in OBJECTIVES:
-        settings = {**extraction.PRETRAIN, "n_embd": extraction.WIDTH, "objective": objective}
-        folder = workshop.pretrain(f"missing/{objective}", rows, **settings)
+        folder = workshop.pretrain(f"missing/{objective}", rows, **PRETRAIN, objective=objective)
         model, tokenizer = checkpoint.load(folder)
         filled = [(likeliest(model, tokenizer, t, c, objective) == v, t, c) for t, v, c in asked]
         for place, last in (("at the end", True), ("within", False)):

@@ -22,7 +22,7 @@ from tinylm.almanac import Almanac
 from tinylm.judges.verifier import verdict
 from tinylm.lab.workshop import Claim, Measure, Workshop, answers, share
 
-CONFIDENCES = (0.2, 0.5, 0.8)
+CONFIDENCES = (0.5, 0.8)
 
 
 def verdicts(model: Path, tests: dict[str, list]) -> dict[str, list[str]]:
