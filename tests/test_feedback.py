@@ -350,10 +350,10 @@ def test_packing_changes_neither_the_loss_nor_the_drift_of_an_answer(tokenizer, 
     found = []
     for width in (1, 64):
         monkeypatch.setattr("tinylm.stages.feedback.ROW", width)
-        batch, (drift, kl) = stage.look_again(prompts, said)
+        batch, drift = stage.look_again(prompts, said)
         assert [x.tolist() for x in batch.by_answer(batch.targets)] == said
         old = numpy.concatenate(batch.by_answer(batch.old_logp))
-        found.append((len(batch.tokens), old, drift, kl))
+        found.append((len(batch.tokens), old, drift, stage.drift))
     (rows, *alone), (fewer, *packed) = found
     assert fewer < rows and abs(alone[1]).min() > 1e-3
     for one, other in zip(alone, packed):

@@ -388,11 +388,6 @@ def make_optimizer(model: Transformer, config: TrainConfig) -> AdamW:
     return AdamW(model.parameters(), **settings)
 
 
-def cutoff_row(config: TrainConfig) -> str:
-    """The model card's table row on the knowledge cut-off, if there is one."""
-    return f"\n| knowledge cut-off | {config.cutoff} |" if config.cutoff else ""
-
-
 def cutoff_of(folder: Path) -> str:
     """The knowledge cut-off with which the run in folder was trained; "" where none is known."""
     run = Checkpoint(folder)

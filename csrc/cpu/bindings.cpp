@@ -231,8 +231,10 @@ public:
     void enter() { entered.push_back(this); }
     void leave(const py::args&) { entered.pop_back(); }
 
-    static const float* of(const Product& p, const py::array& weight) {
-        return entered.empty() ? nullptr : entered.back()->find(p, weight);
+    // The product by the packed weight, where one is held or worth it.
+    static Product use(Product p, const py::array& weight) {
+        if (!entered.empty()) p.packed = entered.back()->find(p, weight);
+        return p;
     }
 };
 
@@ -245,20 +247,9 @@ static Floats linear_forward(const py::array& x_, const py::array& weight_,
     const long F = weight.shape(transposed);
     Floats bias, y = empty(with_last(leading(x), F));
     if (bias_) bias = op.floats("bias", *bias_, "(F)", {F});
-    Product product{false,
-                    !transposed,
-                    N,
-                    F,
-                    C,
-                    pointer(x),
-                    C,
-                    pointer(weight),
-                    weight.shape(1),
-                    pointer(y),
-                    F,
-                    bias_ ? pointer(bias) : nullptr};
-    product.packed = PackedWeights::of(product, weight_);
-    multiply(product);
+    multiply(PackedWeights::use({false, !transposed, N, F, C, pointer(x), C, pointer(weight),
+                                 weight.shape(1), pointer(y), F, bias_ ? pointer(bias) : nullptr},
+                                weight_));
     return y;
 }
 

@@ -19,9 +19,9 @@
 // 512: 83 -> 90 %).
 //
 // Who multiplies by the same B again and again, as generation does by its weights, lets it be
-// packed whole and once (64 rows by weights out of cache, 384 x 1,024 and 1,024 x 384, one thread of a
-// Zen 4: 85 -> 92 and 68 -> 90 % of the float32 peak; bfloat16, two threads: 136 -> 173 and 121 ->
-// 165).
+// packed whole and once (64 rows by weights out of cache, 384 x 1,024 and 1,024 x 384, one thread
+// of a Zen 4: 85 -> 92 and 68 -> 90 % of the float32 peak; bfloat16, two threads: 136 -> 173 and
+// 121 -> 165).
 //
 // Each element of C is one chain of multiply-adds in the order of k, cut only at multiples of kc,
 // and kc depends on K alone: neither the tiles nor the threads change a bit.

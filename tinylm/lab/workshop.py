@@ -7,7 +7,6 @@ again, a claim later or after an interruption, gets what is there, or what was l
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,7 +15,7 @@ from statistics import mean
 from tinylm import checkpoint, evaluate
 from tinylm.almanac import Almanac, Question
 from tinylm.chat import turn
-from tinylm.checkpoint import Checkpoint, write_text
+from tinylm.checkpoint import Checkpoint, write_rows
 from tinylm.judges.verifier import normalise, verdict
 from tinylm.progress import Progress
 from tinylm.stages import feedback, preference, pretrain, sft
@@ -98,7 +97,7 @@ class Workshop:
         """JSON lines for a stage to read; rows is asked only where they are not there yet."""
         path = self.folder / f"{name}.jsonl"
         if not path.exists():
-            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_rows(path, rows)
         return path
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy
 
 from tinylm import backend, checkpoint, estimators, ops
+from tinylm.card import model_card, took
 from tinylm.chat import ChatFormat, Row, read_prompts
 from tinylm.data import Batch, first_fit, packed_batch, permuted, source_of
 from tinylm.errors import InputError
@@ -36,8 +37,11 @@ from tinylm.model import Transformer
 from tinylm.settings import TrainConfig, open_run, setting
 from tinylm.tensor import Array, Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
-from tinylm.train import NOT_FINITE, Trainer, cutoff_of, cutoff_row
+from tinylm.train import NOT_FINITE, Trainer, cutoff_of
 
+ABOUT = """An assistant improved by feedback, made by tinylm
+
+It wrote several answers to each prompt, a judge scored them, and the better became likelier."""
 ROW = 128  # tokens to a row of answers, if none is longer: little padding, little attention
 EXACT_KL = 8192  # vocabularies up to this size have their KL summed, larger ones estimated
 LEAST_BETA = 0.01  # what a drift beyond its limit costs at least from then on
@@ -165,7 +169,7 @@ class Feedback:
     def sample(self) -> Answers:
         """New answers. Where all to a prompt score alike, another takes its place: --resample."""
         G = self.config.answers
-        prompts, said, scores, batch, known = self.ask(self.config.batch_size // G)
+        prompts, said, scores, batch, drift = self.ask(self.config.batch_size // G)
         causes = self.causes(said, scores)
         for _ in range(self.config.resample):
             alike = [g for g, group in enumerate(scores) if len(different(group)) < 2]
@@ -176,12 +180,12 @@ class Feedback:
             for i, g in enumerate(alike):
                 old, new = slice(g * G, (g + 1) * G), slice(i * G, (i + 1) * G)
                 prompts[old], said[old], scores[g] = new_prompts[new], new_said[new], new_scores[i]
-            batch, known = self.look_again(prompts, said)
-        return self.weighed(batch, said, scores, known, causes)
+            batch, drift = self.look_again(prompts, said)
+        return self.weighed(batch, said, scores, drift, causes)
 
     def ask(self, n: int) -> tuple:
         """The answers to the next n prompts: prompts and answers as ids, the scores by prompt, and
-        the batch that they make with what the models think of it."""
+        the batch that they make with each answer's drift."""
         G = self.config.answers
         rows = [self.prompt(self.drawn + i) for i in range(n)]
         prompts = [ids for row in rows for ids in [self.form.ids(row.messages, True)] * G]
@@ -190,11 +194,11 @@ class Feedback:
         said = begin(self.drawn, rows) if begin else None
         if said is None:
             said = complete(self.model, prompts, self.config.max_new_tokens, rng, heard=heard)
-        batch, known = self.look_again(prompts, said)
+        batch, drift = self.look_again(prompts, said)
         scores = self.scores(rows, said, [x.tolist() for x in batch.by_answer(batch.old_logp)])
         self.check_judged(scores)
         self.drawn += n
-        return prompts, said, scores, batch, known
+        return prompts, said, scores, batch, drift
 
     def prompt(self, i: int) -> Row:
         """Prompt i of an endless stream: each epoch all of them, in an order of its own."""
@@ -264,16 +268,15 @@ class Feedback:
         return self.tokenizer.decode([i for i in ids if i not in self.stop_ids]).strip()
 
     def weighed(
-        self, batch: Answers, said: list, scores: list, known: tuple, causes: list
+        self, batch: Answers, said: list, scores: list, drift: numpy.ndarray, causes: list
     ) -> Answers:
         """The batch with advantages, from scores and drift, and numbers for the log."""
-        drift, kl = known
         G, beta = self.config.answers, self.beta
         rewards = [
             [None if r is None else r - beta * float(drift[g * G + i]) for i, r in enumerate(group)]
             for g, group in enumerate(scores)
         ]
-        batch.harm = self.harm(kl)
+        batch.harm = self.harm(self.drift)
         if batch.harm:
             A = numpy.zeros(len(said))
         else:
@@ -284,7 +287,7 @@ class Feedback:
             "reward": float(judged.mean()),
             "positive": float((judged > 0).mean()),
             "negative": float((judged < 0).mean()),
-            "kl": kl,
+            "kl": self.drift,
             "answer_tokens": batch.trained_tokens() / len(A),
             "truncated": float(numpy.mean([ids[-1] not in self.stop_ids for ids in said])),
             "entropy": -float(batch.old_logp.sum()) / batch.trained_tokens(),
@@ -312,9 +315,9 @@ class Feedback:
 
     def look_again(
         self, prompts: list[list[int]], said: list[list[int]]
-    ) -> tuple[Answers, tuple[numpy.ndarray, float]]:
-        """The answers as a batch that is ready to be learned from, but for the advantages; of each
-        answer Σ_t log π_old − log π_ref (answers,), and the KL per token."""
+    ) -> tuple[Answers, numpy.ndarray]:
+        """The answers as a batch that is ready to be learned from, but for the advantages, and of
+        each Σ_t log π_old − log π_ref (answers,). Remembers the KL per token as .drift."""
         width = min(ROW, self.model.config.block_size)
         batch = answer_batch(prompts, said, self.stop_ids[0], width)
         batch.length = self.config.max_new_tokens
@@ -331,7 +334,7 @@ class Feedback:
         else:  # k3 of arXiv 2402.03300: e^x − 1 − x
             kl = numpy.expm1(-drift[known]) + drift[known]
         self.drift = float(kl.mean())
-        return batch, (numpy.bincount(batch.answer[known], drift[known]), self.drift)
+        return batch, numpy.bincount(batch.answer[known], drift[known])
 
     def opinion(self, model: Transformer, batch: Answers) -> tuple[Tensor, Array | None]:
         """−log π of each target (B, T), and all logits of the answers' tokens if these are few."""
@@ -411,7 +414,26 @@ class Feedback:
             )  # fmt: skip
 
     def card(self, results: dict) -> str:
-        return model_card(self, results)
+        c, numbers = self.config, []
+        if results:
+            numbers = [f"- {took(results)}"]
+        if "held_out_reward" in results:
+            before, after = results["reward_before"], results["held_out_reward"]
+            scores = f"{before:.3f} before, {after:.3f} after"
+            numbers.append(f"- mean score on held-out prompts {scores}")
+        if "win_rate" in results:
+            share, n = results["win_rate"], results["win_n"]
+            won = f"{share:.0%} of the last {n} comparisons with the fine-tuned model won"
+            numbers.append(f"- {won}")
+        judge = c.verifier or c.reward_model or c.judge_model or c.judge_name
+        facts = {
+            "stage": f"feedback: {c.estimator}, judged by {c.judge}{judge and f' `{judge}`'}",
+            "parameters": f"{self.model.n_parameters():,}",
+            "knowledge cut-off": c.cutoff,
+            "prompts": f"{len(self.prompts):,} to learn from, {len(self.heldout):,} held out",
+            "answers": f"{c.answers} to each prompt, of up to {c.max_new_tokens} tokens",
+        }
+        return model_card(ABOUT, facts, numbers, self.source[1:])
 
 
 def answer_batch(
@@ -484,35 +506,3 @@ def read_fitting(path: Path, form: ChatFormat, config: FeedbackConfig) -> list[R
                 "shorten it, or lower --max-new-tokens"
             )
     return rows
-
-
-def model_card(stage: Feedback, results: dict) -> str:
-    """README.md of the run directory."""
-    c, numbers = stage.config, "not finished yet"
-    judge = c.verifier or c.reward_model or c.judge_model or c.judge_name
-    if results:
-        numbers = f"- {results['steps']} steps, {results['seconds']:.0f} seconds"
-        if "held_out_reward" in results:
-            before, after = results["reward_before"], results["held_out_reward"]
-            numbers += f"\n- mean score on held-out prompts {before:.3f} before, {after:.3f} after"
-        if "win_rate" in results:
-            share, n = results["win_rate"], results["win_n"]
-            numbers += f"\n- {share:.0%} of the last {n} comparisons with the fine-tuned model won"
-    (name, size) = stage.source[1]
-    return f"""# An assistant improved by feedback, made by tinylm
-
-It wrote several answers to each prompt, a judge scored them, and the better became likelier.
-
-| | |
-|---|---|
-| stage | feedback: {c.estimator}, judged by {c.judge}{f" `{judge}`" if judge else ""} |
-| parameters | {stage.model.n_parameters():,} |{cutoff_row(c)}
-| prompts | {len(stage.prompts):,} to learn from, {len(stage.heldout):,} held out |
-| answers | {c.answers} to each prompt, of up to {c.max_new_tokens} tokens |
-
-## Numbers
-{numbers}
-
-## Data
-- {name}, {size:,} bytes
-"""
