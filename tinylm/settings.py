@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -46,6 +47,9 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise InputError for a value that makes no sense."""
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{flag(name)}: expected a finite number, got {value}")
         for name in ("batch_size", "accumulate", "block_size", "eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{flag(name)}: expected at least 1, got {getattr(self, name)}")
