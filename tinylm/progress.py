@@ -29,7 +29,7 @@ class Progress:
         self.bar, self.task, self.smooth, self.spoke = None, None, None, 0.0
 
     def say(self, text: str, style: str = "") -> None:
-        self.console.print(Text(text, style))
+        self.console.print(Text(text, style), soft_wrap=not self.live)  # a file wraps nothing
 
     def left_out(self, data: Path, lines: list[int], what: str) -> None:
         """Tell which lines of a file are not used, if any, and why."""
