@@ -73,7 +73,10 @@ def mistake(sentence: str) -> int:
     return 2
 
 
-@click.group(cls=Commands, context_settings={"show_default": True, "max_content_width": 100})
+HELP = {"show_default": True, "max_content_width": 100, "help_option_names": ["-h", "--help"]}
+
+
+@click.group(cls=Commands, context_settings=HELP)
 @click.version_option(package_name="tinylm")
 def cli():
     """From raw text to an assistant, from scratch."""
