@@ -7,6 +7,7 @@ traceback), 75 a person's judgement is waited for, 130 interrupted with progress
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 import sys
 from itertools import chain
@@ -64,7 +65,9 @@ def run(arguments: list[str]) -> int:  # noqa: PLR0911  (one for each way to end
     except OSError as error:
         if error.strerror is None:
             raise
-        return mistake(f"{error.filename or 'file'}: {error.strerror}")
+        where = f"{error.filename}: " if error.filename else ""
+        remedy = "; make room, then run it again" if error.errno == errno.ENOSPC else ""
+        return mistake(where + error.strerror + remedy)
     return 0
 
 
