@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import IO
 
 from tinylm import backend
 from tinylm.checkpoint import Checkpoint
@@ -113,7 +115,28 @@ def open_run(folder: Path, config: TrainConfig, given: set[str], resume: bool) -
     elif folder.exists() and {path.name for path in folder.iterdir()} - {"training"}:
         raise InputError(f"{folder} holds other files: choose another --out")
     config.check()
+    claim(folder)
     return config
+
+
+claimed: dict[Path, IO] = {}  # open as long as this process lives, which keeps them locked
+
+
+def claim(folder: Path) -> None:
+    """Keep every other process from running in folder. Raises InputError where one does."""
+    path = folder.resolve() / "training" / "lock"
+    if path in claimed:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(
+            f"another process is training in {folder}: wait for it, or choose another --out"
+        ) from None
+    claimed[path] = file
 
 
 def resumed_config(config: TrainConfig, given: set[str], folder: Path) -> TrainConfig:
