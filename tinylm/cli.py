@@ -165,7 +165,8 @@ def sft(base, data, show_mask, plan):
 @click.argument("base", metavar="MODEL", type=Path)
 @click.option("--data", required=True, type=Path, help="Preferences: JSON lines, or an array.")
 @stage_of(
-    preferring.RewardConfig, "tinylm feedback {base} --judge reward-model --reward-model {out}"
+    preferring.RewardConfig,
+    "tinylm feedback {base} --prompts FILE --judge reward-model --reward-model {out} --out DIR",
 )
 def reward(base, data, plan):
     """Judged answers -> a reward model, which judges.
