@@ -115,7 +115,6 @@ def open_run(folder: Path, config: TrainConfig, given: set[str], resume: bool) -
     elif folder.exists() and {path.name for path in folder.iterdir()} - {"training"}:
         raise InputError(f"{folder} holds other files: choose another --out")
     config.check()
-    claim(folder)
     return config
 
 

@@ -34,7 +34,7 @@ from tinylm.errors import InputError
 from tinylm.model import Transformer
 from tinylm.optim import AdamW, Muon, clip_scale, schedule
 from tinylm.progress import Progress
-from tinylm.settings import TrainConfig, products
+from tinylm.settings import TrainConfig, claim, products
 from tinylm.tensor import Array, Tensor
 from tinylm.tokenizer import Tokenizer
 
@@ -177,6 +177,7 @@ class Trainer:
         if resumed and self.finished():
             self.progress.say(f"{self.folder}: finished at step {self.step}, nothing left to do")
             return self.results
+        claim(self.folder)
         metrics = Metrics(self.folder, self.step if resumed else None)
         if resume:
             metrics.write(step=self.step, event="resume")

@@ -21,7 +21,7 @@ from tinylm.errors import InputError
 from tinylm.generate import generate
 from tinylm.model import ModelConfig, Transformer
 from tinylm.progress import Progress
-from tinylm.settings import TrainConfig, open_run, setting
+from tinylm.settings import TrainConfig, claim, open_run, setting
 from tinylm.tensor import Tensor
 from tinylm.tokenizer import Tokenizer, train_bpe, train_characters
 from tinylm.train import Trainer
@@ -253,6 +253,7 @@ def run(
     tokens = folder / "training" / "tokens"
     files = list_files(paths)
     config = open_run(folder, config, given, resume)
+    claim(folder)
     corpus = Corpus.load(tokens) if resume else None
     if corpus is not None and corpus.source != source_of(files):
         raise InputError(f"{folder} was begun with other text: name the same files, in this order")
