@@ -26,6 +26,7 @@ import tinylm
 from tinylm.data import packed_batch
 from tinylm.estimators import RunningMean, advantages
 
+STYLE = Path(__file__).parents[1] / "docs" / "picture.mplstyle"
 LETTERS, LONGEST, END = 5, 3, 5  # answers: up to three of five letters, then the end
 ASKED = (0.95, 0.5, 0.05)  # how often each prompt is answered rightly, about
 ANSWERS = 8  # in a group
@@ -149,23 +150,23 @@ def picture(found: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    plt.style.use(STYLE)
+    figure, (left, right) = plt.subplots(1, 2)
     for i, row in enumerate(found):
         place, label = (row["variance"], row["angle"]), row["estimator"]
         left.scatter(*place, s=50, color=f"C{i}", clip_on=False, zorder=3)
         offset = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
-        left.annotate(label, place, fontsize=8, color=f"C{i}", **offset)
+        left.annotate(label, place, **offset)
         at = numpy.arange(3) + 0.16 * (i - (len(found) - 1) / 2)
         right.bar(at, row["pull"], 0.16, color=f"C{i}", label=label)
-    left.set(xlabel="variance of one step", ylabel="angle to the true gradient, degrees")
+    left.set(title="Bias and noise", xlabel="variance of one step")
+    left.set(ylabel="angle to the true gradient, degrees")
     left.set(xlim=(0, 32), ylim=(0, 36))
-    right.axhline(1, color="gray", linewidth=1)
-    right.set(ylabel="pull, as a share of the true one")
+    right.axhline(1, color="C3", linewidth=1)
+    right.set(title="How hard each pulls", ylabel="as a share of the true gradient")
     right.set_xticks(range(3), [f"right {100 * s:.0f} %" for s in ASKED])
     right.set_ylim(0, 1.5)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path)
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ import numpy as np
 from tinylm.lab.outwitted import COMPARISONS, FEEDBACK, curve
 from tinylm.train import read_metrics
 
-BLUE, PALE, RED, GOLD = "#1f5a99", "#c9d8ea", "#c0392b", "#d9a441"
+STYLE = Path(__file__).with_name("picture.mplstyle")
+BLUE, RED, GOLD, GREY, PALE = (f"C{i}" for i in range(5))  # of that style
 
 
 def learning(run: Path, panels) -> None:
@@ -28,18 +29,18 @@ def learning(run: Path, panels) -> None:
     smooth = np.convolve(np.pad(loss, 15, mode="edge"), np.ones(31) / 31, "valid")
     left, right = panels
     left.plot(x, loss, color=PALE, linewidth=0.8)
-    left.plot(x, smooth, color=BLUE, linewidth=2)
+    left.plot(x, smooth, color=BLUE)
     left.set(title="Training loss", xlabel="step", ylabel="nats per token")
     left.set_ylim(loss.min() - 0.2, None)
 
     evals = [row for row in rows if "bits_per_byte" in row]
     at, bits = ([row[key] for row in evals] for key in ("step", "bits_per_byte"))
-    right.plot(at, bits, "o-", color=BLUE, linewidth=2, label="tinylm")
+    right.plot(at, bits, "o-", color=BLUE, label="tinylm")
     right.axhline(evals[-1]["xz_bits_per_byte"], color=RED, linestyle="--", label="xz -9")
     place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
     right.annotate(f"{bits[-1]:.3f}", (at[-1], bits[-1]), **place)
     right.set(title="Held-out text", xlabel="step", ylabel="bits per byte", ylim=(1.3, None))
-    right.legend(frameon=False)
+    right.legend()
 
 
 def outwitted(seed: Path, panels) -> None:
@@ -49,12 +50,13 @@ def outwitted(seed: Path, panels) -> None:
         drift, judged, gold = np.array(curve(run)).T
         turned = [row["step"] for row in read_metrics(run) if row.get("outwitted")]
         for axes, y, title in zip(panels, (judged, gold), titles):
-            axes.plot(drift, y, "o-", color=shade, markersize=3, label=f"{n:,} comparisons")
+            axes.plot(drift, y, "o-", color=shade, label=f"{n:,} comparisons")
             axes.set(title=title, xlabel="√KL from the fine-tuned model, nats per token")
         if turned:
             at = min(len(drift) - 1, turned[0] * len(drift) // FEEDBACK["max_steps"])
             panels[1].plot(drift[at], gold[at], "o", mfc="none", mec=shade, markersize=11)
-    panels[1].legend(frameon=False, title="ring: the run said so")
+    panels[0].set_ylabel("mean score")
+    panels[1].legend(title="ring: the run said so", loc="lower left", alignment="left")
 
 
 def refusal(lab: Path, panels) -> None:
@@ -71,15 +73,15 @@ def refusal(lab: Path, panels) -> None:
         y, low, high = (
             100 * np.array([row[key] for row in rows]) for key in ("value", "low", "high")
         )
-        left.errorbar(when, y, [y - low, high - y], fmt="o-", color=shade, capsize=3, label=what)
+        left.errorbar(when, y, [y - low, high - y], fmt="o-", color=shade, label=what)
     left.set(title="Of each kind of question", ylabel="%", ylim=(0, 100))
-    left.legend(frameon=False, loc="upper right", bbox_to_anchor=(0.76, 0.86))
+    left.legend(loc="upper right", bbox_to_anchor=(0.8, 0.88))
 
     names = ("coverage", "risk")
     by_seed = [100 * np.array([of[f"{at}: {name}"]["by_seed"] for at in when]) for name in names]
-    right.plot(*by_seed, "o-", color=PALE, markersize=3, linewidth=1)
+    right.plot(*by_seed, "o-", color=PALE, linewidth=1)
     x, y = (100 * np.array([of[f"{at}: {name}"]["value"] for at in when]) for name in names)
-    right.plot(x, y, "o-", color=BLUE, linewidth=2)
+    right.plot(x, y, "o-", color=BLUE)
     for at, *place in zip(when, x, y):
         right.annotate(at, place, xytext=(8, -10), textcoords="offset points")
     right.set(title="Of all questions", xlabel="answered, % (coverage)")
@@ -88,10 +90,10 @@ def refusal(lab: Path, panels) -> None:
 
 def main() -> None:
     draw, source, picture = sys.argv[1:]
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    plt.style.use(STYLE)
+    figure, panels = plt.subplots(1, 2)
     {"learning": learning, "outwitted": outwitted, "refusal": refusal}[draw](Path(source), panels)
-    figure.savefig(picture, dpi=150)
+    figure.savefig(picture)
 
 
 if __name__ == "__main__":
