@@ -149,6 +149,18 @@ def test_interrupted_and_resumed_it_has_the_same_bits(trained, base, preferences
     assert weights(tmp_path / "r") == weights(trained[0])
 
 
+@pytest.mark.parametrize("command", ["reward", "sft"])
+def test_another_model_on_resume_is_refused(command, base, preferences, tmp_path):
+    """Of another shape, too, whose weights have other names."""
+    rows = [{"prompt": "say aa", "completion": "a"}] * 8
+    data = preferences if command == "reward" else write_rows(tmp_path / "rows", rows)
+    begun = ["--data", data, "--out", tmp_path / "r", "--max-steps", "1"]
+    succeeds(command, base, *begun)
+    other = untrained(tmp_path / "other", "abcsayz? .", 1, 2, 2, 16, 32, 64)
+    more = ["--resume", "--max-steps", "2"]
+    refused(command, other, *begun[:4], *more, saying="this run was begun with another model")
+
+
 def test_it_judges_answers_to_prompts_it_never_saw(trained):
     judge = RewardModel(str(trained[0]))
     groups = [Group(Row(1, [turn("user", "say zz?")], {}), ["aaaaaa", "bcbcbc", "", "a" * 99])]

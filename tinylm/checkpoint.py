@@ -173,8 +173,14 @@ class Checkpoint:
         return json.loads(read_metadata(self.path)["state"])
 
     def restore(self, model: Transformer, optimizer) -> Tensors:
-        """Put weights and moments back, in place; returns those that the run may go back to."""
+        """Put weights and moments back, in place; returns those that the run may go back to.
+
+        Raises InputError where they are of a model of another shape.
+        """
         tensors, _ = read_tensors(self.path)
+        found = {name: x.shape for name, x in tensors.items() if name.startswith("param/")}
+        if found != {f"param/{name}": p.shape for name, p in model.parameters().items()}:
+            raise InputError(f"{self.path}: this run was begun with another model: name the same")
         put_tensors(model, optimizer, tensors)
         return {k.removeprefix("good/"): x for k, x in tensors.items() if k.startswith("good/")}
 

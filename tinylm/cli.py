@@ -133,8 +133,8 @@ def pretrain(paths, preset, plan):
     values = pretraining.PRESETS[preset or "small"].items()
     values = {name: value for name, value in values if name not in named}
     config, given = dataclasses.replace(plan.config, **values), {*(values if preset else ())}
-    plan = plan._replace(config=config, given=plan.given | given)
-    return pretraining.run(list(paths), *plan)
+    plan = dataclasses.replace(plan, config=config, given=plan.given | given)
+    return pretraining.run(list(paths), plan)
 
 
 @cli.command()
@@ -152,7 +152,7 @@ def sft(base, data, show_mask, plan):
         return None
     if plan.out is None:
         raise InputError("name the directory of the run: --out DIR")
-    return fine_tuning.run(base, data, *plan)
+    return fine_tuning.run(base, data, plan)
 
 
 @cli.command()
@@ -166,7 +166,7 @@ def reward(base, data, plan):
 
     Rows are `prompt`, `chosen`, `rejected`, or `prompt`, `answers`, `scores`.
     """
-    return preferring.run(base, data, *plan)
+    return preferring.run(base, data, plan)
 
 
 @cli.command()
@@ -175,7 +175,7 @@ def reward(base, data, plan):
 @stage_of(preferring.DPOConfig, "tinylm chat {out}")
 def dpo(model, data, plan):
     """Judged answers -> a better model, without sampling any (DPO)."""
-    return preferring.run(model, data, *plan)
+    return preferring.run(model, data, plan)
 
 
 @cli.command()
@@ -189,7 +189,7 @@ def feedback(model, prompts, plan):
     on a local page, and has defaults of their own: 4 answers of up to 64 tokens, 4 prompts to each
     of 40 steps, a learning rate of 3e-4.
     """
-    return improving.run(model, prompts, *plan)
+    return improving.run(model, prompts, plan)
 
 
 @cli.group("preferences")

@@ -25,7 +25,7 @@ import numpy
 from tinylm.errors import Waiting
 from tinylm.evaluate import wilson
 from tinylm.generate import answers, complete
-from tinylm.judges import Group
+from tinylm.judges import Group, Judge
 from tinylm.store import Item, Store, place_in
 
 WHO = "person"
@@ -37,7 +37,7 @@ FRAME = 0.03  # seconds between two pictures of an answer that is being written
 TIE, SKIP, UNDO = "tie", "skip", "undo"
 
 
-class Person:
+class Person(Judge):
     """Judges groups by asking; `asker` is what it is asked on (Terminal, Nobody or a Page)."""
 
     def __init__(self, asker):

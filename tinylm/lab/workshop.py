@@ -18,6 +18,7 @@ from tinylm.chat import turn
 from tinylm.checkpoint import Checkpoint, write_rows
 from tinylm.judges.verifier import normalise, verdict
 from tinylm.progress import Progress
+from tinylm.settings import Plan
 from tinylm.stages import feedback, preference, pretrain, sft
 
 
@@ -90,7 +91,7 @@ class Workshop:
         smaller = {key: value for key, value in self.smaller.items() if key in known}
         config = Config(**{"seed": self.seed, **settings, **smaller})
         self.progress.heading(str(out))
-        stage.run(*inputs, out, config, set(), Checkpoint(out).exists(), self.progress)
+        stage.run(*inputs, Plan(out, config, self.progress, Checkpoint(out).exists()))
         return out
 
     def rows(self, name: str, rows: Iterable[dict]) -> Path:
