@@ -26,8 +26,9 @@ ALLOWED = {
     "optim": {"backend", "tensor"},
     "model": {"backend", "config", "errors", "nn", "ops", "tensor"},
     "data": {"errors"},
+    "files": {"errors"},
     "corpus": {"data", "errors", "tokenizer"},
-    "chat": {"errors", "tokenizer"},
+    "chat": {"errors", "files", "tokenizer"},
 }
 
 

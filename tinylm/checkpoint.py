@@ -3,16 +3,14 @@
     config.json, model.safetensors, tokenizer.json, ...    the model: load, save
     training/checkpoint.safetensors                        all that resuming reads: Checkpoint
 
-Every file is written beside its place, synced, and renamed, so that a run killed at any moment
-leaves whole files only. Weights are read with the safetensors library; pickle is never read.
+Every file is replaced by one rename (files.py), so that a run killed at any moment leaves whole
+files only. Weights are read with the safetensors library; pickle is never read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
@@ -24,6 +22,7 @@ from tinylm import backend
 from tinylm.chat import template_of, with_chat_tokens
 from tinylm.config import from_json, to_json
 from tinylm.errors import InputError
+from tinylm.files import read_json, replace_file, write_json
 from tinylm.model import Transformer
 from tinylm.tokenizer import Tokenizer
 
@@ -42,7 +41,10 @@ def load(path: str | Path) -> tuple[Transformer, Tokenizer | None]:
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such directory")
-    config = from_json(read_json(folder / "config.json"), str(folder / "config.json"))
+    described = folder / "config.json"
+    if not described.exists():
+        raise InputError(f"{described}: no such file; a model directory needs it")
+    config = from_json(read_json(described), str(described))
     tokenizer = load_tokenizer(folder)
     if tokenizer and tokenizer.vocab_size > config.vocab_size:
         raise InputError(
@@ -214,64 +216,9 @@ def put_tensors(model: Transformer, optimizer, tensors: Tensors) -> None:
 # ---- files -------------------------------------------------------------------------------------
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Let write(temporary path) make the file, then put it in place of path by one rename.
-
-    File and directory are synced. Raises InputError where the disk is full or not writable; the
-    old file is untouched then.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(
-            f"{path}: cannot be written ({reason}); what was saved before is intact: "
-            "make room or mend the permissions, then run again with --resume"
-        ) from error
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_rows(path: Path, rows: Iterable[dict]) -> None:
-    """JSON lines."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
 def write_tensors(path: Path, tensors: dict[str, numpy.ndarray], metadata: dict[str, str]) -> None:
     contiguous = {name: numpy.ascontiguousarray(x) for name, x in tensors.items()}
     replace_file(path, lambda temporary: save_file(contiguous, temporary, metadata))
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; a model directory needs it") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return content
 
 
 def read_metadata(path: Path) -> dict[str, str]:

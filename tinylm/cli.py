@@ -19,9 +19,10 @@ from rich.text import Text
 import tinylm
 from tinylm import agreement, corpus, preferences, store
 from tinylm import backend as backends
-from tinylm.checkpoint import Checkpoint, write_rows
+from tinylm.checkpoint import Checkpoint
 from tinylm.errors import InputError, Waiting
 from tinylm.evaluate import evaluate_directory
+from tinylm.files import write_rows
 from tinylm.flags import Commands, common, nearest, sampling, stage_of, tell
 from tinylm.generate import BLANK, Conversation, stream_text
 from tinylm.llama2c import load_llama2c

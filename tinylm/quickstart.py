@@ -18,7 +18,8 @@ from rich.table import Table
 
 from tinylm import backend, checkpoint, evaluate, report
 from tinylm.almanac import Almanac
-from tinylm.checkpoint import Checkpoint, write_json
+from tinylm.checkpoint import Checkpoint
+from tinylm.files import write_json
 from tinylm.progress import Progress
 from tinylm.settings import Plan
 from tinylm.stages import feedback, pretrain, sft

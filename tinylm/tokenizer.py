@@ -31,11 +31,11 @@ from tinylm._tokenizer_json import (
     add_special,
     bpe,
     make_spec,
-    read_json,
     steps_of,
     valid,
 )
 from tinylm.errors import InputError
+from tinylm.files import read_json
 
 COMPILED = bpe is not _bpe_python
 

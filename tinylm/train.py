@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,11 +24,11 @@ from tinylm.checkpoint import (
     save_description,
     save_weights,
     tensors_of,
-    write_text,
 )  # fmt: skip
 from tinylm.data import Batch
 from tinylm.device_step import device_step
-from tinylm.errors import InputError
+from tinylm.errors import InputError, asked_to_stop
+from tinylm.files import write_text
 from tinylm.model import Transformer
 from tinylm.optim import AdamW, Muon, clip_scale, schedule
 from tinylm.progress import Progress
@@ -155,11 +154,18 @@ class Trainer:
             save_description(self.stage.model, self.stage.tokenizer, self.folder)
             self.save()
         self.device = device_step(self)
-        with graceful_stop(self), products(self.config.dtype), self.progress.training(self):
+        with asked_to_stop(self.stop), products(self.config.dtype), self.progress.training(self):
             self.loop(metrics)
         if self.stop_asked:
             raise KeyboardInterrupt
         return self.results
+
+    def stop(self, number, frame) -> None:
+        """Asked to stop: after the step in progress, and the second time at once."""
+        if self.stop_asked:
+            raise KeyboardInterrupt
+        self.stop_asked = True
+        self.progress.say("stopping after this step (again: at once, losing it) ...")
 
     def loop(self, metrics: Metrics) -> None:
         began, c, done = time.perf_counter() - self.seconds, self.config, False
@@ -367,21 +373,3 @@ def notes_of(batches: list[Batch]) -> dict:
     """The mean of each number that the batches of one step bring for the log."""
     names = [k for k in batches[0].notes if all(k in b.notes for b in batches)]
     return {k: sum(b.notes[k] for b in batches) / len(batches) for k in names}
-
-
-@contextmanager
-def graceful_stop(trainer: Trainer):
-    """Ctrl-C and SIGTERM end the run after the step in progress; a second one ends it at once."""
-
-    def ask(number, frame):
-        if trainer.stop_asked:
-            raise KeyboardInterrupt
-        trainer.stop_asked = True
-        trainer.progress.say("stopping after this step (again: at once, losing it) ...")
-
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

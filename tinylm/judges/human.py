@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from random import Random
 
 import numpy
 
-from tinylm.errors import Waiting
+from tinylm.errors import Waiting, asked_to_stop
 from tinylm.evaluate import wilson
 from tinylm.generate import answers, complete
 from tinylm.judges import Group, Judge
@@ -250,14 +249,11 @@ def leaving(folder: Path):
     def leave(number, frame):
         raise Waiting(f"{folder} waits for a person's judgement: {AGAIN}")
 
-    before = {s: signal.signal(s, leave) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        with asked_to_stop(leave):
+            yield
     except EOFError:
         raise Waiting(f"nobody is here to judge, so {folder} waits: {AGAIN}") from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 AGAIN = "go on with the same command and --resume, in a terminal or with --page serve"

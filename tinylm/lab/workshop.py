@@ -15,7 +15,8 @@ from statistics import mean
 from tinylm import checkpoint, evaluate
 from tinylm.almanac import Almanac, Question
 from tinylm.chat import turn
-from tinylm.checkpoint import Checkpoint, write_rows
+from tinylm.checkpoint import Checkpoint
+from tinylm.files import write_rows
 from tinylm.judges.verifier import normalise, verdict
 from tinylm.progress import Progress
 from tinylm.settings import Plan
