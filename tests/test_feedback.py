@@ -352,12 +352,13 @@ def test_packing_changes_neither_the_loss_nor_the_drift_of_an_answer(tokenizer, 
     stage = make_stage(tokenizer, count_of_a)
     prompts = [stage.form.ids(stage.prompt(i).messages, True) for i in range(8)]
     said = [[*range(7, 8 + i), stage.stop_ids[0]] for i in range(8)]
+    groups = [stage.group(None, ids, 0, [answer]) for ids, answer in zip(prompts, said)]
     for p in stage.reference.parameters().values():
         p.data = p.data * 1.1
     found = []
     for width in (1, 64):
         monkeypatch.setattr("tinylm.answers.ROW", width)
-        batch, drift = stage.look_again(prompts, said)
+        batch, drift = stage.look_again(groups)
         assert [x.tolist() for x in batch.by_answer(batch.targets)] == said
         old = numpy.concatenate(batch.by_answer(batch.old_logp))
         found.append((len(batch.tokens), old, drift, stage.drift))
@@ -369,7 +370,9 @@ def test_packing_changes_neither_the_loss_nor_the_drift_of_an_answer(tokenizer, 
 
 def test_the_end_of_turn_is_learned_with_the_answer(tokenizer):
     end = tokenizer.special["<|end|>"]
-    batch = answer_batch([[5, 6], [7]], [[8, 9, end], [10, end]], end, most=7, length=3)
+    said = {(5, 6): [8, 9, end], (7,): [10, end]}
+    groups = [Group(None, [], prompt=[*asked], ids=[ids]) for asked, ids in said.items()]
+    batch = answer_batch(groups, end, most=7, length=3)
     assert batch.tokens.tolist() == [[5, 6, 8, 9, 7, 10]]
     assert batch.targets.tolist() == [[-1, 8, 9, end, 10, end]]
     assert batch.answer.tolist() == [[-1, 0, 0, 0, 1, 1]]
@@ -387,7 +390,9 @@ def test_a_truncated_answer_has_its_fixed_score(tokenizer):
     stage = make_stage(tokenizer, constant, truncated=-5.0)
     end = tokenizer.special["<|end|>"]
     said = [[7, end], [7, 8, 9, 10, 11, 12], [end], [8, end]]
-    assert stage.scores([stage.prompt(0)], said) == [[0.3, -5.0, 0.3, 0.3]]
+    group = stage.group(stage.prompt(0), [], 0, said)
+    stage.score([group])
+    assert group.scores == [0.3, -5.0, 0.3, 0.3]
 
 
 def test_the_drift_is_priced(tokenizer, tmp_path):

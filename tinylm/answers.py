@@ -8,6 +8,7 @@ import numpy
 
 from tinylm import backend, ops
 from tinylm.data import Batch, first_fit, packed_batch
+from tinylm.judges import Group
 from tinylm.model import Transformer
 from tinylm.tensor import Array, Tensor, no_grad
 
@@ -53,16 +54,15 @@ class Answers(Batch):
         return cls(**made, notes=state["notes"], harm=state.get("harm", ""), length=length)
 
 
-def answer_batch(
-    prompts: list[list[int]], said: list[list[int]], padding: int, most: int, length: int
-) -> Answers:
+def answer_batch(groups: list[Group], padding: int, most: int, length: int) -> Answers:
     """Prompts with their answers, as many to a row as fit ROW tokens, or one that is longer.
 
     An answer is learned with its end of turn.  most: the model's context; length: L_max.
     """
     examples = [
-        ([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
-        for prompt, answer in zip(prompts, said)
+        ([*group.prompt, *answer], [False] * len(group.prompt) + [True] * len(answer))
+        for group in groups
+        for answer in group.ids
     ]
     sizes = [len(ids) - 1 for ids, _ in examples]
     rows = first_fit(sizes, max(min(ROW, most), *sizes))

@@ -21,8 +21,10 @@ class Group:
     row: Row
     answers: list[str]
     place: int | None = None  # in the stream of prompts that are learned from
-    ids: list[list[int]] = field(default_factory=list)
+    prompt: list[int] = field(default_factory=list)  # as ids
+    ids: list[list[int]] = field(default_factory=list)  # of the answers
     logp: list[list[float]] = field(default_factory=list)  # log π_old of each of the ids
+    scores: list[float | None] = field(default_factory=list)  # what the judge said
 
 
 class Judge:

@@ -138,68 +138,66 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
 
     def sample(self) -> Answers:
         """New answers. Where all to a prompt score alike, another takes its place: --resample."""
-        G = self.config.answers
-        prompts, said, scores, batch, drift = self.ask(self.config.batch_size // G)
-        causes = self.causes(said, scores)
+        groups, batch, drift = self.ask(self.config.batch_size // self.config.answers)
+        causes = [self.cause(group) for group in groups]
         for _ in range(self.config.resample):
-            alike = [g for g, group in enumerate(scores) if len(different(group)) < 2]
+            alike = [g for g, group in enumerate(groups) if len(different(group.scores)) < 2]
             if not alike:
                 break
-            new_prompts, new_said, new_scores, *_ = self.ask(len(alike))
-            causes += self.causes(new_said, new_scores)
-            for i, g in enumerate(alike):
-                old, new = slice(g * G, (g + 1) * G), slice(i * G, (i + 1) * G)
-                prompts[old], said[old], scores[g] = new_prompts[new], new_said[new], new_scores[i]
-            batch, drift = self.look_again(prompts, said)
-        return self.weighed(batch, said, scores, drift, causes)
+            others, *_ = self.ask(len(alike))
+            causes += [self.cause(group) for group in others]
+            for g, other in zip(alike, others):
+                groups[g] = other
+            batch, drift = self.look_again(groups)
+        return self.weighed(batch, groups, drift, causes)
 
-    def ask(self, n: int) -> tuple:
-        """The answers to the next n prompts: prompts and answers as ids, the scores by prompt, and
-        the batch that they make with each answer's drift."""
+    def ask(self, n: int) -> tuple[list[Group], Answers, numpy.ndarray]:
+        """The next n prompts with judged answers, the batch that they make, each answer's drift."""
         G = self.config.answers
         rows = [self.prompt(self.drawn + i) for i in range(n)]
-        prompts = [ids for row in rows for ids in [self.form.ids(row.messages, True)] * G]
-        rng = numpy.random.default_rng((self.config.seed, self.drawn))
+        prompts = [self.form.ids(row.messages, True) for row in rows]
         said = self.judge.begin(self.drawn, rows)
         if said is None:
+            rng = numpy.random.default_rng((self.config.seed, self.drawn))
+            asked = [ids for ids in prompts for _ in range(G)]
             size, heard = self.config.max_new_tokens, self.judge.hear
-            said = complete(self.model, prompts, size, rng, heard=heard)
-        batch, drift = self.look_again(prompts, said)
-        scores = self.scores(rows, said, [x.tolist() for x in batch.by_answer(batch.old_logp)])
-        self.check_judged(scores)
+            said = complete(self.model, asked, size, rng, heard=heard)
+        groups = [
+            self.group(row, ids, self.drawn + g, said[g * G :][:G])
+            for g, (row, ids) in enumerate(zip(rows, prompts))
+        ]
+        batch, drift = self.look_again(groups)
+        logp = iter(batch.by_answer(batch.old_logp))
+        for group in groups:
+            group.logp = [next(logp).tolist() for _ in group.ids]
+        self.score(groups)
         self.drawn += n
-        return prompts, said, scores, batch, drift
+        return groups, batch, drift
 
     def prompt(self, i: int) -> Row:
         """Prompt i of an endless stream: each epoch all of them, in an order of its own."""
         return self.prompts[shuffled(i, len(self.prompts), self.config.seed)]
 
-    def scores(
-        self, rows: list[Row], said: list[list[int]], logp: list[list[float]] = ()
-    ) -> list[list[float | None]]:
-        """The judge's score of every answer, by prompt; one cut off has its fixed score."""
-        G = self.config.answers
-        by_prompt = [said[i : i + G] for i in range(0, len(said), G)]
-        groups = [
-            Group(
-                row, [self.text(ids) for ids in ids_of], self.drawn + g, ids_of, logp[g * G :][:G]
-            )
-            for g, (row, ids_of) in enumerate(zip(rows, by_prompt))
-        ]
+    def group(self, row: Row, prompt: list[int], place: int, said: list[list[int]]) -> Group:
+        return Group(row, [self.text(ids) for ids in said], place, prompt, said)
+
+    def text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode([i for i in ids if i not in self.stop_ids]).strip()
+
+    def score(self, groups: list[Group]) -> None:
+        """The judge's scores; an answer that is cut off has its fixed one.
+
+        Raises InputError where a judge, unless it is a person who may skip, is mostly silent.
+        """
         if self.gold:
             found = self.gold(groups)
             self.checked += [score for group in found for score in group if score is not None]
-        return [
-            [
-                score if ids[-1] in self.stop_ids else self.config.truncated
-                for score, ids in zip(of_group, ids_of)
+        for group, scores in zip(groups, self.judge(groups)):
+            group.scores = [
+                score if ended else self.config.truncated
+                for score, ended in zip(scores, self.ended(group))
             ]
-            for of_group, ids_of in zip(self.judge(groups), by_prompt)
-        ]
-
-    def check_judged(self, scores: list[list[float | None]]) -> None:
-        """Raise InputError where a judge, unless it is a person who may skip, is mostly silent."""
-        every = [score for group in scores for score in group]
+        every = [score for group in groups for score in group.scores]
         if self.config.judge != "human" and 2 * every.count(None) > len(every):
             why = self.judge.trouble or "it gave None"
             raise InputError(
@@ -207,14 +205,13 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
                 f"({why}); what was learned is saved: see to it, then run again with --resume"
             )
 
-    def causes(self, said: list[list[int]], scores: list[list[float | None]]) -> list[str]:
-        """Of each prompt, why its answers all score alike; "" where they do not."""
-        found = []
-        for g, group in enumerate(scores):
-            of = said[g * len(group) : (g + 1) * len(group)]
-            ended = any(ids[-1] in self.stop_ids for ids in of)
-            found.append(cause(group) if ended else "truncated")
-        return found
+    def ended(self, group: Group) -> list[bool]:
+        """Of each answer, whether it ends by itself; others are cut off."""
+        return [ids[-1] in self.stop_ids for ids in group.ids]
+
+    def cause(self, group: Group) -> str:
+        """Why all answers score alike; "" where they do not."""
+        return cause(group.scores) if any(self.ended(group)) else "truncated"
 
     def check(self, judged: float) -> dict[str, float]:
         """What gold says of the answers that the judge has just scored."""
@@ -229,35 +226,33 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
             )
         return {"gold": gold, "outwitted": float(self.watch.outwitted)}
 
-    def text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode([i for i in ids if i not in self.stop_ids]).strip()
-
     def weighed(
-        self, batch: Answers, said: list, scores: list, drift: numpy.ndarray, causes: list
+        self, batch: Answers, groups: list[Group], drift: numpy.ndarray, causes: list[str]
     ) -> Answers:
         """The batch with advantages, from scores and drift, and numbers for the log."""
-        G, beta = self.config.answers, self.beta
         rewards = [
-            [None if r is None else r - beta * float(drift[g * G + i]) for i, r in enumerate(group)]
-            for g, group in enumerate(scores)
+            [None if r is None else r - self.beta * float(d) for r, d in zip(group.scores, of)]
+            for group, of in zip(groups, drift.reshape(len(groups), -1))
         ]
         batch.harm = self.harm(self.drift)
         if batch.harm:
-            A = numpy.zeros(len(said))
+            A = numpy.zeros(len(drift))
         else:
             A = estimators.advantages(self.config.estimator, rewards, self.baseline)
         batch.advantages = backend.asarray(numpy.where(batch.answer < 0, 0, A[batch.answer]))
-        judged = numpy.array([r for group in scores for r in group if r is not None] or [0.0])
+        scores = [r for group in groups for r in group.scores if r is not None]
+        judged = numpy.array(scores or [0.0])
+        cut_off = [not ended for group in groups for ended in self.ended(group)]
         batch.notes = {
             "reward": float(judged.mean()),
             "positive": float((judged > 0).mean()),
             "negative": float((judged < 0).mean()),
             "kl": self.drift,
             "answer_tokens": batch.trained_tokens() / len(A),
-            "truncated": float(numpy.mean([ids[-1] not in self.stop_ids for ids in said])),
+            "truncated": float(numpy.mean(cut_off)),
             "entropy": -float(batch.old_logp.sum()) / batch.trained_tokens(),
-            **variety([self.text(ids) for ids in said]),
-            "beta": beta,
+            **variety([text for group in groups for text in group.answers]),
+            "beta": self.beta,
             "equal_groups": sum(map(bool, causes)) / len(causes),
             **{f"equal_{why}": causes.count(why) / len(causes) for why in CAUSES},
             **self.judge.notes(),
@@ -278,13 +273,11 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
         if refusal != NOT_FINITE:
             self.beta = max(2 * self.beta, LEAST_BETA)
 
-    def look_again(
-        self, prompts: list[list[int]], said: list[list[int]]
-    ) -> tuple[Answers, numpy.ndarray]:
+    def look_again(self, groups: list[Group]) -> tuple[Answers, numpy.ndarray]:
         """The answers as a batch that is ready to be learned from, but for the advantages, and of
         each Σ_t log π_old − log π_ref (answers,). Remembers the KL per token as .drift."""
         most, length = self.model.config.block_size, self.config.max_new_tokens
-        batch = answer_batch(prompts, said, self.stop_ids[0], most, length)
+        batch = answer_batch(groups, self.stop_ids[0], most, length)
         nll, logits = opinion(self.model, batch)
         with no_grad():
             ref, other = opinion(self.reference, batch)
