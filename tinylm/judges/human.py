@@ -40,7 +40,7 @@ class Person(Judge):
     """Judges groups by asking; `asker` is what it is asked on (Terminal, Nobody or a Page)."""
 
     def __init__(self, asker):
-        self.asker, self.state, self.written, self.painted = asker, {}, [], 0.0
+        self.asker, self.state, self.written, self.painted = asker, {"answers": []}, [], 0.0
         self.round = 0
         self.kl: dict[int, float] = {}  # by round
         self.won: dict[tuple[int, int], float | None] = {}  # 1, ½ or 0, by round and place
