@@ -83,6 +83,8 @@ def test_settings_that_make_no_sense(capfd, tmp_path, text_file):
     refused(capfd, *start, "--n-head", 5, saying="n_head 5 must divide n_embd 192")
     refused(capfd, *start, "--batch-size", 0, saying="--batch-size")
     refused(capfd, *start, "--learning-rate", "fast", saying="'fast'")
+    refused(capfd, *start, "--learning-rate", "inf", saying="--learning-rate: expected a finite")
+    refused(capfd, *start[:-2], "--minutes", "nan", saying="--minutes: expected a finite")
     refused(capfd, *start, "--objective", "previous", saying="previous")
     refused(capfd, *start, "--batch-sise", 4, saying="--batch-size")
     refused(capfd, *start, "--preset", "nanogtp-cpu", saying="nanogpt-cpu")
@@ -228,6 +230,14 @@ def test_every_command_explains_itself():
     for name in ("tokenizer", "pretrain", "generate", "fill", "eval", "info", "selfcheck"):
         assert name in done.stdout
         succeeds(name, "--help")
+
+
+@pytest.mark.parametrize("asked", [(), ("-h",), ("preferences",)])
+def test_help_for_whoever_does_not_know_what_to_ask(capfd, asked):
+    assert run([*asked]) == 0
+    captured = capfd.readouterr()
+    assert "Commands:\n" in captured.out
+    assert not captured.err
 
 
 def test_it_runs_from_another_folder_and_without_compiled_kernels(base, tmp_path):

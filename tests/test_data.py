@@ -64,6 +64,15 @@ def test_a_broken_gzip_is_named(tmp_path):
         documents(tmp_path / "a.txt.gz")
 
 
+@pytest.mark.parametrize("content", [b"%PDF-1.4\n\xe2\0\0", "Windows\n".encode("utf-16")])
+def test_what_is_not_text_is_refused(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    (tmp_path / "b.gz").write_bytes(gzip.compress(content))
+    for name in ("a.txt", "b.gz"):
+        with pytest.raises(InputError, match=rf"{name}: not plain text"):
+            documents(tmp_path / name)
+
+
 class Slow:
     """A file that hands out few bytes at a time, to force many cuts."""
 

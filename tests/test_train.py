@@ -132,6 +132,24 @@ def test_ctrl_c_saves_and_resume_goes_on(finished, text_file, tmp_path):
     assert weights(out) == weights(finished[0])
 
 
+def test_two_runs_in_one_directory_do_not_mix(text_file, tmp_path):
+    out = tmp_path / "run"
+    long = ["pretrain", text_file, "--out", out, *SMALL, "--max-steps", "100000"]
+    with subprocess.Popen(command(*long), stderr=subprocess.DEVNULL) as first:
+        while not (out / "training" / "tokens").exists():
+            assert first.poll() is None
+            time.sleep(0.01)
+        try:
+            refused(*long, "--resume", saying="another process is training in")
+        finally:
+            first.kill()
+
+
+def test_others_may_read_what_a_run_leaves(finished):
+    modes = {path.stat().st_mode for path in finished[0].rglob("*") if path.is_file()}
+    assert len(modes) == 1
+
+
 def test_resume_on_a_finished_run_is_done(finished, text_file):
     done = succeeds("pretrain", text_file, "--out", finished[0], "--resume", "--json")
     assert json.loads(done.stdout)["steps"] == 60

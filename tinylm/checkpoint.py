@@ -218,7 +218,14 @@ def put_tensors(model: Transformer, optimizer, tensors: Tensors) -> None:
 
 def write_tensors(path: Path, tensors: dict[str, numpy.ndarray], metadata: dict[str, str]) -> None:
     contiguous = {name: numpy.ascontiguousarray(x) for name, x in tensors.items()}
-    replace_file(path, lambda temporary: save_file(contiguous, temporary, metadata))
+
+    def write(temporary: Path) -> None:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # of any new file: safetensors hides its own
+        save_file(contiguous, temporary, metadata)
+        temporary.chmod(mode)
+
+    replace_file(path, write)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

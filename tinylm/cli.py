@@ -7,6 +7,7 @@ traceback), 75 a person's judgement is waited for, 130 interrupted with progress
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 import sys
 from itertools import chain
@@ -65,7 +66,9 @@ def run(arguments: list[str]) -> int:  # noqa: PLR0911  (one for each way to end
     except OSError as error:
         if error.strerror is None:
             raise
-        return mistake(f"{error.filename or 'file'}: {error.strerror}")
+        where = f"{error.filename}: " if error.filename else ""
+        remedy = "; make room, then run it again" if error.errno == errno.ENOSPC else ""
+        return mistake(where + error.strerror + remedy)
     return 0
 
 
@@ -74,7 +77,10 @@ def mistake(sentence: str) -> int:
     return 2
 
 
-@click.group(cls=Commands, context_settings={"show_default": True, "max_content_width": 100})
+HELP = {"show_default": True, "max_content_width": 100, "help_option_names": ["-h", "--help"]}
+
+
+@click.group(cls=Commands, context_settings=HELP)
 @click.version_option(package_name="tinylm")
 def cli():
     """From raw text to an assistant, from scratch."""
@@ -160,7 +166,8 @@ def sft(base, data, show_mask, plan):
 @click.argument("base", metavar="MODEL", type=Path)
 @click.option("--data", required=True, type=Path, help="Preferences: JSON lines, or an array.")
 @stage_of(
-    preferring.RewardConfig, "tinylm feedback {base} --judge reward-model --reward-model {out}"
+    preferring.RewardConfig,
+    "tinylm feedback {base} --prompts FILE --judge reward-model --reward-model {out} --out DIR",
 )
 def reward(base, data, plan):
     """Judged answers -> a reward model, which judges.

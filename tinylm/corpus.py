@@ -75,6 +75,7 @@ def read_texts(
                 if path.name.removesuffix(".gz").endswith((".jsonl", ".ndjson")):
                     yield from json_pieces(file, path, seen)
                 else:
+                    refuse_binary(file, path)
                     yield from plain_pieces(file, separator, seen)
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"{path}: cannot be read ({error})") from error
@@ -93,6 +94,16 @@ def json_pieces(file, path: Path, seen) -> Iterator[tuple[str, bool]]:
         if not isinstance(text, str):
             raise InputError(f'{path}, line {number}: expected an object with a "text" string')
         yield text, True
+
+
+def refuse_binary(file, path: Path) -> None:
+    """Raise InputError where the file's beginning holds a zero byte: no text in UTF-8 does."""
+    if b"\0" in file.read(BLOCK):
+        raise InputError(
+            f"{path}: not plain text, for it holds zero bytes, as PDF files, pictures and UTF-16 "
+            "do: convert it to UTF-8 text first, or leave it out"
+        )
+    file.seek(0)
 
 
 def plain_pieces(file, separator: str, seen) -> Iterator[tuple[str, bool]]:

@@ -27,7 +27,13 @@ TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 
 
 class Commands(click.Group):
-    """Lists commands in the order of the work, and knows the nearest name to a wrong one."""
+    """Lists commands in the order of the work, also when none is named, and knows the nearest name
+    to a wrong one."""
+
+    group_class = type  # its groups are of this kind too
+
+    def parse_args(self, context, arguments):
+        return super().parse_args(context, arguments or ["--help"])
 
     def list_commands(self, context):
         return list(self.commands)

@@ -29,7 +29,7 @@ class Progress:
         self.bar, self.task, self.smooth, self.spoke = None, None, None, 0.0
 
     def say(self, text: str, style: str = "") -> None:
-        self.console.print(Text(text, style))
+        self.console.print(Text(text, style), soft_wrap=not self.live)  # a file wraps nothing
 
     def left_out(self, data: Path, lines: list[int], what: str) -> None:
         """Tell which lines of a file are not used, if any, and why."""
@@ -58,7 +58,8 @@ class Progress:
 
     @contextmanager
     def training(self, trainer):
-        columns = ("{task.description}", bars.BarColumn(), "{task.fields[numbers]}")
+        bar = [bars.BarColumn()] if self.console.width >= 80 else []  # the numbers say as much
+        columns = ("{task.description}", *bar, "{task.fields[numbers]}")
         with bars.Progress(*columns, console=self.console, disable=not self.live) as self.bar:
             self.task = self.bar.add_task(trainer.stage.name, total=1.0, numbers="")
             yield
@@ -73,7 +74,7 @@ class Progress:
         of = f" of {trainer.config.max_steps}" if trainer.config.max_steps else ""
         mean = "-" if self.smooth is None else f"{self.smooth:.3f}"
         speed = f"{row['tokens_per_second']:,} tokens/s"
-        numbers = f"step {row['step']}{of}  {what} {mean}  {speed}  {clock(left)} left"
+        numbers = f"step {row['step']}{of}  {what} {mean}  {clock(left)} left  {speed}"
         if self.live:
             self.bar.update(self.task, completed=share, numbers=numbers)
         elif time.monotonic() - self.spoke > EVERY:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import math
 from collections.abc import Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import IO
 
 from tinylm import backend
 from tinylm.checkpoint import Checkpoint
@@ -56,6 +59,9 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise InputError for a value that makes no sense."""
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{flag(name)}: expected a finite number, got {value}")
         self.expect(
             "at least 1", "batch_size", "accumulate", "block_size", "eval_every", "save_every"
         )
@@ -123,6 +129,7 @@ class Plan:
         elif self.out.exists() and {path.name for path in self.out.iterdir()} - {"training"}:
             raise InputError(f"{self.out} holds other files: choose another --out")
         self.config.check()
+        claim(self.out)
 
     def open_with(self, model: Transformer, base: Path) -> None:
         """`open` a run that goes on from the model in base: with its context and its cut-off,
@@ -134,6 +141,26 @@ class Plan:
         if not config.cutoff and before.exists():
             config.cutoff = before.state()["config"].get("cutoff", "")
         self.open()
+
+
+claimed: dict[Path, IO] = {}  # open as long as this process lives, which keeps them locked
+
+
+def claim(folder: Path) -> None:
+    """Keep every other process from running in folder. Raises InputError where one does."""
+    path = folder.resolve() / "training" / "lock"
+    if path in claimed:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(
+            f"another process is training in {folder}: wait for it, or choose another --out"
+        ) from None
+    claimed[path] = file
 
 
 def resumed_config(config: TrainConfig, given: Set[str], folder: Path) -> TrainConfig:
