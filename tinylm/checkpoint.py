@@ -45,7 +45,7 @@ def load(path: str | Path) -> tuple[Transformer, Tokenizer | None]:
     if not described.exists():
         raise InputError(f"{described}: no such file; a model directory needs it")
     config = from_json(read_json(described), str(described))
-    tokenizer = load_tokenizer(folder)
+    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
     if tokenizer and tokenizer.vocab_size > config.vocab_size:
         raise InputError(
             f"{folder}/tokenizer.json: {tokenizer.vocab_size} tokens, but config.json has a "
@@ -98,15 +98,6 @@ def save_description(model: Transformer, tokenizer: Tokenizer | None, folder: Pa
 def save_weights(model: Transformer, folder: Path) -> None:
     tensors = {name: backend.to_numpy(p.data) for name, p in model.parameters().items()}
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-
-
-def load_tokenizer(folder: Path) -> Tokenizer | None:
-    if not (folder / "tokenizer.json").exists():
-        return None
-    try:
-        return Tokenizer.load(folder)
-    except ValueError as error:
-        raise InputError(str(error)) from error
 
 
 def read_weights(folder: Path) -> dict[str, numpy.ndarray]:
