@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -29,6 +30,7 @@ from tinylm.checkpoint import Checkpoint
 from tinylm.errors import InputError
 from tinylm.model import ModelConfig, Transformer
 from tinylm.optim import AdamW, clip_scale, schedule
+from tinylm.progress import Progress
 from tinylm.settings import TrainConfig, resumed_config
 from tinylm.train import Guard
 
@@ -221,6 +223,14 @@ def test_a_disk_that_is_full_is_told_in_a_sentence(text_file, tmp_path):
     arguments = ["pretrain", text_file, "--out", out, *SMALL, "--n-embd", "64", "--max-steps", "3"]
     done = python(program, *arguments, cwd=tmp_path, code=2)
     assert "cannot be written" in done.stderr
+
+
+def test_the_line_names_the_step_that_its_loss_is_of(capsys):
+    """On a GPU the trainer is a step ahead of what is known of its losses."""
+    ahead = SimpleNamespace(step=9, seconds=1.0, share_done=lambda: 0.9, config=TrainConfig(10))
+    ahead.stage = SimpleNamespace(name="sft")
+    Progress().step(ahead, {"step": 8, "loss": 1.5, "tokens_per_second": 7})
+    assert "step 8 of 10  loss 1.500" in capsys.readouterr().err
 
 
 def test_the_guard_refuses_what_would_do_harm():

@@ -1,7 +1,6 @@
 """Who judges answers. verifier.py: a Python function of each of them; reward.py: a reward model;
 model.py: another model; endpoint.py: one behind an address; human.py: a person. choice.py makes one
 of the settings, watch.py tells whether one is outwitted.
-
 """
 
 from __future__ import annotations
