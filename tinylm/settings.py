@@ -129,7 +129,6 @@ class Plan:
         elif self.out.exists() and {path.name for path in self.out.iterdir()} - {"training"}:
             raise InputError(f"{self.out} holds other files: choose another --out")
         self.config.check()
-        claim(self.out)
 
     def open_with(self, model: Transformer, base: Path) -> None:
         """`open` a run that goes on from the model in base: with its context and its cut-off,

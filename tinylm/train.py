@@ -32,7 +32,7 @@ from tinylm.files import write_text
 from tinylm.model import Transformer
 from tinylm.optim import AdamW, Muon, clip_scale, schedule
 from tinylm.progress import Progress
-from tinylm.settings import Plan, TrainConfig, products
+from tinylm.settings import Plan, TrainConfig, claim, products
 from tinylm.stage import Stage
 from tinylm.tensor import Array
 
@@ -145,6 +145,7 @@ class Trainer:
         if resumed and self.finished():
             self.progress.say(f"{self.folder}: finished at step {self.step}, nothing left to do")
             return self.results
+        claim(self.folder)
         metrics = Metrics(self.folder, self.step if resumed else None)
         if resume:
             metrics.write(step=self.step, event="resume")

@@ -20,7 +20,7 @@ from tinylm.errors import InputError
 from tinylm.generate import generate
 from tinylm.model import ModelConfig, Transformer
 from tinylm.progress import Progress
-from tinylm.settings import Plan, TrainConfig, setting
+from tinylm.settings import Plan, TrainConfig, claim, setting
 from tinylm.stage import Stage, took
 from tinylm.tokenizer import Tokenizer, train_bpe, train_characters
 from tinylm.train import train
@@ -245,6 +245,7 @@ def run(paths: list[str], plan: Plan) -> dict:
     tokens = plan.out / "training" / "tokens"
     files = list_files(paths)
     plan.open()
+    claim(plan.out)
     config, corpus = plan.config, Corpus.load(tokens) if plan.resume else None
     if corpus is None:
         tokenizer, corpus = prepare(files, tokens, config, plan.progress)
