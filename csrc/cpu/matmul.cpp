@@ -205,7 +205,7 @@ static Plan plan_for(const Product& p, long per_word) {
     const long panels = plan.nc / NR;
     const bool small = M * plan.kc / per_word <= 1 << 18;
     plan.own_b = small && panels >= 12 ? max(1, min(3, panels / 16)) : 0;
-    plan.fetch = plan.own_b ? !p.packed && N * K >= 1 << 17 : p.transpose_a;
+    plan.fetch = plan.own_b ? !p.packed && N * K >= 1 << 17 : true;
     return plan;
 }
 
@@ -268,9 +268,10 @@ struct Block {
         if (row >= rows) return {from};
         return {from + row * ld + line * LINE, line, lines, ld - lines * LINE};
     }
-    Fetch share_of_rows(long i, long m) const {  // of a transposed A
+    Fetch share_of_rows(long i, long m) const {
         if (m >= plan.row_blocks) return {p.A};
-        return share(i, a_from(m), p.lda, kc, rows(m));
+        return p.transpose_a ? share(i, a_from(m), p.lda, kc, rows(m))
+                             : share(i, a_from(m), p.lda, rows(m), kc);
     }
     Fetch share_of_panel(long i, long j) const {
         const long n = j * NR, columns = min(NR, nc - n);
