@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy
 
-from tinylm import backend, checkpoint, evaluate
+from tinylm import backend, checkpoint, evaluate, files
 from tinylm.chat import Row, turn
 from tinylm.generate import answers
 from tinylm.judges import Group
@@ -119,7 +119,7 @@ def main() -> None:
     if given.threads:
         backend.set_threads(given.threads)
     found = run(given.source, given.out, given.seed, {"kl": given.kl})
-    checkpoint.write_json(given.out / "results.json", found)
+    files.write_json(given.out / "results.json", found)
     print(json.dumps(found, indent=2))
 
 

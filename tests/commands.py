@@ -2,14 +2,18 @@
 
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import tinylm as package
 from tinylm.chat import with_chat_tokens
+from tinylm.checkpoint import Checkpoint
 from tinylm.tokenizer import train_characters
 
 SMALL = ["--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--block-size", "32",
@@ -45,16 +49,47 @@ def refused(*arguments, saying: str, **more) -> None:
     assert saying in " ".join(done.stderr.split()), done.stderr
 
 
-def python(program: str, *arguments, cwd: Path) -> subprocess.CompletedProcess:
-    """Run a program, outside the checkout, whose tinylm is not compiled."""
-    return subprocess.run(
+def python(program: str, *arguments, cwd: Path, code: int = 0) -> subprocess.CompletedProcess:
+    """Run a program, which must end with this code, outside the checkout: its tinylm is not
+    compiled."""
+    done = subprocess.run(
         [sys.executable, "-B", "-c", program, *map(str, arguments)], capture_output=True, text=True,
         timeout=300, cwd=cwd, check=False,
     )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
 
 
 def pretrain(text, out, *more) -> subprocess.CompletedProcess:
-    return tinylm("pretrain", text, "--out", out, *SMALL, *more)
+    return succeeds("pretrain", text, "--out", out, *SMALL, *more)
+
+
+def steps_done(out: Path) -> int:
+    """Lines in the log: more of them say that a run is under way."""
+    log = out / "training" / "metrics.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def kill_at_random(times: int, out: Path, *arguments) -> int:
+    """Run a command so often, and kill it after a step or two: most often in the middle of a save,
+    if it saves after every step. Returns how often it was not over before; its directory opens each
+    time."""
+    kills = 0
+    for seed in range(times):
+        process = subprocess.Popen(
+            command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        before = steps_done(out)
+        while process.poll() is None and steps_done(out) <= before + 1:
+            time.sleep(0.002)
+        time.sleep(random.Random(seed).random() * 0.05)
+        process.kill()
+        process.wait()
+        kills += process.returncode == -signal.SIGKILL
+        if Checkpoint(out).exists() and (out / "model.safetensors").exists():
+            package.load(out)  # whatever moment it was, the directory opens
+    return kills
 
 
 def metrics(folder: Path) -> list[dict]:

@@ -1,13 +1,9 @@
 """sft, feedback and chat as commands: what they make, what they refuse, what they survive."""
 
 import json
-import random
-import signal
-import subprocess
-import time
 
 import pytest
-from commands import SMALL, command, metrics, refused, succeeds, weights, write_rows
+from commands import SMALL, kill_at_random, metrics, refused, succeeds, weights, write_rows
 
 from tinylm import checkpoint
 from tinylm.checkpoint import Checkpoint
@@ -158,25 +154,9 @@ def stage(request, base, conversations, prompts, assistant, improved):
 
 def test_killed_at_random_moments_it_ends_with_the_same_bits(stage, tmp_path):
     finished, arguments = stage
-    out, kills = tmp_path / "run", 0
+    out = tmp_path / "run"
     arguments = [*arguments, "--out", out, "--save-every", "1", "--resume"]
-    log = out / "training" / "metrics.jsonl"
-
-    def steps():
-        return log.read_bytes().count(b"\n") if log.exists() else 0
-
-    for seed in range(4):
-        process = subprocess.Popen(
-            command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        before = steps()
-        while process.poll() is None and steps() <= before + 1:
-            time.sleep(0.002)
-        time.sleep(random.Random(seed).random() * 0.05)
-        process.kill()
-        process.wait()
-        kills += process.returncode == -signal.SIGKILL
-    assert kills >= 2
+    assert kill_at_random(4, out, *arguments) >= 2
     succeeds(*arguments)
     assert weights(out) == weights(finished)
 

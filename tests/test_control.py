@@ -14,6 +14,7 @@ from tinylm.chat import turn, with_chat_tokens
 from tinylm.checkpoint import Checkpoint
 from tinylm.errors import InputError
 from tinylm.estimators import cause
+from tinylm.judges import Judge
 from tinylm.progress import Progress
 from tinylm.tokenizer import train_characters
 from tinylm.train import Trainer, read_metrics
@@ -158,7 +159,7 @@ def test_what_it_goes_back_to_survives_a_resume(tokenizer, tmp_path, accident):
 # ---- the judge is silent -----------------------------------------------------------------------
 
 
-class Silent:
+class Silent(Judge):
     """Judges like count_of_a for some calls, then gives no judgement on a share of the answers."""
 
     def __init__(self, calls, share):

@@ -10,18 +10,14 @@ import pytest
 
 import tinylm
 from tinylm import ops
+from tinylm.answers import Answers, answer_batch
 from tinylm.chat import Row, turn, with_chat_tokens
 from tinylm.errors import InputError
 from tinylm.estimators import RunningMean, advantages, rloo, surrogate
-from tinylm.judges import Group, verifier
+from tinylm.judges import Group, Judge, verifier
 from tinylm.judges.watch import Watch
 from tinylm.progress import Progress
-from tinylm.stages.feedback import (
-    Answers,
-    Feedback,
-    FeedbackConfig,
-    answer_batch,
-)
+from tinylm.stages.feedback import Feedback, FeedbackConfig
 from tinylm.tensor import Tensor, no_grad
 from tinylm.tokenizer import train_characters
 from tinylm.train import Trainer
@@ -171,14 +167,14 @@ def broken(prompt, answer, row):
 )
 def test_a_verifier_that_fails_is_named_with_the_line(score, said):
     with pytest.raises(InputError, match="line 7") as error:
-        verifier.judge(score)(group("4"))
+        verifier.Verifier(score)(group("4"))
     assert said in str(error.value)
 
 
 def test_a_verifier_of_one_s_own_is_loaded(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def short(prompt, answer, row):\n    return 1.0 / (1 + len(answer))\n")
-    judge = verifier.judge(verifier.load(f"{path}:short"))
+    judge = verifier.Verifier(verifier.load(f"{path}:short"))
     assert judge(group("", "abc")) == [[1.0, 0.25]]
     for name in (f"{path}:long", f"{tmp_path}/none.py:f", "no.such.module:f", "short"):
         with pytest.raises(InputError, match="--verifier"):
@@ -229,6 +225,16 @@ def tokenizer(prose):
     return with_chat_tokens(train_characters([prose + "?"]))[0]
 
 
+class Says(Judge):
+    """The judge that is a function of groups."""
+
+    def __init__(self, scores):
+        self.scores = scores
+
+    def __call__(self, groups):
+        return self.scores(groups)
+
+
 def make_stage(tokenizer, judge, **settings):
     shape = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     config = tinylm.ModelConfig(tokenizer.vocab_size, 2, 2, 2, 32, 64, 64, **shape)
@@ -241,6 +247,7 @@ def make_stage(tokenizer, judge, **settings):
     rows = [Row(i + 1, [turn("user", text)], {}) for i, text in enumerate(words)]
     defaults = {"answers": 4, "batch_size": 8, "max_new_tokens": 6, "learning_rate": 1e-2}
     config = FeedbackConfig(**{**defaults, **settings})
+    judge = judge if isinstance(judge, Judge) else Says(judge)
     return Feedback(model, reference, tokenizer, rows, judge, config, [])
 
 
@@ -266,7 +273,7 @@ def test_a_constant_reward_leaves_the_weights_as_they_are(tokenizer, tmp_path):
     stage = make_stage(tokenizer, count_of_a, kl=0.0, weight_decay=0.1, truncated=0.3)
     trainer, _ = train(stage, 3, tmp_path)
     before, steps = snapshot(stage.model), trainer.optimizer.steps
-    stage.judge = constant
+    stage.judge = Says(constant)
     rows = [trainer.update() for _ in range(3)]
     assert all(numpy.array_equal(before[n], p.data) for n, p in stage.model.parameters().items())
     assert trainer.optimizer.steps == steps
@@ -345,12 +352,13 @@ def test_packing_changes_neither_the_loss_nor_the_drift_of_an_answer(tokenizer, 
     stage = make_stage(tokenizer, count_of_a)
     prompts = [stage.form.ids(stage.prompt(i).messages, True) for i in range(8)]
     said = [[*range(7, 8 + i), stage.stop_ids[0]] for i in range(8)]
+    groups = [stage.group(None, ids, 0, [answer]) for ids, answer in zip(prompts, said)]
     for p in stage.reference.parameters().values():
         p.data = p.data * 1.1
     found = []
     for width in (1, 64):
-        monkeypatch.setattr("tinylm.stages.feedback.ROW", width)
-        batch, drift = stage.look_again(prompts, said)
+        monkeypatch.setattr("tinylm.answers.ROW", width)
+        batch, drift = stage.look_again(groups)
         assert [x.tolist() for x in batch.by_answer(batch.targets)] == said
         old = numpy.concatenate(batch.by_answer(batch.old_logp))
         found.append((len(batch.tokens), old, drift, stage.drift))
@@ -362,7 +370,9 @@ def test_packing_changes_neither_the_loss_nor_the_drift_of_an_answer(tokenizer, 
 
 def test_the_end_of_turn_is_learned_with_the_answer(tokenizer):
     end = tokenizer.special["<|end|>"]
-    batch = answer_batch([[5, 6], [7]], [[8, 9, end], [10, end]], end, width=7)
+    said = {(5, 6): [8, 9, end], (7,): [10, end]}
+    groups = [Group(None, [], prompt=[*asked], ids=[ids]) for asked, ids in said.items()]
+    batch = answer_batch(groups, end, most=7, length=3)
     assert batch.tokens.tolist() == [[5, 6, 8, 9, 7, 10]]
     assert batch.targets.tolist() == [[-1, 8, 9, end, 10, end]]
     assert batch.answer.tolist() == [[-1, 0, 0, 0, 1, 1]]
@@ -380,14 +390,16 @@ def test_a_truncated_answer_has_its_fixed_score(tokenizer):
     stage = make_stage(tokenizer, constant, truncated=-5.0)
     end = tokenizer.special["<|end|>"]
     said = [[7, end], [7, 8, 9, 10, 11, 12], [end], [8, end]]
-    assert stage.scores([stage.prompt(0)], said) == [[0.3, -5.0, 0.3, 0.3]]
+    group = stage.group(stage.prompt(0), [], 0, said)
+    stage.score([group])
+    assert group.scores == [0.3, -5.0, 0.3, 0.3]
 
 
 def test_the_drift_is_priced(tokenizer, tmp_path):
     """β pulls back: with a judge that likes everything, only the drift tells answers apart."""
     stage = make_stage(tokenizer, count_of_a, kl=0.0, truncated=0.0)
     train(stage, 8, tmp_path)
-    stage.judge, stage.beta, stage.config.truncated = constant, 1.0, 0.3
+    stage.judge, stage.beta, stage.config.truncated = Says(constant), 1.0, 0.3
     stage.config.batch_size, stage.config.learning_rate = 64, 2e-3
     kl = [row["kl"] for row in train(stage, 40, tmp_path)[1]]
     assert numpy.mean(kl[-5:]) < 0.7 * numpy.mean(kl[:5])
@@ -398,7 +410,7 @@ def test_exact_and_estimated_kl_agree(tokenizer, tmp_path, monkeypatch):
     train(stage, 3, tmp_path)
     exact = stage.sample().notes["kl"]
     stage.drawn -= 64  # the same answers again
-    monkeypatch.setattr("tinylm.stages.feedback.EXACT_KL", 1)
+    monkeypatch.setattr("tinylm.answers.EXACT_KL", 1)
     assert stage.sample().notes["kl"] == pytest.approx(exact, rel=0.25)
 
 

@@ -13,6 +13,7 @@ from tinylm.errors import Waiting
 from tinylm.judges import human
 from tinylm.judges.human import Nobody, Person, marks
 from tinylm.progress import Progress
+from tinylm.settings import Plan
 from tinylm.stages import feedback
 from tinylm.store import Store, place_in
 
@@ -158,10 +159,9 @@ def test_answers_are_shown_while_they_are_written(assistant, tmp_path, monkeypat
     monkeypatch.setattr(human, "FRAME", 0.0)
     settings = {"judge": "human", "answers": 4, "batch_size": 4, "max_new_tokens": 90}
     config = feedback.FeedbackConfig(**settings)
+    plan = Plan(out, config, Progress(), given={*settings})
     with pytest.raises(Waiting):
-        feedback.run(
-            assistant / "sft", assistant / "prompts", out, config, {*settings}, False, Progress()
-        )
+        feedback.run(assistant / "sft", assistant / "prompts", plan)
     states = recorder.states
     assert [state["phase"] for state in states[-2:]] == ["asking", "stopped"]
     written = [state["answers"] for state in states[:-2]]

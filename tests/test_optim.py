@@ -4,7 +4,7 @@ import json
 
 import numpy
 import pytest
-from commands import tinylm
+from commands import succeeds
 from numpy.linalg import norm, svd
 
 from tinylm.checkpoint import Checkpoint
@@ -92,8 +92,7 @@ def test_every_stage_can_train_with_muon(model, stage):
 
 def test_the_preset_trains_with_muon_and_resumes(text_file, tmp_path):
     arguments = ["pretrain", text_file, "--out", tmp_path / "r", "--max-steps", "2"]
-    assert tinylm(*arguments, "--preset", "shakespeare").returncode == 0
+    succeeds(*arguments, "--preset", "shakespeare")
     assert Checkpoint(tmp_path / "r").state()["config"]["optimizer"] == "muon"
-    again = tinylm(*arguments[:-1], "3", "--resume", "--json")
-    assert again.returncode == 0, again.stderr
+    again = succeeds(*arguments[:-1], "3", "--resume", "--json")
     assert json.loads(again.stdout)["steps"] == 3

@@ -160,10 +160,8 @@ def test_without_the_web_server_it_names_what_to_install(assistant, tmp_path):
         "sys.exit(cli.run(sys.argv[1:]))\n"
     )
     given = arguments(assistant, tmp_path / "run", "--page", "serve")
-    done = python(program, *given, cwd=tmp_path)
-    assert done.returncode == 2
+    done = python(program, *given, cwd=tmp_path, code=2)
     assert "pip install 'tinylm[serve]'" in done.stderr
-    assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 
 

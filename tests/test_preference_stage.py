@@ -4,7 +4,7 @@ import json
 
 import numpy
 import pytest
-from commands import metrics, python, refused, succeeds, tinylm, untrained, weights, write_rows
+from commands import metrics, python, refused, succeeds, untrained, weights, write_rows
 
 import tinylm as package
 from tinylm import checkpoint
@@ -144,9 +144,21 @@ def test_interrupted_and_resumed_it_has_the_same_bits(trained, base, preferences
         "train.Trainer.update = stop\n"
         "sys.exit(run(sys.argv[1:]))"
     )
-    assert python(program, *begin, "--max-steps", steps, cwd=tmp_path).returncode == 130
+    python(program, *begin, "--max-steps", steps, cwd=tmp_path, code=130)
     succeeds(*begin, "--max-steps", steps, "--resume")
     assert weights(tmp_path / "r") == weights(trained[0])
+
+
+@pytest.mark.parametrize("command", ["reward", "sft"])
+def test_another_model_on_resume_is_refused(command, base, preferences, tmp_path):
+    """Of another shape, too, whose weights have other names."""
+    rows = [{"prompt": "say aa", "completion": "a"}] * 8
+    data = preferences if command == "reward" else write_rows(tmp_path / "rows", rows)
+    begun = ["--data", data, "--out", tmp_path / "r", "--max-steps", "1"]
+    succeeds(command, base, *begun)
+    other = untrained(tmp_path / "other", "abcsayz? .", 1, 2, 2, 16, 32, 64)
+    more = ["--resume", "--max-steps", "2"]
+    refused(command, other, *begun[:4], *more, saying="this run was begun with another model")
 
 
 def test_it_judges_answers_to_prompts_it_never_saw(trained):
@@ -231,8 +243,8 @@ def test_dpo_makes_the_preferred_likelier(base, preferences, tmp_path):
     losses = [row["loss"] for row in metrics(tmp_path / "d") if "lr" in row]
     assert losses[0] == pytest.approx(numpy.log(2), abs=1e-6)
     assert "(DPO)" in (tmp_path / "d" / "README.md").read_text()
-    again = tinylm("dpo", base, "--data", preferences, "--out", tmp_path / "d", "--resume")
-    assert "finished" in again.stderr and again.returncode == 0
+    again = succeeds("dpo", base, "--data", preferences, "--out", tmp_path / "d", "--resume")
+    assert "finished" in again.stderr
 
 
 # ---- what can be wrong -------------------------------------------------------------------------
@@ -267,7 +279,6 @@ def test_generating_with_a_reward_model_is_a_sentence(trained):
 def test_answers_too_long_are_left_out_and_named(base, tmp_path):
     row = {"prompt": "say", "chosen": "a" * 99, "rejected": "b"}
     path = write_rows(tmp_path / "p.jsonl", [row])
-    done = tinylm("reward", base, "--data", path, "--out", tmp_path / "r")
-    assert done.returncode == 2
-    assert "line 1" in done.stderr
-    assert "fits 48 tokens" in done.stderr
+    start = ["reward", base, "--data", path, "--out", tmp_path / "r"]
+    refused(*start, saying="are left out: line 1")
+    refused(*start, saying="fits 48 tokens")

@@ -5,7 +5,7 @@ import math
 import sqlite3
 
 import pytest
-from commands import refused, tinylm
+from commands import refused, succeeds, tinylm
 
 from tinylm.agreement import kappa, outcomes, statistics
 from tinylm.chat import turn
@@ -120,7 +120,7 @@ def test_what_is_imported_is_what_was_exported(judged, form, tmp_path):
         ["import", first, "--out", copy, "--judge", "someone"],
         ["export", copy, "--form", form, "--out", second, "--judge", "someone"],
     ):
-        assert tinylm("preferences", *command).returncode == 0
+        succeeds("preferences", *command)
     assert [j.scores for j in read_preferences(first)] == [
         j.scores for j in read_preferences(second)
     ]

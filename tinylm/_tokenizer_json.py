@@ -6,11 +6,9 @@ Whatever else a file asks for is an InputError that names it: a tokenizer that i
 would quietly feed the model the wrong ids.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
 
 import regex
 
@@ -257,15 +255,3 @@ def valid(text: str) -> str:
 def unsupported(component: str, step: dict) -> InputError:
     details = {k: v for k, v in step.items() if k != "type" and isinstance(v, bool | str | dict)}
     return InputError(f"unsupported {component} '{step['type']}' {details or ''}".rstrip())
-
-
-def read_json(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file") from None
-    except (OSError, ValueError) as error:  # a JSON or UTF-8 mistake is a ValueError
-        raise InputError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: expected a JSON object, found a {type(content).__name__}")
-    return content

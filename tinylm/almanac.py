@@ -36,8 +36,8 @@ from random import Random
 
 from tinylm import registry
 from tinylm.chat import turn
-from tinylm.checkpoint import write_rows
 from tinylm.errors import InputError
+from tinylm.files import write_rows
 from tinylm.judges.verifier import REFUSALS
 from tinylm.tables import Facts, Table, bare, check_names, read_table, read_wordings
 

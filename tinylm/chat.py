@@ -8,10 +8,8 @@ here becomes ids, and what a message says never becomes a special token.
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,6 +20,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tinylm.errors import InputError
+from tinylm.files import read_rows
 from tinylm.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
@@ -74,37 +73,6 @@ def read_prompts(path: str | Path) -> Iterator[Row]:
         if not messages:
             raise InputError(with_place + "no user turn, so there is nothing to answer")
         yield Row(line, messages, content)
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """(line, JSON object) of a file of JSON lines, or of one JSON array of objects."""
-    opener = gzip.open if path.name.endswith(".gz") else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            text = file.read()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
-    decoder, at, line, rows = json.JSONDecoder(), 0, 1, 0
-    array = text.lstrip().startswith("[")
-    between = re.compile(r"[\s,\[\]]*" if array else r"\s*")
-    while True:
-        begin = between.match(text, at).end()
-        line += text.count("\n", at, begin)
-        if begin == len(text):
-            break
-        try:
-            content, at = decoder.raw_decode(text, begin)
-        except json.JSONDecodeError as error:
-            where = error.lineno if array else line
-            raise InputError(f"{path}, line {where}: not valid JSON ({error.msg})") from None
-        if not isinstance(content, dict):
-            raise InputError(f"{path}, line {line}: expected a JSON object, got {text[begin:at]}")
-        yield line, content
-        line, rows = line + text.count("\n", begin, at), rows + 1
-    if not rows:
-        raise InputError(f"{path}: there are no conversations in it")
 
 
 def as_messages(row: dict, where: str = "") -> list[dict]:

@@ -3,16 +3,14 @@
     config.json, model.safetensors, tokenizer.json, ...    the model: load, save
     training/checkpoint.safetensors                        all that resuming reads: Checkpoint
 
-Every file is written beside its place, synced, and renamed, so that a run killed at any moment
-leaves whole files only. Weights are read with the safetensors library; pickle is never read.
+Every file is replaced by one rename (files.py), so that a run killed at any moment leaves whole
+files only. Weights are read with the safetensors library; pickle is never read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
@@ -24,6 +22,7 @@ from tinylm import backend
 from tinylm.chat import template_of, with_chat_tokens
 from tinylm.config import from_json, to_json
 from tinylm.errors import InputError
+from tinylm.files import read_json, replace_file, write_json
 from tinylm.model import Transformer
 from tinylm.tokenizer import Tokenizer
 
@@ -42,8 +41,11 @@ def load(path: str | Path) -> tuple[Transformer, Tokenizer | None]:
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such directory")
-    config = from_json(read_json(folder / "config.json"), str(folder / "config.json"))
-    tokenizer = load_tokenizer(folder)
+    described = folder / "config.json"
+    if not described.exists():
+        raise InputError(f"{described}: no such file; a model directory needs it")
+    config = from_json(read_json(described), str(described))
+    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
     if tokenizer and tokenizer.vocab_size > config.vocab_size:
         raise InputError(
             f"{folder}/tokenizer.json: {tokenizer.vocab_size} tokens, but config.json has a "
@@ -96,15 +98,6 @@ def save_description(model: Transformer, tokenizer: Tokenizer | None, folder: Pa
 def save_weights(model: Transformer, folder: Path) -> None:
     tensors = {name: backend.to_numpy(p.data) for name, p in model.parameters().items()}
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-
-
-def load_tokenizer(folder: Path) -> Tokenizer | None:
-    if not (folder / "tokenizer.json").exists():
-        return None
-    try:
-        return Tokenizer.load(folder)
-    except ValueError as error:
-        raise InputError(str(error)) from error
 
 
 def read_weights(folder: Path) -> dict[str, numpy.ndarray]:
@@ -173,8 +166,14 @@ class Checkpoint:
         return json.loads(read_metadata(self.path)["state"])
 
     def restore(self, model: Transformer, optimizer) -> Tensors:
-        """Put weights and moments back, in place; returns those that the run may go back to."""
+        """Put weights and moments back, in place; returns those that the run may go back to.
+
+        Raises InputError where they are of a model of another shape.
+        """
         tensors, _ = read_tensors(self.path)
+        found = {name: x.shape for name, x in tensors.items() if name.startswith("param/")}
+        if found != {f"param/{name}": p.shape for name, p in model.parameters().items()}:
+            raise InputError(f"{self.path}: this run was begun with another model: name the same")
         put_tensors(model, optimizer, tensors)
         return {k.removeprefix("good/"): x for k, x in tensors.items() if k.startswith("good/")}
 
@@ -208,49 +207,6 @@ def put_tensors(model: Transformer, optimizer, tensors: Tensors) -> None:
 # ---- files -------------------------------------------------------------------------------------
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Let write(temporary path) make the file, then put it in place of path by one rename.
-
-    File and directory are synced. Raises InputError where the disk is full or not writable; the
-    old file is untouched then.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(
-            f"{path}: cannot be written ({reason}); what was saved before is intact: "
-            "make room or mend the permissions, then run again with --resume"
-        ) from error
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_rows(path: Path, rows: Iterable[dict]) -> None:
-    """JSON lines."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
 def write_tensors(path: Path, tensors: dict[str, numpy.ndarray], metadata: dict[str, str]) -> None:
     contiguous = {name: numpy.ascontiguousarray(x) for name, x in tensors.items()}
 
@@ -261,18 +217,6 @@ def write_tensors(path: Path, tensors: dict[str, numpy.ndarray], metadata: dict[
         temporary.chmod(mode)
 
     replace_file(path, write)
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; a model directory needs it") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return content
 
 
 def read_metadata(path: Path) -> dict[str, str]:

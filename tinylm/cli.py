@@ -20,9 +20,10 @@ from rich.text import Text
 import tinylm
 from tinylm import agreement, corpus, preferences, store
 from tinylm import backend as backends
-from tinylm.checkpoint import Checkpoint, write_rows
+from tinylm.checkpoint import Checkpoint
 from tinylm.errors import InputError, Waiting
 from tinylm.evaluate import evaluate_directory
+from tinylm.files import write_rows
 from tinylm.flags import Commands, common, nearest, sampling, stage_of, tell
 from tinylm.generate import BLANK, Conversation, stream_text
 from tinylm.llama2c import load_llama2c
@@ -139,8 +140,8 @@ def pretrain(paths, preset, plan):
     values = pretraining.PRESETS[preset or "small"].items()
     values = {name: value for name, value in values if name not in named}
     config, given = dataclasses.replace(plan.config, **values), {*(values if preset else ())}
-    plan = plan._replace(config=config, given=plan.given | given)
-    return pretraining.run(list(paths), *plan)
+    plan = dataclasses.replace(plan, config=config, given=plan.given | given)
+    return pretraining.run(list(paths), plan)
 
 
 @cli.command()
@@ -158,7 +159,7 @@ def sft(base, data, show_mask, plan):
         return None
     if plan.out is None:
         raise InputError("name the directory of the run: --out DIR")
-    return fine_tuning.run(base, data, *plan)
+    return fine_tuning.run(base, data, plan)
 
 
 @cli.command()
@@ -173,7 +174,7 @@ def reward(base, data, plan):
 
     Rows are `prompt`, `chosen`, `rejected`, or `prompt`, `answers`, `scores`.
     """
-    return preferring.run(base, data, *plan)
+    return preferring.run(base, data, plan)
 
 
 @cli.command()
@@ -182,7 +183,7 @@ def reward(base, data, plan):
 @stage_of(preferring.DPOConfig, "tinylm chat {out}")
 def dpo(model, data, plan):
     """Judged answers -> a better model, without sampling any (DPO)."""
-    return preferring.run(model, data, *plan)
+    return preferring.run(model, data, plan)
 
 
 @cli.command()
@@ -196,7 +197,7 @@ def feedback(model, prompts, plan):
     on a local page, and has defaults of their own: 4 answers of up to 64 tokens, 4 prompts to each
     of 40 steps, a learning rate of 3e-4.
     """
-    return improving.run(model, prompts, *plan)
+    return improving.run(model, prompts, plan)
 
 
 @cli.group("preferences")

@@ -22,7 +22,7 @@ def device_step(trainer) -> DeviceStep | None:
     if not hasattr(backend.kernels, "guarded_adamw"):
         return None
     stage, optimizer = trainer.stage, trainer.optimizer
-    able = optimizer.can_be_guarded and not getattr(stage, "cautious", False)
+    able = optimizer.can_be_guarded and not stage.cautious
     made = DeviceStep(trainer) if able else None
     if not made or made.recorded is None:
         name = trainer.config.optimizer
@@ -34,9 +34,8 @@ class DeviceStep:
     """Makes the steps of a train.Trainer."""
 
     def __init__(self, trainer):
-        self.trainer, self.recorded = trainer, None
-        if getattr(trainer.stage, "recordable", False):
-            self.recorded = backend.kernels.recorded(self.whole)
+        self.trainer = trainer
+        self.recorded = backend.kernels.recorded(self.whole) if trainer.stage.recordable else None
 
     def ask(self, batches: list[Batch], n: int, lr: float) -> Callable[[], tuple]:
         """Ask for forward, backward and update; what is returned waits, and gives the summed loss,

@@ -11,7 +11,6 @@ import difflib
 import json
 from functools import wraps
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 from click.core import ParameterSource
@@ -22,7 +21,7 @@ from rich.text import Text
 from tinylm import backend as backends
 from tinylm.errors import InputError
 from tinylm.progress import Progress
-from tinylm.settings import TrainConfig
+from tinylm.settings import Plan
 
 TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 
@@ -90,16 +89,6 @@ def settings_of(config):
     return decorate
 
 
-class Plan(NamedTuple):
-    """What every stage is told after its inputs; `given`: the settings that the user named."""
-
-    out: Path
-    config: TrainConfig
-    given: set[str]
-    resume: bool
-    progress: Progress
-
-
 def stage_of(config, then: str, out_required: bool = True):
     """A command that runs a stage: it gets a Plan, made of the flags added here, and returns the
     results; at the end its report is drawn, and `then` told as what to try next."""
@@ -116,7 +105,7 @@ def stage_of(config, then: str, out_required: bool = True):
             settings = config(**{name: inputs.pop(name) for name in names})
             chosen_by = context.get_parameter_source
             given = {name for name in names if chosen_by(name) is not ParameterSource.DEFAULT}
-            results = command(**inputs, plan=Plan(out, settings, given, resume, Progress()))
+            results = command(**inputs, plan=Plan(out, settings, Progress(), resume, given))
             if results is None:
                 return
             from tinylm import report

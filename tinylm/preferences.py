@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinylm.chat import as_prompt, as_turns, check_messages, read_rows, turn
+from tinylm.chat import as_prompt, as_turns, check_messages, turn
 from tinylm.errors import InputError
+from tinylm.files import read_rows
 
 
 @dataclass

@@ -74,7 +74,7 @@ class Progress:
         of = f" of {trainer.config.max_steps}" if trainer.config.max_steps else ""
         mean = "-" if self.smooth is None else f"{self.smooth:.3f}"
         speed = f"{row['tokens_per_second']:,} tokens/s"
-        numbers = f"step {trainer.step}{of}  {what} {mean}  {clock(left)} left  {speed}"
+        numbers = f"step {row['step']}{of}  {what} {mean}  {clock(left)} left  {speed}"
         if self.live:
             self.bar.update(self.task, completed=share, numbers=numbers)
         elif time.monotonic() - self.spoke > EVERY:

@@ -18,8 +18,10 @@ from rich.table import Table
 
 from tinylm import backend, checkpoint, evaluate, report
 from tinylm.almanac import Almanac
-from tinylm.checkpoint import Checkpoint, write_json
+from tinylm.checkpoint import Checkpoint
+from tinylm.files import write_json
 from tinylm.progress import Progress
+from tinylm.settings import Plan
 from tinylm.stages import feedback, pretrain, sft
 
 KINDS = ("country", "element", "state", "animal")
@@ -84,7 +86,7 @@ def run(out: Path, progress: Progress, seed: int = 0) -> dict:
 def stage(run, *arguments) -> None:
     """Run one stage, or what is left of it."""
     *arguments, folder, config, progress = arguments
-    run(*arguments, folder, config, set(), Checkpoint(folder).exists(), progress)
+    run(*arguments, Plan(folder, config, progress, Checkpoint(folder).exists()))
     report.attempt([folder], progress)
 
 

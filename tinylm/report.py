@@ -17,10 +17,10 @@ from jinja2 import Environment, PackageLoader
 from tinylm import xray
 from tinylm.charts import Chart, Points, smooth
 from tinylm.chat import template_of, turn
-from tinylm.checkpoint import read_json, write_text
 from tinylm.corpus import Corpus
 from tinylm.errors import InputError
 from tinylm.evaluate import wilson
+from tinylm.files import read_json, write_text
 from tinylm.progress import Progress, clock
 from tinylm.runs import SPEED, Run, facts, find_runs, finite
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import math
+from collections.abc import Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,9 +14,18 @@ from tinylm import backend
 from tinylm.checkpoint import Checkpoint
 from tinylm.errors import InputError
 from tinylm.model import Transformer
+from tinylm.progress import Progress
 
 OPTIMIZERS = ("adamw", "muon")
 DTYPES = ("auto", "float32", "bfloat16")
+RANGES = {
+    "at least 0": lambda x: x >= 0,
+    "at least 1": lambda x: x >= 1,
+    "more than 0": lambda x: x > 0,
+    "0 to 1": lambda x: 0 <= x <= 1,
+    "0 or more, below 1": lambda x: 0 <= x < 1,
+    "between 0 and 1": lambda x: 0 < x < 1,
+}
 
 
 def setting(default, help: str, free: bool = False, choices: tuple[str, ...] = ()):
@@ -52,19 +62,22 @@ class TrainConfig:
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"{flag(name)}: expected a finite number, got {value}")
-        for name in ("batch_size", "accumulate", "block_size", "eval_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{flag(name)}: expected at least 1, got {getattr(self, name)}")
-        for name in ("max_steps", "minutes", "learning_rate", "weight_decay", "clip"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{flag(name)}: expected at least 0, got {getattr(self, name)}")
-        for name in ("warmup", "floor", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{flag(name)}: expected 0 to 1, got {getattr(self, name)}")
+        self.expect(
+            "at least 1", "batch_size", "accumulate", "block_size", "eval_every", "save_every"
+        )
+        self.expect("at least 0", "max_steps", "minutes", "learning_rate", "weight_decay", "clip")
+        self.expect("0 to 1", "warmup", "floor", "beta1", "beta2")
         with products(self.dtype):
             pass
         if not self.length_given():
             raise InputError("say how long to train: --max-steps N or --minutes N")
+
+    def expect(self, range: str, *names: str) -> None:
+        """Raise InputError where one of these fields is not in the range, which is of RANGES."""
+        for name in names:
+            value = getattr(self, name)
+            if not RANGES[range](value):
+                raise InputError(f"{flag(name)}: expected {range}, got {value}")
 
     def length_given(self) -> bool:
         return bool(self.max_steps or self.minutes)
@@ -79,21 +92,12 @@ class EpochConfig(TrainConfig):
     held_out: float = setting(0.1, "Share of the data held out for evaluation.")
 
     def check(self) -> None:
-        if self.epochs <= 0:
-            raise InputError(f"--epochs: expected more than 0, got {self.epochs}")
-        if not 0 <= self.held_out < 1:
-            raise InputError(f"--held-out: expected 0 or more, below 1, got {self.held_out}")
+        self.expect("more than 0", "epochs")
+        self.expect("0 or more, below 1", "held_out")
         super().check()
 
     def length_given(self) -> bool:
         return True
-
-    def fit(self, model: Transformer, base: Path) -> None:
-        """Rows as long as the model's context, unless shorter ones are asked for."""
-        most = model.config.block_size
-        self.block_size = self.block_size or most
-        if self.block_size > most:
-            raise InputError(f"--block-size {self.block_size}: the context of {base} is {most}")
 
     def end_after_epochs(self, rows: int) -> None:
         """As many steps as the epochs take, where no other end is given."""
@@ -106,16 +110,36 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def open_run(folder: Path, config: TrainConfig, given: set[str], resume: bool) -> TrainConfig:
-    """The config of a run in folder, which is new or, with resume, may have been begun before."""
-    if resume:
-        config = resumed_config(config, given, folder)
-    elif Checkpoint(folder).exists():
-        raise InputError(f"{folder} holds another run: choose another --out, or add --resume")
-    elif folder.exists() and {path.name for path in folder.iterdir()} - {"training"}:
-        raise InputError(f"{folder} holds other files: choose another --out")
-    config.check()
-    return config
+@dataclass
+class Plan:
+    """What every stage is told after its inputs."""
+
+    out: Path  # directory of the run
+    config: TrainConfig
+    progress: Progress
+    resume: bool = False  # go on with the run in it, if there is one
+    given: Set[str] = frozenset()  # the settings that the user named
+
+    def open(self) -> None:
+        """Begin the run, or find its config again. Raises InputError where that cannot be."""
+        if self.resume:
+            self.config = resumed_config(self.config, self.given, self.out)
+        elif Checkpoint(self.out).exists():
+            raise InputError(f"{self.out} holds another run: choose another --out, or add --resume")
+        elif self.out.exists() and {path.name for path in self.out.iterdir()} - {"training"}:
+            raise InputError(f"{self.out} holds other files: choose another --out")
+        self.config.check()
+
+    def open_with(self, model: Transformer, base: Path) -> None:
+        """`open` a run that goes on from the model in base: with its context and its cut-off,
+        unless a shorter or another one is asked for."""
+        config, most, before = self.config, model.config.block_size, Checkpoint(base)
+        config.block_size = config.block_size or most
+        if config.block_size > most:
+            raise InputError(f"--block-size {config.block_size}: the context of {base} is {most}")
+        if not config.cutoff and before.exists():
+            config.cutoff = before.state()["config"].get("cutoff", "")
+        self.open()
 
 
 claimed: dict[Path, IO] = {}  # open as long as this process lives, which keeps them locked
@@ -138,7 +162,7 @@ def claim(folder: Path) -> None:
     claimed[path] = file
 
 
-def resumed_config(config: TrainConfig, given: set[str], folder: Path) -> TrainConfig:
+def resumed_config(config: TrainConfig, given: Set[str], folder: Path) -> TrainConfig:
     """The interrupted run's config with what may change taken from this one.
 
     given: the fields that the user named; naming one that must not change is an InputError.

@@ -10,7 +10,6 @@ import json
 import re
 from pathlib import Path
 
-from tinylm.chat import read_rows
 from tinylm.errors import InputError
 
 Facts = dict[str, tuple[str, ...]]  # fact -> accepted answers, the first one used in sentences
@@ -89,21 +88,3 @@ def check_names(folder: Path, tables: dict[str, Table]) -> None:
                 lines = path.read_text(encoding="utf-8").splitlines()
                 line = next(n for n, line in enumerate(lines, 1) if line.startswith(name + "\t"))
                 raise InputError(f"{path}, line {line}: {name!r} is in {other}.tsv too; keep one")
-
-
-def check_splits(folder: Path) -> None:
-    """Raise InputError where written questions ask about what training asks about too.
-
-    For files that somebody has edited or added to: facts are compared by the entity of their id.
-    """
-    asked = {}
-    for file in ("conversations.jsonl", "prompts.jsonl"):
-        for line, row in read_rows(folder / file):
-            for id in row.get("ids") or [row["id"]]:
-                asked.setdefault(id.rpartition("/")[0], f"{file}, line {line}")
-    path = folder / "questions.jsonl"
-    for line, row in read_rows(path):
-        if (entity := row["id"].rpartition("/")[0]) in asked:
-            raise InputError(
-                f"{path}, line {line}: {entity!r} is in two splits; {asked[entity]} asks about it"
-            )

@@ -31,11 +31,11 @@ from tinylm._tokenizer_json import (
     add_special,
     bpe,
     make_spec,
-    read_json,
     steps_of,
     valid,
 )
 from tinylm.errors import InputError
+from tinylm.files import read_json
 
 COMPILED = bpe is not _bpe_python
 
@@ -160,14 +160,14 @@ class Tokenizer:
         if file.with_name("tokenizer_config.json").exists():
             config = read_json(file.with_name("tokenizer_config.json"))
         template = file.with_name("chat_template.jinja")  # where newer versions keep it
-        if template.exists():
-            config["chat_template"] = template.read_text(encoding="utf-8")
         try:
+            if template.exists():
+                config["chat_template"] = template.read_text(encoding="utf-8")
             return cls(spec, config)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise InputError(f"{file}: not what a tokenizer.json holds: {error!r}") from error
         except InputError as error:
             raise InputError(f"{file}: {error}") from None
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            raise InputError(f"{file}: not what a tokenizer.json holds: {error!r}") from error
 
     def _tokens(self, ids: list[int], skip_special: bool) -> list[bytes]:
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:

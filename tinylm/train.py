@@ -1,22 +1,20 @@
 """THE training loop: draw, accumulate, clip, step, log, evaluate, save, resume.
 
-The three stages share it. A stage brings its model, its batches and its loss (the protocol
-`Stage`); everything that keeps a long run safe is here: the guard against bad steps, whole
-checkpoints, metrics that are cut back on resume, Ctrl-C.
+The stages share it, and each brings its model, its batches and its loss (stage.py). Everything
+that keeps a long run safe is here: the guard against bad steps, whole checkpoints, metrics that are
+cut back on resume, Ctrl-C.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import signal
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
 
 from tinylm import backend, environment, memory
 from tinylm.checkpoint import (
@@ -26,52 +24,22 @@ from tinylm.checkpoint import (
     save_description,
     save_weights,
     tensors_of,
-    write_text,
 )  # fmt: skip
 from tinylm.data import Batch
 from tinylm.device_step import device_step
-from tinylm.errors import InputError
+from tinylm.errors import InputError, asked_to_stop
+from tinylm.files import write_text
 from tinylm.model import Transformer
 from tinylm.optim import AdamW, Muon, clip_scale, schedule
 from tinylm.progress import Progress
-from tinylm.settings import TrainConfig, claim, products
-from tinylm.tensor import Array, Tensor
-from tinylm.tokenizer import Tokenizer
+from tinylm.settings import Plan, TrainConfig, claim, products
+from tinylm.stage import Stage
+from tinylm.tensor import Array
 
 NOTHING = "nothing to learn"  # why an update was skipped without being refused
 NOT_FINITE = "loss or gradient not finite"
 REMEMBER = 10  # steps between the weights that a cautious stage may go back to
 RETURNS = 3  # to the same weights end the run
-
-
-class Stage(Protocol):
-    """What a stage brings to the loop."""
-
-    name: str
-    model: Transformer
-    tokenizer: Tokenizer
-
-    def draw(self) -> Batch:
-        """The next rows; advances the position in the data."""
-
-    def loss(self, batch: Batch) -> Tensor:
-        """Loss per token, (B, T)."""
-
-    def evaluate(self, final: bool) -> dict[str, Any]:
-        """Numbers on held-out data, and perhaps a sample; must not touch the state below."""
-
-    def state(self) -> dict:
-        """Position in the data and random states, as JSON."""
-
-    def restore(self, state: dict) -> None:
-        """Continue from such a state."""
-
-    def card(self, results: dict) -> str:
-        """The model card, Markdown."""
-
-    # A stage may be `cautious`: after an update that did harm, the loop goes back to weights that
-    # were in order, and calls the stage's recover(refusal: str). It may be `recordable`: its loss
-    # is computed from a batch's tokens, targets and start alone, of whatever length.
 
 
 @dataclass
@@ -187,11 +155,18 @@ class Trainer:
             save_description(self.stage.model, self.stage.tokenizer, self.folder)
             self.save()
         self.device = device_step(self)
-        with graceful_stop(self), products(self.config.dtype), self.progress.training(self):
+        with asked_to_stop(self.stop), products(self.config.dtype), self.progress.training(self):
             self.loop(metrics)
         if self.stop_asked:
             raise KeyboardInterrupt
         return self.results
+
+    def stop(self, number, frame) -> None:
+        """Asked to stop: after the step in progress, and the second time at once."""
+        if self.stop_asked:
+            raise KeyboardInterrupt
+        self.stop_asked = True
+        self.progress.say("stopping after this step (again: at once, losing it) ...")
 
     def loop(self, metrics: Metrics) -> None:
         began, c, done = time.perf_counter() - self.seconds, self.config, False
@@ -306,7 +281,7 @@ class Trainer:
     def remember(self) -> None:
         """Of a cautious stage: these weights are in order, with a finite loss and no harm done."""
         due = not self.good or self.step >= self.guard.remembered + REMEMBER
-        if due and getattr(self.stage, "cautious", False):
+        if due and self.stage.cautious:
             self.good = copied(tensors_of(self.stage.model, self.optimizer))
             self.guard.remembered, self.guard.returns = self.step, 0
 
@@ -367,10 +342,16 @@ class Trainer:
 
     def restore(self) -> None:
         state = self.checkpoint.state()
+        self.stage.restore(state["stage"])  # first: it knows its data and its model again
         self.good = self.checkpoint.restore(self.stage.model, self.optimizer)
-        self.stage.restore(state["stage"])
         self.step, self.seconds, self.results = state["step"], state["seconds"], state["results"]
         self.optimizer.steps, self.guard = state["optimizer_steps"], Guard(**state["guard"])
+
+
+def train(stage: Stage, plan: Plan, **found) -> dict:
+    """Run a stage as planned; returns its directory, what was found before, and its results."""
+    results = Trainer(stage, plan.config, plan.out, plan.progress).run(plan.resume)
+    return {"directory": str(plan.out), **found, **results}
 
 
 def denominator(batches: list[Batch]) -> int:
@@ -389,31 +370,7 @@ def make_optimizer(model: Transformer, config: TrainConfig) -> AdamW:
     return AdamW(model.parameters(), **settings)
 
 
-def cutoff_of(folder: Path) -> str:
-    """The knowledge cut-off with which the run in folder was trained; "" where none is known."""
-    run = Checkpoint(folder)
-    return run.state()["config"].get("cutoff", "") if run.exists() else ""
-
-
 def notes_of(batches: list[Batch]) -> dict:
     """The mean of each number that the batches of one step bring for the log."""
     names = [k for k in batches[0].notes if all(k in b.notes for b in batches)]
     return {k: sum(b.notes[k] for b in batches) / len(batches) for k in names}
-
-
-@contextmanager
-def graceful_stop(trainer: Trainer):
-    """Ctrl-C and SIGTERM end the run after the step in progress; a second one ends it at once."""
-
-    def ask(number, frame):
-        if trainer.stop_asked:
-            raise KeyboardInterrupt
-        trainer.stop_asked = True
-        trainer.progress.say("stopping after this step (again: at once, losing it) ...")
-
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -16,7 +16,7 @@ PAGES = ("auto", "serve", "none")
 Settings = Any  # of the feedback stage: stages/feedback.py
 
 JUDGES: dict[str, Callable[[Settings], Judge]] = {
-    "verifier": lambda config: verifier.judge(
+    "verifier": lambda config: verifier.Verifier(
         verifier.load(config.verifier) if config.verifier else verifier.exact(config.confidence)
     ),
     "reward-model": lambda config: RewardModel(config.reward_model),

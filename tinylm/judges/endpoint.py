@@ -22,8 +22,8 @@ from threading import Lock
 
 from tinylm.chat import turn
 from tinylm.errors import InputError
-from tinylm.judges import Group
-from tinylm.judges.pairwise import compare, request
+from tinylm.judges import Group, Judge, by_group
+from tinylm.judges.pairwise import agreement, compare, request
 
 MODES = ("pairwise", "rubric")
 KEY = "TINYLM_JUDGE_KEY"
@@ -68,8 +68,8 @@ class Unreachable(Exception):
     """No usable reply could be had."""
 
 
-class Endpoint:
-    """A judge of groups. `trouble` says why there was no judgement lately."""
+class Endpoint(Judge):
+    """A judge that may fail; `trouble` says why there was no judgement lately."""
 
     def __init__(self, url: str, name: str, mode: str, concurrency: int, timeout: float):
         if not url or not name:
@@ -80,7 +80,7 @@ class Endpoint:
         self.name, self.mode, self.concurrency = name, mode, concurrency
         self.key = os.environ.get(KEY, "")
         self.client = open_client(url, timeout, self.key)
-        self.pause, self.down, self.trouble = 0.5, False, ""
+        self.pause, self.down = 0.5, False
         self.known: dict[str, float | None] = {}
         self.file, self.lock = None, Lock()
         self.counts, self.agreed = Counter(), []
@@ -107,16 +107,14 @@ class Endpoint:
         pairs = [(request(g.row.messages), answer) for g in groups for answer in g.answers]
         asked = {pair: RUBRIC.format(request=pair[0], answer=pair[1]) for pair in pairs}
         found = dict(zip(asked, self.judgements([*asked.values()], mark)))
-        marks = iter([found[pair] for pair in pairs])
-        return [[next(marks) for _ in group.answers] for group in groups]
+        return by_group(groups, [found[pair] for pair in pairs])
 
     def notes(self) -> dict[str, float]:
         """Since the last call: questions asked and known, replies not understood, none had."""
         counts, agreed = self.counts, self.agreed
         self.counts, self.agreed = Counter(), []
         names = ("asked", "cached", "junk", "unreachable")
-        found = {f"judge_{name}": float(counts[name]) for name in names}
-        return found | ({"position_consistency": sum(agreed) / len(agreed)} if agreed else {})
+        return {f"judge_{name}": float(counts[name]) for name in names} | agreement(agreed)
 
     def judgements(self, questions: list[str], parse: Callable) -> list[float | None]:
         """What it says to each question, several at a time."""

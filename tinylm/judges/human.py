@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -22,10 +21,10 @@ from random import Random
 
 import numpy
 
-from tinylm.errors import Waiting
+from tinylm.errors import Waiting, asked_to_stop
 from tinylm.evaluate import wilson
 from tinylm.generate import answers, complete
-from tinylm.judges import Group
+from tinylm.judges import Group, Judge
 from tinylm.store import Item, Store, place_in
 
 WHO = "person"
@@ -37,11 +36,11 @@ FRAME = 0.03  # seconds between two pictures of an answer that is being written
 TIE, SKIP, UNDO = "tie", "skip", "undo"
 
 
-class Person:
+class Person(Judge):
     """Judges groups by asking; `asker` is what it is asked on (Terminal, Nobody or a Page)."""
 
     def __init__(self, asker):
-        self.asker, self.state, self.written, self.painted = asker, {}, [], 0.0
+        self.asker, self.state, self.written, self.painted = asker, {"answers": []}, [], 0.0
         self.round = 0
         self.kl: dict[int, float] = {}  # by round
         self.won: dict[tuple[int, int], float | None] = {}  # 1, ½ or 0, by round and place
@@ -250,14 +249,11 @@ def leaving(folder: Path):
     def leave(number, frame):
         raise Waiting(f"{folder} waits for a person's judgement: {AGAIN}")
 
-    before = {s: signal.signal(s, leave) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        with asked_to_stop(leave):
+            yield
     except EOFError:
         raise Waiting(f"nobody is here to judge, so {folder} waits: {AGAIN}") from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 AGAIN = "go on with the same command and --resume, in a terminal or with --page serve"

@@ -14,16 +14,16 @@ from tinylm.chat import ChatFormat, turn
 from tinylm.data import packed_batch
 from tinylm.errors import InputError
 from tinylm.generate import read
-from tinylm.judges import Group
-from tinylm.judges.pairwise import compare
+from tinylm.judges import Group, Judge, by_group
+from tinylm.judges.pairwise import agreement, compare
 from tinylm.tensor import no_grad
 
 MODES = ("likelihood", "pairwise")
 AT_ONCE = 32  # rows in one forward
 
 
-class Model:
-    """A judge of groups. What does not fit its context gets no judgement."""
+class Model(Judge):
+    """What does not fit its context gets no judgement."""
 
     def __init__(self, folder: str, mode: str):
         if not folder:
@@ -47,12 +47,11 @@ class Model:
             self.agreed += agreed
             return scores
         pairs = [(group.row.messages, answer) for group in groups for answer in group.answers]
-        found = iter(self.fitting(list(map(self.example, pairs)), self.likelihoods))
-        return [[next(found) for _ in group.answers] for group in groups]
+        return by_group(groups, self.fitting(list(map(self.example, pairs)), self.likelihoods))
 
     def notes(self) -> dict[str, float]:
         agreed, self.agreed = self.agreed, []
-        return {"position_consistency": sum(agreed) / len(agreed)} if agreed else {}
+        return agreement(agreed)
 
     def fitting(self, rows: list[tuple[list[int], int]], judged) -> list[float | None]:
         """judged(rows that fit the context), a part at a time; None for the others."""

@@ -66,6 +66,11 @@ def compare(
     return [mean_results(group.answers, results(group)) for group in groups], agreed
 
 
+def agreement(agreed: list[bool]) -> dict[str, float]:
+    """For the log: the share of comparisons whose verdicts agree, if there were any."""
+    return {"position_consistency": sum(agreed) / len(agreed)} if agreed else {}
+
+
 def question(group: Group, a: str, b: str) -> str:
     return QUESTION.format(request=request(group.row.messages), a=a, b=b)
 

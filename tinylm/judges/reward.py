@@ -13,7 +13,7 @@ import numpy
 from tinylm import backend, checkpoint
 from tinylm.chat import ChatFormat
 from tinylm.errors import InputError
-from tinylm.judges import Group
+from tinylm.judges import Group, Judge, by_group
 from tinylm.model import Transformer
 from tinylm.tensor import no_grad
 
@@ -35,8 +35,8 @@ def scores(model: Transformer, rows: Sequence[list[int]], batch_size: int = 64) 
     return numpy.concatenate(found)
 
 
-class RewardModel:
-    """A judge of groups. An answer that does not fit its context gets no judgement."""
+class RewardModel(Judge):
+    """An answer that does not fit its context gets no judgement."""
 
     def __init__(self, folder: str):
         if not folder:
@@ -65,5 +65,4 @@ class RewardModel:
         ]
         fits = [len(row) <= self.model.config.block_size for row in rows]
         found = iter(scores(self.model, [row for row, fit in zip(rows, fits) if fit]))
-        made = iter([float(next(found)) if fit else None for fit in fits])
-        return [[next(made) for _ in group.answers] for group in groups]
+        return by_group(groups, [float(next(found)) if fit else None for fit in fits])

@@ -80,13 +80,14 @@ def load(name: str) -> Score:
     return getattr(module, function)
 
 
-def judge(score: Score) -> Judge:
-    """A judge of groups from a function of one answer: score(prompt, answer, row) -> number."""
+class Verifier(Judge):
+    """The judge that is a function of one answer: score(prompt, answer, row) -> number."""
 
-    def scores(groups: list[Group]) -> list[list[float | None]]:
-        return [[checked(score, group.row, answer) for answer in group.answers] for group in groups]
+    def __init__(self, score: Score):
+        self.score = score
 
-    return scores
+    def __call__(self, groups: list[Group]) -> list[list[float | None]]:
+        return [[checked(self.score, g.row, answer) for answer in g.answers] for g in groups]
 
 
 def checked(score: Score, row: Row, answer: str) -> float | None:

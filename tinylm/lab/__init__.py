@@ -12,10 +12,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rich.table import Table
-
-from tinylm.checkpoint import write_text
 from tinylm.errors import InputError
+from tinylm.files import write_json
 from tinylm.lab import (
     assistant,
     compression,
@@ -27,7 +25,7 @@ from tinylm.lab import (
     refusal,
 )  # fmt: skip
 from tinylm.lab.workshop import Claim, Workshop, pooled
-from tinylm.progress import Progress
+from tinylm.progress import Progress, table
 
 EXPERIMENTS = (compression, assistant, extraction, newfacts, cutoff, refusal, outwitted, missing)
 CLAIMS: dict[str, Claim] = {experiment.CLAIM.name: experiment.CLAIM for experiment in EXPERIMENTS}
@@ -51,7 +49,7 @@ def run(name: str, out: Path, progress: Progress, seeds: int = 3, **smaller) -> 
         row = {"claim": claim.name, "title": claim.title, "says": claim.says, "holds": bool(holds)}
         found.append({**row, "measures": measures})
         write_claims(out / "claims.json", found[-1])
-        progress.console.print(table(found[-1]))
+        progress.console.print(shown(found[-1]))
     return found
 
 
@@ -60,14 +58,13 @@ def write_claims(path: Path, row: dict) -> None:
     rows = {old["claim"]: old for old in json.loads(path.read_text())} if path.exists() else {}
     rows[row["claim"]] = row
     ordered = [rows[name] for name in CLAIMS if name in rows]
-    write_text(path, json.dumps(ordered, indent=2, ensure_ascii=False) + "\n")
+    write_json(path, ordered)
 
 
-def table(claim: dict) -> Table:
-    verdict = "it holds" if claim["holds"] else "it does not hold"
-    made = Table(title=f"{claim['title']}: {verdict}", caption=claim["says"])
-    for heading in ("", "value", "from", "to", "n", "chance", "by seed"):
-        made.add_column(heading, justify="right" if heading else "left")
+def shown(claim: dict):
+    title = claim["title"] + (": it holds" if claim["holds"] else ": it does not hold")
+    headings = ("", "value", "from", "to", "n", "chance", "by seed")
+    made = table(title, *headings, caption=claim["says"])
     for m in claim["measures"]:
         numbers = [f"{m[key]:.3f}" for key in ("value", "low", "high")]
         chance = "" if m["chance"] is None else f"{m['chance']:.3f}"

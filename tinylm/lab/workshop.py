@@ -15,9 +15,11 @@ from statistics import mean
 from tinylm import checkpoint, evaluate
 from tinylm.almanac import Almanac, Question
 from tinylm.chat import turn
-from tinylm.checkpoint import Checkpoint, write_rows
+from tinylm.checkpoint import Checkpoint
+from tinylm.files import write_rows
 from tinylm.judges.verifier import normalise, verdict
 from tinylm.progress import Progress
+from tinylm.settings import Plan
 from tinylm.stages import feedback, preference, pretrain, sft
 
 
@@ -90,7 +92,7 @@ class Workshop:
         smaller = {key: value for key, value in self.smaller.items() if key in known}
         config = Config(**{"seed": self.seed, **settings, **smaller})
         self.progress.heading(str(out))
-        stage.run(*inputs, out, config, set(), Checkpoint(out).exists(), self.progress)
+        stage.run(*inputs, Plan(out, config, self.progress, Checkpoint(out).exists()))
         return out
 
     def rows(self, name: str, rows: Iterable[dict]) -> Path:

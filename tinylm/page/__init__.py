@@ -62,7 +62,8 @@ class Page:
     """What a person is asked on in a browser; show and ask are called from the main thread."""
 
     def __init__(self, host: str, port: int):
-        self.token, self.state = secrets.token_urlsafe(24), "{}"
+        self.token = secrets.token_urlsafe(24)
+        self.state = '{"phase": "writing", "answers": []}'  # to whoever looks before all else
         self.question, self.choices = None, 0  # what is asked now, among how many answers
         self.replies: queue.Queue[tuple[int | str, str]] = queue.Queue()
         self.looking: set[asyncio.Event] = set()  # one for each browser

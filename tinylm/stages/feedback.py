@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy
 
-from tinylm import backend, checkpoint, estimators, ops
-from tinylm.card import model_card, took
+from tinylm import backend, checkpoint, estimators
+from tinylm.answers import Answers, answer_batch, opinion
 from tinylm.chat import ChatFormat, Row, read_prompts
-from tinylm.data import Batch, first_fit, packed_batch, permuted, source_of
+from tinylm.data import shuffled, source_of
 from tinylm.errors import InputError
 from tinylm.estimators import CAUSES, cause, different, exact_kl, surrogate
 from tinylm.evaluate import variety
@@ -34,16 +33,12 @@ from tinylm.judges import Group, Judge, human, verifier
 from tinylm.judges.choice import JUDGES, MODES, PAGES
 from tinylm.judges.watch import Watch
 from tinylm.model import Transformer
-from tinylm.settings import TrainConfig, open_run, setting
-from tinylm.tensor import Array, Tensor, no_grad
+from tinylm.settings import Plan, TrainConfig, setting
+from tinylm.stage import Stage, took
+from tinylm.tensor import Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
-from tinylm.train import NOT_FINITE, Trainer, cutoff_of
+from tinylm.train import NOT_FINITE, train
 
-ABOUT = """An assistant improved by feedback, made by tinylm
-
-It wrote several answers to each prompt, a judge scored them, and the better became likelier."""
-ROW = 128  # tokens to a row of answers, if none is longer: little padding, little attention
-EXACT_KL = 8192  # vocabularies up to this size have their KL summed, larger ones estimated
 LEAST_BETA = 0.01  # what a drift beyond its limit costs at least from then on
 
 
@@ -87,62 +82,37 @@ class FeedbackConfig(TrainConfig):
 
     def check(self) -> None:
         super().check()
-        for name in ("answers", "updates", "max_new_tokens", "judge_concurrency"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')}: expected at least 1")
+        self.expect("at least 1", "answers", "updates", "max_new_tokens", "judge_concurrency")
+        self.expect("at least 0", "resample", "kl", "kl_limit")
+        self.expect("more than 0", "judge_timeout")
+        self.expect("0 or more, below 1", "confidence")
         if self.answers < 2:
             raise InputError("--answers 1: an answer is judged beside others, so at least 2")
         if self.batch_size % self.answers:
             raise InputError(
                 f"--batch-size {self.batch_size}: not a multiple of --answers {self.answers}"
             )
-        if self.judge_timeout <= 0:
-            raise InputError(f"--judge-timeout: expected more than 0, got {self.judge_timeout}")
-        for name in ("resample", "kl", "kl_limit"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name.replace('_', '-')}: expected at least 0")
         if self.judge == "human" and self.resample:
             raise InputError("--resample: a person is not asked more often for it; leave it out")
         if self.judge == "human" and self.answers > 4:
             raise InputError(f"--answers {self.answers}: a person compares up to 4")
-        if not 0 <= self.confidence < 1:
-            raise InputError(f"--confidence: expected 0 or more, below 1, got {self.confidence}")
 
 
-@dataclass
-class Answers(Batch):
-    """Prompts with their sampled answers, several to a row; targets are the answers' tokens."""
-
-    answer: numpy.ndarray = None  # (B, T): whose token a target is, −1 where none is
-    old_logp: Array = None  # (B, T): log π_old of each target, 0 elsewhere
-    advantages: Array = None  # (B, T): of the target's answer, 0 elsewhere
-    length: int = 1  # L_max
-    nll: Tensor | None = None  # −log π_old with its tape: what the first update undoes
-
-    def denominator(self) -> int:
-        return (int(self.answer.max()) + 1) * self.length
-
-    def by_answer(self, values: Array) -> list[numpy.ndarray]:
-        """values (B, T) as one array for each answer's tokens."""
-        values = backend.to_numpy(values)
-        return [values[self.answer == i] for i in range(int(self.answer.max()) + 1)]
-
-    def learns(self) -> bool:
-        return bool(self.advantages.any())
-
-
-class Feedback:
+class Feedback(Stage):
     """The stage: prompts, sampled answers, a judge, and the loss above."""
 
-    name = "feedback"
-    cautious = True  # the loop remembers weights that were in order, to go back to
+    name, cautious = "feedback", True
+    about = """An assistant improved by feedback, made by tinylm
+
+It wrote several answers to each prompt, a judge scored them, and the better became likelier."""
+    others = "another model or other prompts: name the same ones"
 
     def __init__(
         self, model: Transformer, reference: Transformer, tokenizer: Tokenizer,
         prompts: list[Row], judge: Judge, config: FeedbackConfig, source: list,
     ):  # fmt: skip
-        self.model, self.reference, self.tokenizer = model, reference, tokenizer
-        self.judge, self.config, self.source = judge, config, source
+        super().__init__(model, tokenizer, config, source)
+        self.reference, self.judge = reference, judge
         every = len(prompts) // config.held_out if config.held_out else 0
         kept = range(every - 1, len(prompts), every) if every >= 10 else range(0)
         self.heldout = [prompts[i] for i in kept][: config.held_out]
@@ -154,7 +124,7 @@ class Feedback:
         self.pending: Answers | None = None  # to be learned from again, `left` times
         self.left = 0
         self.drift = 0.0  # KL per token of the latest answers
-        self.gold = verifier.judge(verifier.load(config.gold)) if config.gold else None
+        self.gold = verifier.Verifier(verifier.load(config.gold)) if config.gold else None
         self.watch, self.checked = Watch(), []  # gold's scores of the latest answers
         self.say: Callable[[str], None] = lambda text: None
         self.before: list[str] | None = None  # what the fine-tuned model answers
@@ -168,84 +138,80 @@ class Feedback:
 
     def sample(self) -> Answers:
         """New answers. Where all to a prompt score alike, another takes its place: --resample."""
-        G = self.config.answers
-        prompts, said, scores, batch, drift = self.ask(self.config.batch_size // G)
-        causes = self.causes(said, scores)
+        groups, batch, drift = self.ask(self.config.batch_size // self.config.answers)
+        causes = [self.cause(group) for group in groups]
         for _ in range(self.config.resample):
-            alike = [g for g, group in enumerate(scores) if len(different(group)) < 2]
+            alike = [g for g, group in enumerate(groups) if len(different(group.scores)) < 2]
             if not alike:
                 break
-            new_prompts, new_said, new_scores, *_ = self.ask(len(alike))
-            causes += self.causes(new_said, new_scores)
-            for i, g in enumerate(alike):
-                old, new = slice(g * G, (g + 1) * G), slice(i * G, (i + 1) * G)
-                prompts[old], said[old], scores[g] = new_prompts[new], new_said[new], new_scores[i]
-            batch, drift = self.look_again(prompts, said)
-        return self.weighed(batch, said, scores, drift, causes)
+            others, *_ = self.ask(len(alike))
+            causes += [self.cause(group) for group in others]
+            for g, other in zip(alike, others):
+                groups[g] = other
+            batch, drift = self.look_again(groups)
+        return self.weighed(batch, groups, drift, causes)
 
-    def ask(self, n: int) -> tuple:
-        """The answers to the next n prompts: prompts and answers as ids, the scores by prompt, and
-        the batch that they make with each answer's drift."""
+    def ask(self, n: int) -> tuple[list[Group], Answers, numpy.ndarray]:
+        """The next n prompts with judged answers, the batch that they make, each answer's drift."""
         G = self.config.answers
         rows = [self.prompt(self.drawn + i) for i in range(n)]
-        prompts = [ids for row in rows for ids in [self.form.ids(row.messages, True)] * G]
-        rng = numpy.random.default_rng((self.config.seed, self.drawn))
-        begin, heard = (getattr(self.judge, name, None) for name in ("begin", "hear"))
-        said = begin(self.drawn, rows) if begin else None
+        prompts = [self.form.ids(row.messages, True) for row in rows]
+        said = self.judge.begin(self.drawn, rows)
         if said is None:
-            said = complete(self.model, prompts, self.config.max_new_tokens, rng, heard=heard)
-        batch, drift = self.look_again(prompts, said)
-        scores = self.scores(rows, said, [x.tolist() for x in batch.by_answer(batch.old_logp)])
-        self.check_judged(scores)
+            rng = numpy.random.default_rng((self.config.seed, self.drawn))
+            asked = [ids for ids in prompts for _ in range(G)]
+            size, heard = self.config.max_new_tokens, self.judge.hear
+            said = complete(self.model, asked, size, rng, heard=heard)
+        groups = [
+            self.group(row, ids, self.drawn + g, said[g * G :][:G])
+            for g, (row, ids) in enumerate(zip(rows, prompts))
+        ]
+        batch, drift = self.look_again(groups)
+        logp = iter(batch.by_answer(batch.old_logp))
+        for group in groups:
+            group.logp = [next(logp).tolist() for _ in group.ids]
+        self.score(groups)
         self.drawn += n
-        return prompts, said, scores, batch, drift
+        return groups, batch, drift
 
     def prompt(self, i: int) -> Row:
         """Prompt i of an endless stream: each epoch all of them, in an order of its own."""
-        epoch, i = divmod(i, len(self.prompts))
-        return self.prompts[permuted(i, len(self.prompts), self.config.seed * 1_000_003 + epoch)]
+        return self.prompts[shuffled(i, len(self.prompts), self.config.seed)]
 
-    def scores(
-        self, rows: list[Row], said: list[list[int]], logp: list[list[float]] = ()
-    ) -> list[list[float | None]]:
-        """The judge's score of every answer, by prompt; one cut off has its fixed score."""
-        G = self.config.answers
-        by_prompt = [said[i : i + G] for i in range(0, len(said), G)]
-        groups = [
-            Group(
-                row, [self.text(ids) for ids in ids_of], self.drawn + g, ids_of, logp[g * G :][:G]
-            )
-            for g, (row, ids_of) in enumerate(zip(rows, by_prompt))
-        ]
+    def group(self, row: Row, prompt: list[int], place: int, said: list[list[int]]) -> Group:
+        return Group(row, [self.text(ids) for ids in said], place, prompt, said)
+
+    def text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode([i for i in ids if i not in self.stop_ids]).strip()
+
+    def score(self, groups: list[Group]) -> None:
+        """The judge's scores; an answer that is cut off has its fixed one.
+
+        Raises InputError where a judge, unless it is a person who may skip, is mostly silent.
+        """
         if self.gold:
             found = self.gold(groups)
             self.checked += [score for group in found for score in group if score is not None]
-        return [
-            [
-                score if ids[-1] in self.stop_ids else self.config.truncated
-                for score, ids in zip(of_group, ids_of)
+        for group, scores in zip(groups, self.judge(groups)):
+            group.scores = [
+                score if ended else self.config.truncated
+                for score, ended in zip(scores, self.ended(group))
             ]
-            for of_group, ids_of in zip(self.judge(groups), by_prompt)
-        ]
-
-    def check_judged(self, scores: list[list[float | None]]) -> None:
-        """Raise InputError where a judge, unless it is a person who may skip, is mostly silent."""
-        every = [score for group in scores for score in group]
+        every = [score for group in groups for score in group.scores]
         if self.config.judge != "human" and 2 * every.count(None) > len(every):
-            why = getattr(self.judge, "trouble", "") or "it gave None"
+            why = self.judge.trouble or "it gave None"
             raise InputError(
                 f"the judge had nothing to say on {every.count(None)} of {len(every)} answers "
                 f"({why}); what was learned is saved: see to it, then run again with --resume"
             )
 
-    def causes(self, said: list[list[int]], scores: list[list[float | None]]) -> list[str]:
-        """Of each prompt, why its answers all score alike; "" where they do not."""
-        found = []
-        for g, group in enumerate(scores):
-            of = said[g * len(group) : (g + 1) * len(group)]
-            ended = any(ids[-1] in self.stop_ids for ids in of)
-            found.append(cause(group) if ended else "truncated")
-        return found
+    def ended(self, group: Group) -> list[bool]:
+        """Of each answer, whether it ends by itself; others are cut off."""
+        return [ids[-1] in self.stop_ids for ids in group.ids]
+
+    def cause(self, group: Group) -> str:
+        """Why all answers score alike; "" where they do not."""
+        return cause(group.scores) if any(self.ended(group)) else "truncated"
 
     def check(self, judged: float) -> dict[str, float]:
         """What gold says of the answers that the judge has just scored."""
@@ -260,42 +226,36 @@ class Feedback:
             )
         return {"gold": gold, "outwitted": float(self.watch.outwitted)}
 
-    def told(self, name: str) -> dict[str, float]:
-        """What the judge tells by this method, if it has it."""
-        return getattr(self.judge, name, dict)()
-
-    def text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode([i for i in ids if i not in self.stop_ids]).strip()
-
     def weighed(
-        self, batch: Answers, said: list, scores: list, drift: numpy.ndarray, causes: list
+        self, batch: Answers, groups: list[Group], drift: numpy.ndarray, causes: list[str]
     ) -> Answers:
         """The batch with advantages, from scores and drift, and numbers for the log."""
-        G, beta = self.config.answers, self.beta
         rewards = [
-            [None if r is None else r - beta * float(drift[g * G + i]) for i, r in enumerate(group)]
-            for g, group in enumerate(scores)
+            [None if r is None else r - self.beta * float(d) for r, d in zip(group.scores, of)]
+            for group, of in zip(groups, drift.reshape(len(groups), -1))
         ]
         batch.harm = self.harm(self.drift)
         if batch.harm:
-            A = numpy.zeros(len(said))
+            A = numpy.zeros(len(drift))
         else:
             A = estimators.advantages(self.config.estimator, rewards, self.baseline)
         batch.advantages = backend.asarray(numpy.where(batch.answer < 0, 0, A[batch.answer]))
-        judged = numpy.array([r for group in scores for r in group if r is not None] or [0.0])
+        scores = [r for group in groups for r in group.scores if r is not None]
+        judged = numpy.array(scores or [0.0])
+        cut_off = [not ended for group in groups for ended in self.ended(group)]
         batch.notes = {
             "reward": float(judged.mean()),
             "positive": float((judged > 0).mean()),
             "negative": float((judged < 0).mean()),
             "kl": self.drift,
             "answer_tokens": batch.trained_tokens() / len(A),
-            "truncated": float(numpy.mean([ids[-1] not in self.stop_ids for ids in said])),
+            "truncated": float(numpy.mean(cut_off)),
             "entropy": -float(batch.old_logp.sum()) / batch.trained_tokens(),
-            **variety([self.text(ids) for ids in said]),
-            "beta": beta,
+            **variety([text for group in groups for text in group.answers]),
+            "beta": self.beta,
             "equal_groups": sum(map(bool, causes)) / len(causes),
             **{f"equal_{why}": causes.count(why) / len(causes) for why in CAUSES},
-            **self.told("notes"),
+            **self.judge.notes(),
             **self.check(float(judged.mean())),
         }
         return batch
@@ -313,17 +273,14 @@ class Feedback:
         if refusal != NOT_FINITE:
             self.beta = max(2 * self.beta, LEAST_BETA)
 
-    def look_again(
-        self, prompts: list[list[int]], said: list[list[int]]
-    ) -> tuple[Answers, numpy.ndarray]:
+    def look_again(self, groups: list[Group]) -> tuple[Answers, numpy.ndarray]:
         """The answers as a batch that is ready to be learned from, but for the advantages, and of
         each Σ_t log π_old − log π_ref (answers,). Remembers the KL per token as .drift."""
-        width = min(ROW, self.model.config.block_size)
-        batch = answer_batch(prompts, said, self.stop_ids[0], width)
-        batch.length = self.config.max_new_tokens
-        nll, logits = self.opinion(self.model, batch)
+        most, length = self.model.config.block_size, self.config.max_new_tokens
+        batch = answer_batch(groups, self.stop_ids[0], most, length)
+        nll, logits = opinion(self.model, batch)
         with no_grad():
-            ref, other = self.opinion(self.reference, batch)
+            ref, other = opinion(self.reference, batch)
         batch.old_logp = -nll.data
         if self.config.accumulate == 1:  # else the tapes of all batches would wait at once
             batch.nll = nll
@@ -336,16 +293,6 @@ class Feedback:
         self.drift = float(kl.mean())
         return batch, numpy.bincount(batch.answer[known], drift[known])
 
-    def opinion(self, model: Transformer, batch: Answers) -> tuple[Tensor, Array | None]:
-        """−log π of each target (B, T), and all logits of the answers' tokens if these are few."""
-        hidden, head = model.hidden(batch.tokens, batch.start), model.head_weight
-        targets = backend.asarray(batch.targets)
-        nll = ops.linear_cross_entropy(hidden, head, targets, even=False)
-        if model.config.vocab_size > EXACT_KL:
-            return nll, None
-        with no_grad():
-            return nll, ops.linear(Tensor(hidden.data[targets >= 0]), head).data
-
     def loss(self, batch: Answers) -> Tensor:
         nll, batch.nll = batch.nll, None  # a later update asks a model that has moved
         if nll is None:
@@ -355,7 +302,7 @@ class Feedback:
     def evaluate(self, final: bool) -> dict:
         """Greedy answers to held-out prompts, before feedback and now: scores, how often the new
         one scores more (a tie counts half), and one such pair."""
-        summary = self.told("summary")
+        summary = self.judge.summary()
         if not self.heldout:
             return summary
         asked = [row.messages for row in self.heldout]
@@ -377,93 +324,57 @@ class Feedback:
         return {
             **summary,
             **found,
-            **self.told("notes"),
+            **self.judge.notes(),
             "sample": f"{question} -> {self.before[i]} -> {after[i]}",
         }
 
     def state(self) -> dict:
-        state = {"drawn": self.drawn, "source": self.source, "left": self.left}
-        state |= {"baseline": asdict(self.baseline), "beta": self.beta}
-        state["watch"] = asdict(self.watch)
-        state["prompts"] = [row.messages for row in (self.heldout or self.prompts)[:4]]
-        if self.left:  # floats survive JSON to the bit
-            p = self.pending
-            state["pending"] = [p.tokens, p.targets, p.start, p.answer, p.old_logp, p.advantages]
-            state["pending"] = [backend.to_numpy(x).tolist() for x in state["pending"]]
-            state["notes"], state["harm"] = p.notes, p.harm
-        return state
+        return {
+            "drawn": self.drawn,
+            **super().state(),
+            "left": self.left,
+            "baseline": asdict(self.baseline),
+            "beta": self.beta,
+            "watch": asdict(self.watch),
+            "prompts": [row.messages for row in (self.heldout or self.prompts)[:4]],
+            **(self.pending.state() if self.left else {}),
+        }
 
     def restore(self, state: dict) -> None:
-        if state["source"] != self.source:
-            raise InputError(
-                "this run was begun with another model or other prompts: name the same ones"
-            )
+        super().restore(state)
         self.drawn, self.left = state["drawn"], state["left"]
         self.beta = state.get("beta", self.config.kl)
         self.watch = Watch(**state.get("watch", {}))
         self.baseline = estimators.RunningMean(**state.get("baseline", {}))
         if self.left:
-            types = ("int64", "int64", "int32", "int64", "float32", "float64")
-            tokens, targets, start, answer, old, A = (
-                numpy.array(x, t) for x, t in zip(state["pending"], types)
-            )
-            self.pending = Answers(
-                tokens, targets, start, state["notes"], answer,
-                backend.asarray(old), backend.asarray(A), self.config.max_new_tokens,
-                harm=state.get("harm", ""),
-            )  # fmt: skip
+            self.pending = Answers.of_state(state, self.config.max_new_tokens)
 
-    def card(self, results: dict) -> str:
-        c, numbers = self.config, []
-        if results:
-            numbers = [f"- {took(results)}"]
-        if "held_out_reward" in results:
-            before, after = results["reward_before"], results["held_out_reward"]
-            scores = f"{before:.3f} before, {after:.3f} after"
-            numbers.append(f"- mean score on held-out prompts {scores}")
-        if "win_rate" in results:
-            share, n = results["win_rate"], results["win_n"]
-            won = f"{share:.0%} of the last {n} comparisons with the fine-tuned model won"
-            numbers.append(f"- {won}")
+    def facts(self) -> dict[str, str]:
+        c = self.config
         judge = c.verifier or c.reward_model or c.judge_model or c.judge_name
-        facts = {
+        return {
+            **super().facts(),
             "stage": f"feedback: {c.estimator}, judged by {c.judge}{judge and f' `{judge}`'}",
-            "parameters": f"{self.model.n_parameters():,}",
-            "knowledge cut-off": c.cutoff,
+            "context": "",  # the fine-tuned model's
             "prompts": f"{len(self.prompts):,} to learn from, {len(self.heldout):,} held out",
             "answers": f"{c.answers} to each prompt, of up to {c.max_new_tokens} tokens",
         }
-        return model_card(ABOUT, facts, numbers, self.source[1:])
+
+    def numbers(self, results: dict) -> list[str]:
+        found = [f"- {took(results)}"]
+        if "held_out_reward" in results:
+            scores = "{reward_before:.3f} before, {held_out_reward:.3f} after"
+            found.append("- mean score on held-out prompts " + scores.format(**results))
+        if "win_rate" in results:
+            won = "{win_rate:.0%} of the last {win_n} comparisons with the fine-tuned model won"
+            found.append("- " + won.format(**results))
+        return found
 
 
-def answer_batch(
-    prompts: list[list[int]], said: list[list[int]], padding: int, width: int
-) -> Answers:
-    """Prompts with their answers, as many to a row as fit its width, or one that is longer.
-
-    An answer is learned with its end of turn.
-    """
-    examples = [
-        ([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
-        for prompt, answer in zip(prompts, said)
-    ]
-    sizes = [len(ids) - 1 for ids, _ in examples]
-    rows = first_fit(sizes, max(width, *sizes))
-    batch = packed_batch([[examples[i] for i in row] for row in rows], padding)
-    whose = numpy.full_like(batch.targets, -1)
-    for places, row in zip(whose, rows):
-        order = numpy.repeat(row, [sizes[i] for i in row])
-        places[: len(order)] = order
-    whose[batch.targets < 0] = -1
-    return Answers(batch.tokens, batch.targets, batch.start, answer=whose)
-
-
-def run(
-    source: Path, prompts: Path, out: Path, config: FeedbackConfig, given: set[str], resume: bool,
-    progress,
-) -> dict:  # fmt: skip
+def run(source: Path, prompts: Path, plan: Plan) -> dict:
     """Improve the model in directory source on a file of prompts; returns the results."""
     model, tokenizer, added = checkpoint.load_for_chat(source)
+    progress = plan.progress
     if added is not None:
         progress.say(
             f"{source} was never fine-tuned to answer. This will hardly work: it goes on writing "
@@ -471,14 +382,13 @@ def run(
             f"nothing is learned. First: tinylm sft {source} --data FILE.jsonl --out DIR",
             "bold yellow",
         )
-    config.block_size = config.block_size or model.config.block_size
-    config.cutoff = config.cutoff or cutoff_of(source)
-    if config.judge == "human":
-        for name in human.DEFAULTS.keys() - given:
-            setattr(config, name, human.DEFAULTS[name])
-    config = open_run(Path(out), config, given, resume)
+    if plan.config.judge == "human":
+        for name in human.DEFAULTS.keys() - plan.given:
+            setattr(plan.config, name, human.DEFAULTS[name])
+    plan.open_with(model, source)
+    config = plan.config
     rows = read_fitting(prompts, ChatFormat(tokenizer), config)
-    origin = [checkpoint.digest(source), *source_of([Path(prompts)])]
+    origin = [checkpoint.digest(source), *source_of([prompts])]
     reference, _, _ = checkpoint.load_for_chat(source)
     judge = JUDGES[config.judge](config)
     stage = Feedback(model, reference, tokenizer, rows, judge, config, origin)
@@ -487,11 +397,8 @@ def run(
         f"{len(stage.prompts):,} prompts to learn from, {len(stage.heldout):,} held out; "
         f"{config.answers} answers to each, judged by: {config.judge}"
     )
-    trainer = Trainer(stage, config, Path(out), progress)
-    attended = getattr(judge, "attending", lambda *_: nullcontext())
-    with attended(stage, Path(out), progress):
-        results = trainer.run(resume)
-    return {"directory": str(out), "prompts": len(stage.prompts), **results}
+    with judge.attending(stage, plan.out, progress):
+        return train(stage, plan, prompts=len(stage.prompts))
 
 
 def read_fitting(path: Path, form: ChatFormat, config: FeedbackConfig) -> list[Row]:

@@ -24,20 +24,19 @@ from pathlib import Path
 import numpy
 
 from tinylm import backend, checkpoint, ops
-from tinylm.card import model_card, took
 from tinylm.chat import ChatFormat
 from tinylm.data import Batch, shuffled, source_of
 from tinylm.errors import InputError
 from tinylm.evaluate import calibration, wilson
-from tinylm.generate import answers
 from tinylm.judges.reward import pad_right
 from tinylm.model import Transformer
 from tinylm.preferences import Judged, read_preferences
 from tinylm.progress import Progress
-from tinylm.settings import EpochConfig, open_run, setting
+from tinylm.settings import EpochConfig, Plan, setting
+from tinylm.stage import Stage, took
 from tinylm.tensor import Array, Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
-from tinylm.train import Trainer, cutoff_of
+from tinylm.train import train
 
 
 @dataclass
@@ -57,8 +56,7 @@ class RewardConfig(PreferenceConfig):
     center: float = setting(0.01, "Weight of (r_w + r_l)², which keeps scores around zero.")
 
     def check(self) -> None:
-        if self.center < 0:
-            raise InputError(f"--center: expected at least 0, got {self.center}")
+        self.expect("at least 0", "center")
         super().check()
 
 
@@ -71,8 +69,7 @@ class DPOConfig(PreferenceConfig):
     beta: float = setting(0.1, "Price of a nat of drift from the fine-tuned model (β).")
 
     def check(self) -> None:
-        if self.beta <= 0:
-            raise InputError(f"--beta: expected more than 0, got {self.beta}")
+        self.expect("more than 0", "beta")
         super().check()
 
 
@@ -124,7 +121,7 @@ def bradley_terry(scores: Tensor, pairs: Array, weights: Array, center: float) -
     return (nll + total * total * center) * backend.asarray(weights, nll.dtype)
 
 
-class Reward:
+class Reward(Stage):
     """The stage: judged prompts, and the loss above."""
 
     name = "reward"
@@ -132,12 +129,13 @@ class Reward:
 
 It reads a conversation and gives a score: of two answers, the one that scores s more is preferred
 with a probability of σ(s). Scores lie around zero."""
+    others = "another model or other preferences: name the same ones"
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, prompts: list[Compared],
         config: RewardConfig, source: list,
     ):  # fmt: skip
-        self.model, self.tokenizer, self.config, self.source = model, tokenizer, config, source
+        super().__init__(model, tokenizer, config, source)
         self.train, self.heldout = held_out(prompts, config.held_out)
         self.drawn = 0  # prompts drawn so far
 
@@ -187,35 +185,28 @@ with a probability of σ(s). Scores lie around zero."""
         return numpy.concatenate(scores), numpy.concatenate(margins)
 
     def state(self) -> dict:
-        return {"drawn": self.drawn, "source": self.source}
+        return {"drawn": self.drawn, **super().state()}
 
     def restore(self, state: dict) -> None:
-        if state["source"] != self.source:
-            raise InputError(
-                "this run was begun with another model or other preferences: name the same ones"
-            )
+        super().restore(state)
         self.drawn = state["drawn"]
 
-    def card(self, results: dict) -> str:
-        numbers = [f"- {took(results)}"] if results else []
-        if "accuracy" in results:
-            numbers += [
-                "- of two held-out answers the better one scores more in {accuracy:.1%} of "
-                "{pairs:,} pairs (95 %: {accuracy_low:.1%} to {accuracy_high:.1%})",
-                "- expected calibration error {calibration_error:.3f}\n",
-                "| σ of the difference | found right | pairs |\n|---|---|---|",
-            ]
-            numbers = [line.format(**results) for line in numbers]
-            table = results["calibration"]
-            numbers += [f"| {p:.2f} | {right:.2f} | {n} |" for p, right, n in table]
-        facts = {
-            "stage": self.name,
-            "parameters": f"{self.model.n_parameters():,}",
-            "context": f"{self.model.config.block_size} tokens",
-            "knowledge cut-off": self.config.cutoff,
-            "prompts": f"{len(self.train):,} to learn from, {len(self.heldout):,} held out",
-        }
-        return model_card(self.about, facts, numbers, self.source[1:])
+    def facts(self) -> dict[str, str]:
+        parts = f"{len(self.train):,} to learn from, {len(self.heldout):,} held out"
+        return {**super().facts(), "prompts": parts}
+
+    def numbers(self, results: dict) -> list[str]:
+        if "accuracy" not in results:
+            return [f"- {took(results)}"]
+        found = [
+            f"- {took(results)}",
+            "- of two held-out answers the better one scores more in {accuracy:.1%} of "
+            "{pairs:,} pairs (95 %: {accuracy_low:.1%} to {accuracy_high:.1%})",
+            "- expected calibration error {calibration_error:.3f}\n",
+            "| σ of the difference | found right | pairs |\n|---|---|---|",
+        ]
+        rows = [f"| {p:.2f} | {right:.2f} | {n} |" for p, right, n in results["calibration"]]
+        return [*(line.format(**results) for line in found), *rows]
 
 
 class DPO(Reward):
@@ -244,8 +235,7 @@ It read answers of which some had been preferred to others, and those became lik
     def evaluate(self, final: bool) -> dict:
         """As for a reward model; and what it now says to the first held-out prompt."""
         asked = (self.heldout or self.train)[0].judged.messages
-        (said,) = answers(self.model, self.tokenizer, [asked], max_new_tokens=60)
-        return {**super().evaluate(final), "sample": f"{asked[-1]['content']} -> {said}"}
+        return {**super().evaluate(final), "sample": self.sample(asked)}
 
     def state(self) -> dict:
         asked = [each.judged.messages for each in (self.heldout or self.train)[:4]]
@@ -267,18 +257,14 @@ def held_out(prompts: list[Compared], share: float) -> tuple[list[Compared], lis
     return parts
 
 
-def run(
-    base: Path, data: Path, out: Path, config: PreferenceConfig, given: set[str], resume: bool,
-    progress: Progress,
-) -> dict:  # fmt: skip
+def run(base: Path, data: Path, plan: Plan) -> dict:
     """Make a reward model of the model in directory base, or with a DPOConfig a better one."""
     model, tokenizer, added = checkpoint.load_for_chat(base)
-    progress.given_chat_tokens(base, added)
-    config.fit(model, base)
-    config.cutoff = config.cutoff or cutoff_of(base)
-    config = open_run(Path(out), config, given, resume)
-    prompts = read_compared(data, ChatFormat(tokenizer), config.block_size, progress)
-    source = [checkpoint.digest(base), *source_of([Path(data)])]
+    plan.progress.given_chat_tokens(base, added)
+    plan.open_with(model, base)
+    config = plan.config
+    prompts = read_compared(data, ChatFormat(tokenizer), config.block_size, plan.progress)
+    source = [checkpoint.digest(base), *source_of([data])]
     if isinstance(config, DPOConfig):
         reference, _, _ = checkpoint.load_for_chat(base)
         stage = DPO(model, tokenizer, prompts, config, source, reference)
@@ -286,9 +272,8 @@ def run(
         stage = Reward(with_score(model), tokenizer, prompts, config, source)
     config.end_after_epochs(len(stage.train))
     n_train, n_held = (sum(len(p.pairs) for p in part) for part in (stage.train, stage.heldout))
-    progress.say(f"{n_train:,} pairs to learn from, {n_held:,} held out")
-    results = Trainer(stage, config, Path(out), progress).run(resume)
-    return {"directory": str(out), "train_pairs": n_train, **results}
+    plan.progress.say(f"{n_train:,} pairs to learn from, {n_held:,} held out")
+    return train(stage, plan, train_pairs=n_train)
 
 
 def with_score(model: Transformer) -> Transformer:

@@ -14,21 +14,17 @@ from pathlib import Path
 import numpy
 
 from tinylm import evaluate
-from tinylm.card import model_card, took
 from tinylm.corpus import Corpus, list_files, make_corpus, read_texts
 from tinylm.data import Batch, Example, Windows, next_token_batch, packed_batch, source_of
 from tinylm.errors import InputError
 from tinylm.generate import generate
 from tinylm.model import ModelConfig, Transformer
 from tinylm.progress import Progress
-from tinylm.settings import TrainConfig, claim, open_run, setting
-from tinylm.tensor import Tensor
+from tinylm.settings import Plan, TrainConfig, claim, setting
+from tinylm.stage import Stage, took
 from tinylm.tokenizer import Tokenizer, train_bpe, train_characters
-from tinylm.train import Trainer
+from tinylm.train import train
 
-ABOUT = """A base model made by tinylm
-
-It continues text; it has not been taught to answer."""
 OBJECTIVES = ("next", "missing", "mixed")
 TOKENIZER_SAMPLE = 100_000_000  # characters of text from which a vocabulary is learned
 
@@ -52,8 +48,7 @@ class PretrainConfig(TrainConfig):
 
     def check(self) -> None:
         super().check()
-        if not 0 < self.held_out < 1:
-            raise InputError(f"--held-out: expected between 0 and 1, got {self.held_out}")
+        self.expect("between 0 and 1", "held_out")
         self.shape(vocab_size=1)
 
     def shape(self, vocab_size: int, **ids) -> ModelConfig:
@@ -84,15 +79,18 @@ PRESETS = {
 }  # fmt: skip
 
 
-class Pretrain:
+class Pretrain(Stage):
     """The stage: windows of a corpus, and the loss of its objective."""
 
     name, recordable = "pretrain", True
+    about = """A base model made by tinylm
+
+It continues text; it has not been taught to answer."""
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, corpus: Corpus, folder: Path, config
     ):
-        self.model, self.tokenizer, self.config = model, tokenizer, config
+        super().__init__(model, tokenizer, config, corpus.source)
         self.corpus, self.folder = corpus, folder
         self.begin = tokenizer.special["<|begin|>"]
         self.windows = Windows(corpus.shards(folder, "train"), config.block_size, config.seed)
@@ -105,9 +103,6 @@ class Pretrain:
         if self.blanks is None:
             return next_token_batch(rows, self.begin)
         return self.blanks.batch(rows, self.begin, self.config, first)
-
-    def loss(self, batch: Batch) -> Tensor:
-        return self.model.loss(batch.tokens, batch.targets, batch.start)
 
     def evaluate(self, final: bool) -> dict:
         """Next-word loss on held-out text, whatever the objective; all of it at the end."""
@@ -127,16 +122,10 @@ class Pretrain:
     def restore(self, state: dict) -> None:
         self.windows.drawn = state["drawn"]
 
-    def card(self, results: dict) -> str:
-        corpus, c, numbers = self.corpus, self.model.config, []
-        if results:
-            numbers = [
-                f"- {results['bits_per_byte']:.3f} bits per byte of held-out text"
-                f" (xz, the training text known: {corpus.xz_bits_per_byte:.3f})",
-                f"- held-out loss {results['loss']:.4f} nats per token, {took(results)}",
-            ]
+    def facts(self) -> dict[str, str]:
+        corpus, c = self.corpus, self.model.config
         text = f"{corpus.train_bytes:,} to train on, {corpus.heldout_bytes:,} held out"
-        facts = {
+        return {
             "stage": f"pretrain, objective `{self.config.objective}`",
             "shape": f"{c.architecture}, {c.n_layer} layers, {c.n_embd} wide",
             "parameters": f"{self.model.n_parameters():,}",
@@ -146,7 +135,13 @@ class Pretrain:
             "documents": f"{corpus.documents:,}",
             "bytes of text": text,
         }
-        return model_card(ABOUT, facts, numbers, corpus.source[:50])
+
+    def numbers(self, results: dict) -> list[str]:
+        return [
+            f"- {results['bits_per_byte']:.3f} bits per byte of held-out text"
+            f" (xz, the training text known: {self.corpus.xz_bits_per_byte:.3f})",
+            f"- held-out loss {results['loss']:.4f} nats per token, {took(results)}",
+        ]
 
 
 class Blanks:
@@ -245,35 +240,32 @@ def is_word(byte: bytes) -> bool:
 # ---- from a command to a run -------------------------------------------------------------------
 
 
-def run(
-    paths: list[str], out: Path, config: PretrainConfig, given: set[str], resume: bool, progress
-) -> dict:
+def run(paths: list[str], plan: Plan) -> dict:
     """Pre-train on files and folders of text; returns the results. See the command line's help."""
-    folder = Path(out)
-    tokens = folder / "training" / "tokens"
+    tokens = plan.out / "training" / "tokens"
     files = list_files(paths)
-    config = open_run(folder, config, given, resume)
-    claim(folder)
-    corpus = Corpus.load(tokens) if resume else None
-    if corpus is not None and corpus.source != source_of(files):
-        raise InputError(f"{folder} was begun with other text: name the same files, in this order")
+    plan.open()
+    claim(plan.out)
+    config, corpus = plan.config, Corpus.load(tokens) if plan.resume else None
     if corpus is None:
-        tokenizer, corpus = prepare(files, folder, config, progress)
+        tokenizer, corpus = prepare(files, tokens, config, plan.progress)
+    elif corpus.source != source_of(files):
+        raise InputError(
+            f"{plan.out} was begun with other text: name the same files, in this order"
+        )
     else:
         tokenizer = Tokenizer.load(tokens)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     model = Transformer(config.shape(tokenizer.vocab_size, **ids), config.seed)
     stage = Pretrain(model, tokenizer, corpus, tokens, config)
-    progress.say(describe(model, tokenizer, corpus))
-    results = Trainer(stage, config, folder, progress).run(resume)
-    return {"directory": str(folder), "parameters": model.n_parameters(), **results}
+    plan.progress.say(describe(model, tokenizer, corpus))
+    return train(stage, plan, parameters=model.n_parameters())
 
 
 def prepare(
-    files: list[Path], folder: Path, config: PretrainConfig, progress: Progress
+    files: list[Path], tokens: Path, config: PretrainConfig, progress: Progress
 ) -> tuple[Tokenizer, Corpus]:
-    """Tokenizer and token shards, with bars; the tokenizer is kept beside the shards it made."""
-    tokens = folder / "training" / "tokens"
+    """Tokenizer and token shards, with bars, in the directory tokens."""
     size = sum(path.stat().st_size for path in files)
     if not size:
         raise InputError(f"{files[0]}: the file is empty")

@@ -14,20 +14,15 @@ import numpy
 from rich.text import Text
 
 from tinylm import checkpoint
-from tinylm.card import model_card, took
 from tinylm.chat import ChatFormat, Row, as_prompt, read_conversations
 from tinylm.data import Batch, Example, Packed, packed_batch, source_of
 from tinylm.errors import InputError
-from tinylm.generate import answers
 from tinylm.progress import Progress
-from tinylm.settings import EpochConfig, open_run, setting
-from tinylm.tensor import Tensor, no_grad
+from tinylm.settings import EpochConfig, Plan, setting
+from tinylm.stage import Stage, took
+from tinylm.tensor import no_grad
 from tinylm.tokenizer import Tokenizer
-from tinylm.train import Trainer, cutoff_of
-
-ABOUT = """An assistant made by tinylm
-
-It has been taught to answer; what it knows is from pre-training."""
+from tinylm.train import train
 
 
 @dataclass
@@ -39,13 +34,17 @@ class SFTConfig(EpochConfig):
     held_out: float = setting(0.05, "Share of the conversations held out for evaluation.")
 
 
-class SFT:
+class SFT(Stage):
     """The stage: packed conversations, and the loss on their answers."""
 
     name, recordable = "sft", True
+    about = """An assistant made by tinylm
+
+It has been taught to answer; what it knows is from pre-training."""
+    others = "other data: name the same file"
 
     def __init__(self, model, tokenizer, rows: list[Row], examples: list[Example], config, source):
-        self.model, self.tokenizer, self.config, self.source = model, tokenizer, config, source
+        super().__init__(model, tokenizer, config, source)
         every = round(1 / config.held_out) if config.held_out else len(examples) + 1
         self.heldout_rows = rows[every - 1 :: every]
         self.heldout = examples[every - 1 :: every]
@@ -57,9 +56,6 @@ class SFT:
 
     def draw(self) -> Batch:
         return self.packed.draw(self.config.batch_size)
-
-    def loss(self, batch: Batch) -> Tensor:
-        return self.model.loss(batch.tokens, batch.targets, batch.start)
 
     def evaluate(self, final: bool) -> dict:
         """Loss on held-out answers, and what it now says to the first held-out question."""
@@ -73,50 +69,40 @@ class SFT:
                 total += float(self.loss(batch).data.sum(dtype="float64"))
             tokens += batch.trained_tokens()
         asked = as_prompt(self.heldout_rows[0].messages)
-        (said,) = answers(self.model, self.tokenizer, [asked], max_new_tokens=60)
-        return {"loss": total / tokens, "sample": f"{asked[-1]['content']} -> {said}"}
+        return {"loss": total / tokens, "sample": self.sample(asked)}
 
     def state(self) -> dict:
-        place = {"epoch": self.packed.epoch, "row": self.packed.row, "source": self.source}
-        return {**place, **self.shown}
+        place = {"epoch": self.packed.epoch, "row": self.packed.row}
+        return {**place, **super().state(), **self.shown}
 
     def restore(self, state: dict) -> None:
-        if state["source"] != self.source:
-            raise InputError("this run was begun with other data: name the same file")
+        super().restore(state)
         self.packed.seek(state["epoch"], state["row"])
 
-    def card(self, results: dict) -> str:
-        numbers = [f"- {took(results)}"] if results else []
+    def facts(self) -> dict[str, str]:
+        parts = f"{self.n_train:,} to train on, {len(self.heldout):,} held out"
+        return {**super().facts(), "conversations": parts}
+
+    def numbers(self, results: dict) -> list[str]:
+        found = [f"- {took(results)}"]
         if "loss" in results:
-            numbers.append(f"- loss on held-out answers {results['loss']:.4f} nats per token")
-        facts = {
-            "stage": self.name,
-            "parameters": f"{self.model.n_parameters():,}",
-            "context": f"{self.model.config.block_size} tokens",
-            "knowledge cut-off": self.config.cutoff,
-            "conversations": f"{self.n_train:,} to train on, {len(self.heldout):,} held out",
-        }
-        return model_card(ABOUT, facts, numbers, self.source)
+            found.append(f"- loss on held-out answers {results['loss']:.4f} nats per token")
+        return found
 
 
-def run(
-    base: Path, data: Path, out: Path, config: SFTConfig, given: set[str], resume: bool, progress
-) -> dict:
+def run(base: Path, data: Path, plan: Plan) -> dict:
     """Fine-tune the model in directory base on a file of conversations; returns the results."""
     model, tokenizer, added = checkpoint.load_for_chat(base)
-    progress.given_chat_tokens(base, added)
-    config.fit(model, base)
-    config.cutoff = config.cutoff or cutoff_of(base)
-    config = open_run(Path(out), config, given, resume)
-    rows, examples = read_examples(data, tokenizer, config.block_size, progress)
-    stage = SFT(model, tokenizer, rows, examples, config, source_of([Path(data)]))
-    config.end_after_epochs(len(stage.packed.rows))
-    progress.say(
+    plan.progress.given_chat_tokens(base, added)
+    plan.open_with(model, base)
+    rows, examples = read_examples(data, tokenizer, plan.config.block_size, plan.progress)
+    stage = SFT(model, tokenizer, rows, examples, plan.config, source_of([data]))
+    plan.config.end_after_epochs(len(stage.packed.rows))
+    plan.progress.say(
         f"{stage.n_train:,} conversations to learn from, {len(stage.heldout):,} held out: "
         f"{sum(map(sum, (learned for _, learned in examples))):,} tokens of answers"
     )
-    results = Trainer(stage, config, Path(out), progress).run(resume)
-    return {"directory": str(out), "conversations": stage.n_train, **results}
+    return train(stage, plan, conversations=stage.n_train)
 
 
 def read_examples(

@@ -1,0 +1,102 @@
+"""Files of text and JSON: reading tells what is wrong with them, writing is never half done."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from tinylm.errors import InputError
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return content
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """(line, JSON object) of a file of JSON lines, or of one JSON array of objects."""
+    opener = gzip.open if path.name.endswith(".gz") else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            text = file.read()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    decoder, at, line, rows = json.JSONDecoder(), 0, 1, 0
+    array = text.lstrip().startswith("[")
+    between = re.compile(r"[\s,\[\]]*" if array else r"\s*")
+    while True:
+        begin = between.match(text, at).end()
+        line += text.count("\n", at, begin)
+        if begin == len(text):
+            break
+        try:
+            content, at = decoder.raw_decode(text, begin)
+        except json.JSONDecodeError as error:
+            where = error.lineno if array else line
+            raise InputError(f"{path}, line {where}: not valid JSON ({error.msg})") from None
+        if not isinstance(content, dict):
+            raise InputError(f"{path}, line {line}: expected a JSON object, got {text[begin:at]}")
+        yield line, content
+        line, rows = line + text.count("\n", begin, at), rows + 1
+    if not rows:
+        raise InputError(f"{path}: there are no conversations in it")
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Let write(temporary path) make the file, then put it in place of path by one rename.
+
+    File and directory are synced. Raises InputError where the disk is full or not writable; the
+    old file is untouched then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        write(temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(
+            f"{path}: cannot be written ({reason}); what was saved before is intact: "
+            "make room or mend the permissions, then run again with --resume"
+        ) from error
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    """JSON lines."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
