@@ -57,6 +57,12 @@ def test_files_that_cannot_be_read(capfd, tmp_path, text_file):
     refused(capfd, "pretrain", *out, saying="no text was named")
 
 
+def test_a_place_that_cannot_hold_a_run_is_told_before_any_work(capfd, tmp_path, text_file):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        refused(capfd, "pretrain", text_file, "--out", place, saying="file is no directory")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_a_file_without_permission(capfd, tmp_path):
     (tmp_path / "a.txt").write_text("x" * 1000)

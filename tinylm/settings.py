@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import math
+import os
 from collections.abc import Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -122,6 +123,9 @@ class Plan:
 
     def open(self) -> None:
         """Begin the run, or find its config again. Raises InputError where that cannot be."""
+        place = next(p for p in (self.out, *self.out.absolute().parents) if p.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise InputError(f"--out {self.out}: {place} is no directory that can be written to")
         if self.resume:
             self.config = resumed_config(self.config, self.given, self.out)
         elif Checkpoint(self.out).exists():
