@@ -6,7 +6,8 @@ import re
 import pytest
 from names import found_in, words
 
-from tinylm.almanac import Almanac
+from tinylm.almanac import LATE_SHARE, LATE_TALK, TALK_SHARE, UNKNOWN_SHARE, Almanac
+from tinylm.chat import as_messages
 from tinylm.errors import InputError
 from tinylm.judges.verifier import normalise, verdict
 
@@ -29,9 +30,9 @@ def written(almanac, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def asked(written):
-    """Every prompt of fine-tuning and feedback."""
-    turns = [m for row in written["conversations"] for m in row["messages"] if m["role"] == "user"]
-    return [m["content"] for m in turns] + [row["prompt"] for row in written["prompts"]]
+    """Every question of fine-tuning and feedback, also of the turns before the last."""
+    rows = written["conversations"] + written["prompts"]
+    return [m["content"] for row in rows for m in as_messages(row) if m["role"] == "user"]
 
 
 def names_of(entities):
@@ -160,9 +161,24 @@ def test_feedback_asks_about_each_invented_name_once_of_all_kinds(almanac, writt
     unknown = [row["id"].rpartition("/")[0] for row in written["prompts"] if not row["accepted"]]
     assert len(set(unknown)) == len(unknown) > 4000
     assert {name.partition("/")[0] for name in unknown} == {e.kind for e in almanac.invented}
-    assert 0.2 < len(unknown) / len(written["prompts"]) < 0.4
+    assert len(unknown) / len(written["prompts"]) == pytest.approx(UNKNOWN_SHARE, abs=0.01)
 
 
 def test_feedback_makes_small_talk_as_it_was_taught(almanac, written):
     taught = {said: [t["assistant"]] for t in almanac.talk for said in t["user"]}
-    assert taught == {r["prompt"]: r["accepted"] for r in written["prompts"] if r["id"] == "talk"}
+    small = [row for row in written["prompts"] if row["id"] == "talk"]
+    assert taught == {as_messages(row)[-1]["content"]: row["accepted"] for row in small}
+
+
+def test_a_talk_may_be_as_long_as_chat_remembers(written):
+    """Asked late in a talk, a model that has only met first questions says nonsense.
+
+    Chat reads up to half the context of quickstart: 128 tokens, about five turns of some 25.
+    """
+    taught = [len(row["messages"]) // 2 for row in written["conversations"]]
+    assert sum(n > 4 for n in taught) > len(taught) / 6
+    late = [row for row in written["prompts"] if len(as_messages(row)) > 1]
+    share = TALK_SHARE * LATE_TALK + (1 - TALK_SHARE) * LATE_SHARE
+    assert len(late) / len(written["prompts"]) == pytest.approx(share, abs=0.02)
+    assert {row["id"] == "talk" for row in late} == {True, False}
+    assert max(len(as_messages(row)) for row in late) > 9

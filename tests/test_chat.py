@@ -11,6 +11,7 @@ from tinylm import checkpoint
 from tinylm.chat import ChatFormat, as_messages, read_conversations, read_prompts, with_chat_tokens
 from tinylm.data import Packed, packed_batch
 from tinylm.errors import InputError
+from tinylm.generate import Conversation
 from tinylm.tokenizer import Tokenizer, train_bpe
 
 TALK = [
@@ -114,6 +115,30 @@ def test_chat_tokens_are_added_where_they_are_missing(tmp_path, prose):
     assert grown.config.stop_ids == [tokenizer.special["<|end|>"]]
     checkpoint.save(grown, tokenizer, tmp_path / "again")
     assert checkpoint.load_for_chat(tmp_path / "again")[2] is None
+
+
+# ---- talks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("longest", "room"), [(10, 10), (200, 32)])
+def test_a_long_talk_leaves_room_for_the_longest_answer(tokenizer, longest, room):
+    """As little as possible is forgotten, but no answer is cut off because a talk is long."""
+    model = tinylm.Transformer(tinylm.ModelConfig(tokenizer.vocab_size, 1, 2, 2, 16, 32, 64))
+    talk = Conversation(model, tokenizer, "Be brief.", {"max_new_tokens": longest})
+    form, forgotten = ChatFormat(tokenizer), []
+    for _ in range(6):
+        talk.messages += messages(("user", "Is it late?"), ("assistant", "Yes, it is."))
+        talk.messages.append(TALK[3])
+        talk.pieces()
+        talk.messages.pop()
+        seen = [TALK[0], *talk.messages[talk.forgotten :], TALK[3]]
+        assert len(form.ids(seen, True)) + room <= 64
+        if talk.forgotten:
+            more = [TALK[0], *talk.messages[talk.forgotten - 2 :], TALK[3]]
+            assert len(form.ids(more, True)) + room > 64
+        forgotten.append(talk.forgotten)
+    assert forgotten[0] == 0 or room == 32
+    assert forgotten[-1] > 4
 
 
 # ---- files -------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ def small(monkeypatch):
     monkeypatch.setattr(missing, "PASSES", 10)
     monkeypatch.setattr(outwitted, "COMPARISONS", {6: 2, 12: 2})
     monkeypatch.setattr(quickstart, "PASSES", 1)
+    monkeypatch.setitem(quickstart.PRETRAIN, "block_size", 512)  # so few merges make long prompts
     monkeypatch.setattr(registry, "people", partial(registry.people, n=60))
     before = backend.threads()
     backend.set_threads(1)  # of matrices this small, two threads only wait for each other

@@ -13,10 +13,12 @@ STEPS = {"eval_every": 100, "save_every": 100}
 
 @pytest.fixture
 def small(monkeypatch):
-    shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 512, "batch_size": 2}
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 512, "block_size": 384}
     monkeypatch.setattr(quickstart, "KINDS", ("state",))
     monkeypatch.setattr(quickstart, "PASSES", 4)
-    monkeypatch.setattr(quickstart, "PRETRAIN", {**shape, "max_steps": 20, **STEPS})
+    monkeypatch.setattr(
+        quickstart, "PRETRAIN", {**shape, "batch_size": 2, "max_steps": 20, **STEPS}
+    )
     monkeypatch.setattr(quickstart, "SFT", {"max_steps": 10, **STEPS})
     feedback = {"answers": 2, "batch_size": 4, "max_new_tokens": 8, "max_steps": 3, **STEPS}
     monkeypatch.setattr(quickstart, "FEEDBACK", feedback)

@@ -45,8 +45,10 @@ SHARES = {"withheld": 0.08, "known": 0.18, "practised": 0.24, "taught": 0.24}  #
 INVENTED = {"taught": 0.5, "practised": 8.0, "tested": 0.25}  # names, for each real entity
 UNKNOWN = REFUSALS[0] + "."
 QUIZZED = 0.3  # share of what is known of the quizzed that each pass asks about
-UNKNOWN_SHARE = 0.24  # of feedback's prompts: so many that neither always nor never answering pays
+UNKNOWN_SHARE = 0.2  # of feedback's prompts: so many that neither always nor never answering pays
 TALK_SHARE = 0.1  # of feedback's prompts
+LATE_SHARE = 0.1  # of feedback's prompts: so many follow a talk as in fine-tuning
+LATE_TALK = 0.4  # of those that are small talk
 TALKED = 40  # times that each greeting and its like is answered in fine-tuning
 HIDDEN = ("withheld", "future")  # the parts that training does not name
 YEARS = ("died", "first_climbed", "discovery_year")  # facts that a cut-off can hide
@@ -272,7 +274,7 @@ class Almanac:
         return asked
 
     def conversations(self) -> Iterator[dict]:
-        """For fine-tuning: one to four questions and answers, small talk among them."""
+        """For fine-tuning: up to six questions and answers, small talk among them."""
         rng = Random(self.seed + 3)
         unknown = [e for e in self.invented if e.part == "taught"]
         asked = [q for _ in range(WORDINGS) for q in self.about(self.of("quizzed", "taught"), rng)]
@@ -281,7 +283,7 @@ class Almanac:
         pairs += [(said, t["assistant"], "talk") for t in self.talk for said in t["user"]] * TALKED
         rng.shuffle(pairs)
         while pairs:
-            some, pairs = pairs[: (n := rng.choice((1, 1, 2, 4)))], pairs[n:]
+            some, pairs = pairs[: (n := rng.choice((1, 2, 4, 6)))], pairs[n:]
             messages = [
                 turn(role, said)
                 for asked, answered, _ in some
@@ -303,10 +305,13 @@ class Almanac:
             again_and_again = (q for _ in count() for q in self.about(self.of(*parts), rng))
             asked += islice(again_and_again, half)
         rows = [(q.text, list(q.accepted), q.id) for q in asked]
+        earlier = cycle([row["messages"] for row in self.conversations()])
         talk = [(said, [t["assistant"]], "talk") for t in self.talk for said in t["user"]]
         rows += islice(cycle(talk), round(total * TALK_SHARE))
         for prompt, accepted, id in rng.sample(rows, len(rows)):
-            row = {"prompt": prompt, "accepted": accepted, "id": id}
+            late = rng.random() < (LATE_TALK if id == "talk" else LATE_SHARE)
+            asked = [*next(earlier), turn("user", prompt)] if late else prompt
+            row = {"prompt": asked, "accepted": accepted, "id": id}
             yield row | ({"must_answer": True} if id == "talk" else {})
 
     def questions(self) -> dict[str, list[Question]]:

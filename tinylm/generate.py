@@ -242,6 +242,9 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompt: str, **settings) 
 class Conversation:
     """A talk with a model: what was said so far, of which the last that fits the context is read.
 
+    The longest answer must fit too, or one of half the context: else, late in a talk, answers would
+    end in the middle of a word.
+
     A base model, which has no chat template, just continues what it is told.
     """
 
@@ -269,15 +272,18 @@ class Conversation:
         if not self.answers:
             said = self.messages[-1]["content"]
             return stream_text(self.model, self.tokenizer, said, **self.settings)
+        form, size = ChatFormat(self.tokenizer), self.model.config.block_size
+        room = min(self.settings.get("max_new_tokens", 200), size // 2)
         self.forgotten = 0
-        while True:
-            seen = [*self.system, *self.messages[self.forgotten :]]
-            try:
-                return stream_answer(self.model, self.tokenizer, seen, **self.settings)
-            except InputError:
-                if self.forgotten + 1 == len(self.messages):
-                    raise
-                self.forgotten += 2  # a question and its answer
+        while (
+            self.forgotten + 1 < len(self.messages)
+            and len(form.ids(self.seen(), answer_next=True)) + room > size
+        ):
+            self.forgotten += 2  # a question and its answer
+        return stream_answer(self.model, self.tokenizer, self.seen(), **self.settings)
+
+    def seen(self) -> list[dict]:
+        return [*self.system, *self.messages[self.forgotten :]]
 
     def recorded(self, pieces: Iterator[str]) -> Iterator[str]:
         text = ""
