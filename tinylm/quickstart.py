@@ -32,7 +32,7 @@ PRETRAIN = {
     "batch_size": 8, "optimizer": "muon", "learning_rate": 1e-2, "floor": 0.0, "max_steps": 2600,
     "held_out": 0.02, "eval_every": 650, "save_every": 400,
 }  # fmt: skip
-SFT = {"epochs": 3.0, "learning_rate": 5e-4, "eval_every": 100, "save_every": 100}
+SFT = {"epochs": 4.0, "learning_rate": 3e-4, "eval_every": 100, "save_every": 100}
 FEEDBACK = {
     "answers": 4, "batch_size": 128, "learning_rate": 4e-4, "max_steps": 280, "eval_every": 70,
 }  # fmt: skip
