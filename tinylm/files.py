@@ -56,7 +56,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
         yield line, content
         line, rows = line + text.count("\n", begin, at), rows + 1
     if not rows:
-        raise InputError(f"{path}: there are no conversations in it")
+        raise InputError(f"{path}: there are no rows in it")
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:

@@ -193,7 +193,7 @@ struct Plan {  // from the shape alone
     long own_b;  // 0: B is packed once for all, and each thread packs blocks of rows for itself.
                  // Else A, which fits in L2, is packed once, and each thread so many panels of B at
                  // a time
-    bool fetch;  // what is packed next, in time: pays where it is large, or read across its rows
+    bool fetch;  // what is packed next, in time: blocks of A, and panels of a B that is large
 };
 static Plan plan_for(const Product& p, long per_word) {
     const long K = max(p.K, 1), M = max(p.M, 1), N = max(p.N, 1);
