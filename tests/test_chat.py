@@ -203,7 +203,7 @@ def test_a_broken_line_is_told_with_its_number(tmp_path, line):
 
 def test_a_file_without_rows_or_no_file(tmp_path):
     for path in (rows_file(tmp_path, ""), rows_file(tmp_path, "[]", name="a.json")):
-        with pytest.raises(InputError, match="no conversations"):
+        with pytest.raises(InputError, match="there are no rows in it"):
             list(read_conversations(path))
     with pytest.raises(InputError, match="no such file"):
         list(read_conversations(tmp_path / "none.jsonl"))

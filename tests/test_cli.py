@@ -10,6 +10,7 @@ from commands import SMALL, succeeds, tinylm
 from safetensors.numpy import load_file, save_file
 
 from tinylm.cli import run
+from tinylm.progress import Progress
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,19 @@ def test_files_that_cannot_be_read(capfd, tmp_path, text_file):
     refused(capfd, "pretrain", tmp_path / "bad.jsonl", *out, saying="bad.jsonl, line 2")
     assert not (tmp_path / "r").exists() or not any((tmp_path / "r").glob("*.json"))
     refused(capfd, "pretrain", *out, saying="no text was named")
+
+
+def test_a_full_disk_is_told_with_what_to_do(capfd, monkeypatch, text_file, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tinylm.stages.pretrain.list_files", full)
+    refused(capfd, "pretrain", text_file, "--out", tmp_path / "r", saying="make room")
+
+
+def test_a_line_that_goes_to_a_file_is_not_broken(capfd):
+    Progress().say("word " * 60)
+    assert capfd.readouterr().err.count("\n") == 1
 
 
 def test_a_place_that_cannot_hold_a_run_is_told_before_any_work(capfd, tmp_path, text_file):

@@ -89,17 +89,8 @@ def test_transformers_opens_a_run_directory(finished):
 def test_killed_at_random_moments_it_ends_with_the_same_bits(finished, text_file, tmp_path):
     """SIGKILL, most often in the middle of a save (there is one after every step)."""
     out = tmp_path / "run"
-    arguments = [
-        "pretrain",
-        text_file,
-        "--out",
-        out,
-        *SMALL,
-        *STEPS,
-        "--save-every",
-        "1",
-        "--resume",
-    ]
+    every_step = ["--save-every", "1", "--resume"]
+    arguments = ["pretrain", text_file, "--out", out, *SMALL, *STEPS, *every_step]
     assert kill_at_random(12, out, *arguments) >= 4
     succeeds(*arguments)
     assert weights(out) == weights(finished[0])

@@ -310,8 +310,8 @@ class Almanac:
         rows += islice(cycle(talk), round(total * TALK_SHARE))
         for prompt, accepted, id in rng.sample(rows, len(rows)):
             late = rng.random() < (LATE_TALK if id == "talk" else LATE_SHARE)
-            asked = [*next(earlier), turn("user", prompt)] if late else prompt
-            row = {"prompt": asked, "accepted": accepted, "id": id}
+            said = [*next(earlier), turn("user", prompt)] if late else prompt
+            row = {"prompt": said, "accepted": accepted, "id": id}
             yield row | ({"must_answer": True} if id == "talk" else {})
 
     def questions(self) -> dict[str, list[Question]]:

@@ -25,7 +25,7 @@ from tinylm.errors import InputError, Waiting
 from tinylm.evaluate import evaluate_directory
 from tinylm.files import write_rows
 from tinylm.flags import Commands, common, nearest, sampling, stage_of, tell
-from tinylm.generate import BLANK, Conversation, stream_text
+from tinylm.generate import BLANK, LONGEST, Conversation, stream_text
 from tinylm.llama2c import load_llama2c
 from tinylm.progress import Progress, table
 from tinylm.selfcheck import selfcheck as check_kernels
@@ -291,7 +291,9 @@ def open_model(path: Path):
 @cli.command()
 @click.argument("model", type=Path)
 @click.argument("prompt", default="")
-@click.option("--max-new-tokens", type=click.IntRange(0), default=200, help="Length, in tokens.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(0), default=LONGEST, help="Length, in tokens."
+)
 @click.option("--temperature", type=click.FloatRange(0), default=0.8, help="0 is greedy.")
 @sampling
 @common
@@ -309,7 +311,7 @@ def generate(model, prompt, as_json, **settings):
 @cli.command()
 @click.argument("model", type=Path)
 @click.option("--system", default="", help="What the assistant is told before you speak.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=200, help="Longest answer.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=LONGEST, help="Longest answer.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.5, help="0 is greedy.")
 @sampling
 @common

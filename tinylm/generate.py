@@ -20,6 +20,7 @@ from tinylm.tensor import Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
 
 BLANK = "___"
+LONGEST = 200  # tokens of a text or an answer, where nothing else is asked for
 STILL_WRITING = 0.75  # share of the rows: if no more are, those that have ended are left behind
 
 
@@ -191,7 +192,7 @@ def encode_prompt(model: Transformer, tokenizer: Tokenizer, prompt: str) -> list
 
 
 def stream_text(
-    model: Transformer, tokenizer: Tokenizer, prompt: str, max_new_tokens: int = 200, **settings
+    model: Transformer, tokenizer: Tokenizer, prompt: str, max_new_tokens: int = LONGEST, **settings
 ) -> Iterator[str]:
     """Continue a prompt, piece by piece, as soon as whole characters are known.
 
@@ -205,7 +206,7 @@ def stream_answer(
     model: Transformer,
     tokenizer: Tokenizer,
     messages: list[dict],
-    max_new_tokens: int = 200,
+    max_new_tokens: int = LONGEST,
     **settings,
 ) -> Iterator[str]:
     """What the assistant says next in a conversation, piece by piece; settings as above.
@@ -273,7 +274,7 @@ class Conversation:
             said = self.messages[-1]["content"]
             return stream_text(self.model, self.tokenizer, said, **self.settings)
         form, size = ChatFormat(self.tokenizer), self.model.config.block_size
-        room = min(self.settings.get("max_new_tokens", 200), size // 2)
+        room = min(self.settings.get("max_new_tokens", LONGEST), size // 2)
         self.forgotten = 0
         while (
             self.forgotten + 1 < len(self.messages)
@@ -328,7 +329,7 @@ def answers(
     model: Transformer,
     tokenizer: Tokenizer,
     conversations: Sequence[list[dict]],
-    max_new_tokens: int = 200,
+    max_new_tokens: int = LONGEST,
     temperature: float = 0.0,
     seed: int | None = None,
 ) -> list[str]:

@@ -132,11 +132,11 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
     def draw(self) -> Answers:
         """Prompts, answers and advantages; the same ones `updates` times."""
         if not self.left:
-            self.pending, self.left = self.sample(), self.config.updates
+            self.pending, self.left = self.fresh(), self.config.updates
         self.left -= 1
         return self.pending
 
-    def sample(self) -> Answers:
+    def fresh(self) -> Answers:
         """New answers. Where all to a prompt score alike, another takes its place: --resample."""
         groups, batch, drift = self.ask(self.config.batch_size // self.config.answers)
         causes = [self.cause(group) for group in groups]
