@@ -259,11 +259,11 @@ def test_prompts_that_tell_nothing_are_replaced(tokenizer, tmp_path):
         asked.extend(group.row.line for group in groups)
         return [[float(i * (g.row.line == 3)) for i in range(len(g.answers))] for g in groups]
 
-    plain = make_stage(tokenizer, picky, kl=0.0).sample()
+    plain = make_stage(tokenizer, picky, kl=0.0).fresh()
     assert plain.notes["equal_groups"] >= 0.5
     asked.clear()
     stage = make_stage(tokenizer, picky, kl=0.0, resample=9)
-    batch = stage.sample()
+    batch = stage.fresh()
     assert stage.drawn == len(asked) > 2
     learned = [x.any() for x in batch.by_answer(batch.advantages)]
     assert numpy.reshape(learned, (2, 4)).any(1).all()

@@ -310,7 +310,7 @@ def test_one_distribution_for_sampling_and_loss(tokenizer, monkeypatch):
     real = module.sample
     monkeypatch.setattr(module, "sample", spy)
     monkeypatch.setattr(module, "STILL_WRITING", 0)  # rows stay where they are
-    batch = stage.sample()
+    batch = stage.fresh()
     learned = batch.by_answer(batch.old_logp)
     assert len(learned) == 8
     for row, logp in enumerate(learned):
@@ -327,7 +327,7 @@ def test_the_model_learns_to_end_its_turn(tokenizer, tmp_path):
 
 def test_the_first_update_has_a_ratio_of_exactly_one(tokenizer):
     stage = make_stage(tokenizer, count_of_a)
-    batch = stage.sample()
+    batch = stage.fresh()
     with no_grad():
         nll = stage.model.loss(batch.tokens, batch.targets, batch.start).data
     assert numpy.array_equal(-nll, batch.old_logp)
@@ -336,7 +336,7 @@ def test_the_first_update_has_a_ratio_of_exactly_one(tokenizer):
 
 def test_a_tape_that_was_kept_has_the_gradients_of_a_new_one(tokenizer):
     stage = make_stage(tokenizer, count_of_a)
-    batch, found = stage.sample(), []
+    batch, found = stage.fresh(), []
     for _ in range(2):  # the first loss has the tape of the sampling, the second makes its own
         loss = stage.loss(batch)
         loss.backward(numpy.full_like(loss.data, 1 / 48))
@@ -381,7 +381,7 @@ def test_the_end_of_turn_is_learned_with_the_answer(tokenizer):
 
 def test_the_denominator_is_a_constant(tokenizer):
     """Answers times the longest length, whatever was said: no reward for being long or short."""
-    batch = make_stage(tokenizer, count_of_a).sample()
+    batch = make_stage(tokenizer, count_of_a).fresh()
     assert isinstance(batch, Answers)
     assert batch.denominator() == 8 * 6
 
@@ -408,10 +408,10 @@ def test_the_drift_is_priced(tokenizer, tmp_path):
 def test_exact_and_estimated_kl_agree(tokenizer, tmp_path, monkeypatch):
     stage = make_stage(tokenizer, count_of_a, kl=0.0, batch_size=256, max_new_tokens=12)
     train(stage, 3, tmp_path)
-    exact = stage.sample().notes["kl"]
+    exact = stage.fresh().notes["kl"]
     stage.drawn -= 64  # the same answers again
     monkeypatch.setattr("tinylm.answers.EXACT_KL", 1)
-    assert stage.sample().notes["kl"] == pytest.approx(exact, rel=0.25)
+    assert stage.fresh().notes["kl"] == pytest.approx(exact, rel=0.25)
 
 
 @pytest.mark.parametrize("updates", [1, 3])
