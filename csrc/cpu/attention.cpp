@@ -19,7 +19,7 @@
 //
 // 54 / 65 % of the float32 peak forward / backward at 256 tokens, 74 / 79 % at 1,024 (Zen 4, two
 // threads, counting what is visible).
-#include "simd.h"
+#include "word.h"
 
 namespace ISA {
 constexpr long BQ = 64, BK = 64, STEP = 16;
@@ -30,9 +30,10 @@ INLINE float* at(const Heads& x, long b, long h, long t) {
 }
 
 // ---- products of blocks in cache, nothing packed -----------------------------------------------
-// C (m, n) += A (m, k) B (k, n) with A(i, k) = a[i * row + k * col], or C = A B where not `add`.
+// C (m, n) += A (m, k) B (k, n) with A(i, k) = a[i * row + k * col], or C = A B where not `add`;
+// k counts words.
 
-template <int R, int V>
+template <class Word, int R, int V>
 static void block_tile(long depth, const float* a, long row, long col, const float* b, long ldb,
                        float* c, long ldc, bool add) {
     vf sums[R][V];
@@ -42,8 +43,8 @@ static void block_tile(long depth, const float* a, long row, long col, const flo
         vf bk[V];
         UNROLL for (int j = 0; j < V; ++j) bk[j] = load(b + j * W);
         UNROLL for (int i = 0; i < R; ++i) {
-            const vf ai = splat(a[i * row]);
-            UNROLL for (int j = 0; j < V; ++j) sums[i][j] += ai * bk[j];
+            const vf ai = Word::broadcast(a + i * row);
+            UNROLL for (int j = 0; j < V; ++j) sums[i][j] = Word::dot(sums[i][j], ai, bk[j]);
         }
     }
     UNROLL for (int i = 0; i < R; ++i) UNROLL for (int j = 0; j < V; ++j)
@@ -56,29 +57,30 @@ constexpr int TILE_ROWS = 6, TILE_VECTORS = 4;
 constexpr int TILE_ROWS = 4, TILE_VECTORS = 2;
 #endif
 
-template <int V>
+template <class Word, int V>
 static void block_columns(long m, long depth, const float* a, long row, long col, const float* b,
                           long ldb, float* c, long ldc, bool add) {
     long i = 0;
     for (; i + TILE_ROWS <= m; i += TILE_ROWS)
-        block_tile<TILE_ROWS, V>(depth, a + i * row, row, col, b, ldb, c + i * ldc, ldc, add);
+        block_tile<Word, TILE_ROWS, V>(depth, a + i * row, row, col, b, ldb, c + i * ldc, ldc, add);
     if (TILE_ROWS > 4 && i + 4 <= m) {
-        block_tile<4, V>(depth, a + i * row, row, col, b, ldb, c + i * ldc, ldc, add);
+        block_tile<Word, 4, V>(depth, a + i * row, row, col, b, ldb, c + i * ldc, ldc, add);
         i += 4;
     }
     for (; i < m; ++i)
-        block_tile<1, V>(depth, a + i * row, row, col, b, ldb, c + i * ldc, ldc, add);
+        block_tile<Word, 1, V>(depth, a + i * row, row, col, b, ldb, c + i * ldc, ldc, add);
 }
 
 // n is a multiple of W.
-template <int V = TILE_VECTORS>
+template <class Word, int V = TILE_VECTORS>
 static void block_product(long m, long n, long depth, const float* a, long row, long col,
                           const float* b, long ldb, float* c, long ldc, bool add) {
     long j = 0;
     for (; j + V * W <= n; j += V * W)
-        block_columns<V>(m, depth, a, row, col, b + j, ldb, c + j, ldc, add);
+        block_columns<Word, V>(m, depth, a, row, col, b + j, ldb, c + j, ldc, add);
     if constexpr (V > 1)
-        if (j < n) block_product<V - 1>(m, n - j, depth, a, row, col, b + j, ldb, c + j, ldc, add);
+        if (j < n)
+            block_product<Word, V - 1>(m, n - j, depth, a, row, col, b + j, ldb, c + j, ldc, add);
 }
 
 // ---- one block of queries ----------------------------------------------------------------------
@@ -146,35 +148,54 @@ static void gather(const Queries& q, const Heads& x, float scale, float* dst, lo
 static void scatter(const Queries& q, const float* src, long ld, const Heads& x) {
     for (long r = 0; r < q.rows; ++r) memcpy(q.row(x, r), src + r * ld, q.shape.D * sizeof(float));
 }
-// dst (ld, BQ) = the transpose of src (lanes, ld)
-static void transpose_rows(const float* src, long lanes, long ld, float* dst) {
-    for (long l = 0; l < lanes; l += W)
-        for (long d = 0; d < ld; d += W) {
-            vf v[W];
-            UNROLL for (int i = 0; i < W; ++i) v[i] = load(src + (l + i) * ld + d);
-            transpose(v);
-            UNROLL for (int i = 0; i < W; ++i) store(dst + (d + i) * BQ + l, v[i]);
-        }
-}
 
-// Keys or values j .. j + n of one head as a matrix of whole vectors: in place, or else a padded
-// copy.
-struct Matrix {
+struct Matrix {  // its rows are whole vectors, or may be read as such
     const float* data;
     long ld;
 };
-static Matrix whole_vectors(const Heads& x, long b, long g, long j, long n, long D, float* copy) {
-    if (D % W == 0) return {at(x, b, g, j), x.t};
-    const long ld = round_up(D, W);
-    for (long i = 0; i < n; ++i)
-        for (long d = 0; d < ld; d += W)
-            store(copy + i * ld + d, load_n(at(x, b, g, j + i) + d, D - d));
+
+// x (rows, n) as words along its rows, or across them: in place, or else a copy, which for
+// `across` may be x itself.
+template <class Word>
+static Matrix along(Matrix x, long rows, long n, float* copy) {
+    if (Word::PER_WORD == 1) return x;
+    const long ld = round_up(up(n, Word::PER_WORD), W);
+    for (long r = 0; r < rows; ++r)
+        for (long w = 0; w < ld; w += W) {
+            const long d = w * Word::PER_WORD;
+            store(copy + r * ld + w, load_along<Word>(x.data + r * x.ld + d, n - d));
+        }
     return {copy, ld};
+}
+template <class Word>
+static Matrix across(Matrix x, long rows, long n, float* copy) {
+    if (Word::PER_WORD == 1 && n % W == 0) return x;
+    const long ld = round_up(n, W);
+    for (long r = 0; r < rows; r += Word::PER_WORD, x.data += Word::PER_WORD * x.ld)
+        for (long d = 0; d < ld; d += W)
+            store(copy + r / Word::PER_WORD * ld + d,
+                  load_across<Word>(x.data + d, x.ld, n - d, rows - r));
+    return {copy, ld};
+}
+
+// dst (words of D, BQ) = the transpose of src (lanes, D), whose rows are padded with zeros
+template <class Word>
+static void transpose_rows(Matrix src, long lanes, long D, float* dst, float* copy) {
+    const Matrix words = along<Word>(src, lanes, D, copy);
+    for (long l = 0; l < lanes; l += W)
+        for (long w = 0; w < up(D, Word::PER_WORD); w += W) {
+            vf v[W];
+            UNROLL for (int i = 0; i < W; ++i) v[i] = load(words.data + (l + i) * words.ld + w);
+            transpose(v);
+            UNROLL for (int i = 0; i < W; ++i) store(dst + (w + i) * BQ + l, v[i]);
+        }
 }
 
 // ---- forward -----------------------------------------------------------------------------------
 
-// s becomes exp(s - top); top and total are brought up to date; fade is what the past is worth now.
+// s (keys, BQ) becomes exp(s - top), in words across its rows; top and total are brought up to
+// date; fade is what the past is worth now.
+template <class Word>
 static void online_softmax(float* s, long keys, long l, long lanes, float* top, float* total,
                            float* fade) {
     for (; l < lanes; l += W) {
@@ -183,42 +204,48 @@ static void online_softmax(float* s, long keys, long l, long lanes, float* top, 
         for (long key = 0; key < keys; ++key) now = maximum(load(s + key * BQ + l), now);
         const vf level =
             now == -INF ? vf{} : now;  // nothing seen yet: so that no -inf - -inf appears
-        for (long key = 0; key < keys; ++key) {
-            const vf e = exp(load(s + key * BQ + l) - level);
-            store(s + key * BQ + l, e);
-            sums += e;
+        for (long key = 0; key < keys; key += Word::PER_WORD) {
+            vf e[Word::PER_WORD];
+            for (int i = 0; i < Word::PER_WORD; ++i) {
+                e[i] = key + i < keys ? exp(load(s + (key + i) * BQ + l) - level) : vf{};
+                sums += e[i];
+            }
+            store(s + key / Word::PER_WORD * BQ + l, Word::across(e));
         }
         const vf past = exp(before - level);
         store(top + l, now), store(fade + l, past), store(total + l, load(total + l) * past + sums);
     }
 }
 
-static long forward_scratch(long D) { return 4 * BQ * round_up(D, W) + BK * BQ; }
+static long forward_scratch(long S, long D) { return (4 * BQ + 2 * S) * round_up(D, W) + BK * BQ; }
 
-static void forward_block(const Queries& q, const Heads& Q, const Heads& K, const Heads& V,
-                          const Heads& out, float* lse, float* scratch) {
+// k in words along its rows, v in words across them
+template <class Word>
+static void forward_block(const Queries& q, const Heads& Q, Matrix k, Matrix v, const Heads& out,
+                          float* lse, float* scratch) {
+    constexpr int PER = Word::PER_WORD;
     const long D = q.shape.D, ld = round_up(D, W);
     float *rows = scratch, *qt = rows + BQ * ld, *o = qt + BQ * ld, *copy = o + BQ * ld,
-          *s = copy + BK * ld;
+          *s = copy + BQ * ld;
     float top[BQ], total[BQ] = {}, fade[BQ];
     for (long r = 0; r < BQ; ++r) top[r] = -INF;
     memset(o, 0, BQ * ld * sizeof(float));
     gather(q, Q, 1 / __builtin_sqrtf(D), rows, ld);
-    transpose_rows(rows, q.lanes, ld, qt);
+    transpose_rows<Word>({rows, ld}, q.lanes, D, qt, copy);
 
-    for (long j = q.begin, keys; j < q.end; j += keys) {
+    for (long j = q.begin / PER * PER, keys; j < q.end; j += keys) {
         keys = q.keys(j);
         const long l = q.blind(j);
-        block_product(keys, q.lanes - l, D, at(K, q.b, q.g, j), K.t, 1, qt + l, BQ, s + l, BQ,
-                      false);
+        block_product<Word>(keys, q.lanes - l, up(D, PER), k.data + j * k.ld, k.ld, 1, qt + l, BQ,
+                            s + l, BQ, false);
         q.mask(s, j, keys, l);
-        online_softmax(s, keys, l, q.lanes, top, total, fade);
+        online_softmax<Word>(s, keys, l, q.lanes, top, total, fade);
         for (long r = l; r < q.rows; ++r)
             if (fade[r] != 1)
                 for (long d = 0; d < ld; d += W)
                     store(o + r * ld + d, load(o + r * ld + d) * fade[r]);
-        const Matrix v = whole_vectors(V, q.b, q.g, j, keys, D, copy);
-        block_product(q.rows - l, ld, keys, s + l, 1, BQ, v.data, v.ld, o + l * ld, ld, true);
+        block_product<Word>(q.rows - l, ld, up(keys, PER), s + l, 1, BQ, v.data + j / PER * v.ld,
+                            v.ld, o + l * ld, ld, true);
     }
     for (long r = 0; r < q.rows; ++r) {
         const float scale = total[r] == 0 ? 0 : 1 / total[r];
@@ -272,63 +299,94 @@ static void forward_row(const Queries& q, long r, const Heads& Q, const Heads& K
     }
 }
 
+template <class Word>
+static void attention_forward_in(const AttentionShape& shape, const Heads& q, const Heads& k,
+                                 const Heads& v, const int32_t* start, const Heads& out, float* lse,
+                                 int threads) {
+    const long G = shape.G, S = shape.S, D = shape.D, rows = shape.H / G * shape.T;
+    const long blocks = up(rows, BQ), parts = min(blocks, up(4 * threads, shape.B * G));
+    const bool few = rows <= FEW;
+    const long each = few ? round_up(S, W) : forward_scratch(S, D);
+    Scratch scratch(threads * each);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (long task = 0; task < shape.B * G * parts; ++task) {
+        const long part = task % parts, g = task / parts % G, b = task / parts / G;
+        float *mine = scratch.data + THREAD_INDEX * each, *copies = mine + each;
+        if (few) {
+            const Queries queries(shape, b, g, 0, start);
+            for (long r = 0; r < rows; ++r) forward_row(queries, r, q, k, v, out, lse, mine);
+            continue;
+        }
+        copies -= S * round_up(D, W);
+        const Matrix keys = along<Word>({at(k, b, g, 0), k.t}, S, D, copies);
+        copies -= S * round_up(D, W);
+        const Matrix values = across<Word>({at(v, b, g, 0), v.t}, S, D, copies);
+        for (long block = part; block < blocks; block += parts)
+            forward_block<Word>(Queries(shape, b, g, block * BQ, start), q, keys, values, out, lse,
+                                mine);
+    }
+}
 static void attention_forward(const AttentionShape& shape, const Heads& q, const Heads& k,
                               const Heads& v, const int32_t* start, const Heads& out, float* lse,
                               int threads) {
-    const long blocks = up(shape.H / shape.G * shape.T, BQ), tasks = shape.B * shape.G * blocks;
-    const bool few = shape.H / shape.G * shape.T <= FEW;
-    const long each = few ? round_up(shape.S, W) : forward_scratch(shape.D);
-    Scratch scratch(threads * each);
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (long task = 0; task < tasks; ++task) {
-        const long block = task % blocks, g = task / blocks % shape.G, b = task / blocks / shape.G;
-        const Queries queries(shape, b, g, block * BQ, start);
-        float* mine = scratch.data + THREAD_INDEX * each;
-        if (few)
-            for (long r = 0; r < queries.rows; ++r)
-                forward_row(queries, r, q, k, v, out, lse, mine);
-        else
-            forward_block(queries, q, k, v, out, lse, mine);
-    }
+    in_words([&](auto word) {
+        attention_forward_in<decltype(word)>(shape, q, k, v, start, out, lse, threads);
+    });
 }
 
 // ---- backward ----------------------------------------------------------------------------------
 
 static long backward_scratch(long S, long D) {
-    return (6 * BQ + 2 * S) * round_up(D, W) + 2 * BK * BQ;
+    return (6 * BQ + 5 * S) * round_up(D, W) + 3 * BK * BQ;
 }
 
 struct Gradients {  // what one key/value head works with
-    const Heads &dout, &q, &k, &v, &out;
+    const Heads &dout, &q, &out;
+    Matrix k, v, k_across;  // in words along their rows, or across them
     const float* lse;
     const Heads& dq;
     float *dk, *dv;  // (S, ld), sums over all query heads of the group
 };
 
-// p (keys, BQ) holds scores and becomes probabilities; ds holds dP and becomes dS.
+// p (keys, BQ) holds scores and becomes probabilities; ds holds dP and becomes dS: both in words
+// along their rows, and dS in words across them too, where a word is not a float.
+template <class Word>
 static void score_gradients(long keys, long l, long lanes, const float* lse, const float* delta,
-                            float* p, float* ds) {
-    for (; l < lanes; l += W) {
-        const vf level = load(lse + l), d = load(delta + l);
-        for (long i = l; i < keys * BQ; i += BQ) {
-            const vf e = exp(load(p + i) - level);
-            store(p + i, e);
-            store(ds + i, e * (load(ds + i) - d));
+                            float* p, float* ds, float* ds_across) {
+    constexpr int K = Word::PER_WORD;
+    for (long key = 0; key < keys; key += K)
+        for (long v = l / (K * W) * (K * W); v < lanes; v += K * W) {  // lanes before l: unused
+            vf e[K][K], g[K][K], column[K];
+            UNROLL for (int i = 0; i < K; ++i) UNROLL for (int j = 0; j < K; ++j) {
+                const long lane = v + j * W, at = (key + i) * BQ + lane;
+                e[i][j] = key + i < keys ? exp(load(p + at) - load(lse + lane)) : vf{};
+                g[i][j] = e[i][j] * (load(ds + at) - load(delta + lane));
+            }
+            UNROLL for (int i = 0; i < K; ++i) {
+                store(p + (key + i) * BQ + v / K, Word::along(e[i]));
+                store(ds + (key + i) * BQ + v / K, Word::along(g[i]));
+            }
+            UNROLL for (int j = 0; j < (K > 1 ? K : 0); ++j) {
+                UNROLL for (int i = 0; i < K; ++i) column[i] = g[i][j];
+                store(ds_across + key / K * BQ + v + j * W, Word::across(column));
+            }
         }
-    }
 }
 
+template <class Word>
 static void backward_block(const Queries& q, const Gradients& x, float* scratch) {
-    const long D = q.shape.D, ld = round_up(D, W), block = BQ * ld;
+    constexpr int PER = Word::PER_WORD;
+    const long D = q.shape.D, ld = round_up(D, W), block = BQ * ld, depth = up(D, PER);
     float *rows = scratch, *qt = rows + block, *drows = qt + block, *dot = drows + block,
-          *dq = dot + block, *copy = dq + block, *p = copy + block, *ds = p + BK * BQ;
+          *dq = dot + block, *copy = dq + block, *p = copy + block, *ds = p + BK * BQ,
+          *ds_across = PER > 1 ? ds + BK * BQ : ds;
     const float scale = 1 / __builtin_sqrtf(D);
     float lse[BQ] = {}, delta[BQ] = {};
     memset(dq, 0, block * sizeof(float));
     gather(q, x.q, scale, rows, ld);
-    transpose_rows(rows, q.lanes, ld, qt);
+    transpose_rows<Word>({rows, ld}, q.lanes, D, qt, copy);
     gather(q, x.dout, 1, drows, ld);
-    transpose_rows(drows, q.lanes, ld, dot);
+    transpose_rows<Word>({drows, ld}, q.lanes, D, dot, copy);
     for (long r = 0; r < q.rows; ++r) {
         vf sums = {};
         for (long d = 0; d < D; d += W)
@@ -337,42 +395,70 @@ static void backward_block(const Queries& q, const Gradients& x, float* scratch)
         lse[r] = x.lse[(q.b * q.shape.H + q.head(r)) * q.shape.T + q.token(r)];
         if (lse[r] == -INF) lse[r] = 0;  // a query that sees nothing: exp(-inf - 0) is 0
     }
-    for (long j = q.begin, keys; j < q.end; j += keys) {
+    across<Word>({rows, ld}, q.lanes, ld, rows);
+    across<Word>({drows, ld}, q.lanes, ld, drows);
+    for (long j = q.begin / PER * PER, keys; j < q.end; j += keys) {
         keys = q.keys(j);
         const long l = q.blind(j), lanes = q.lanes - l, seeing = q.rows - l;
-        const Matrix k = whole_vectors(x.k, q.b, q.g, j, keys, D, copy);
-        block_product(keys, lanes, D, k.data, k.ld, 1, qt + l, BQ, p + l, BQ, false);
-        block_product(keys, lanes, D, at(x.v, q.b, q.g, j), x.v.t, 1, dot + l, BQ, ds + l, BQ,
-                      false);
+        block_product<Word>(keys, lanes, depth, x.k.data + j * x.k.ld, x.k.ld, 1, qt + l, BQ, p + l,
+                            BQ, false);
+        block_product<Word>(keys, lanes, depth, x.v.data + j * x.v.ld, x.v.ld, 1, dot + l, BQ,
+                            ds + l, BQ, false);
         q.mask(p, j, keys, l);
-        score_gradients(keys, l, q.lanes, lse, delta, p, ds);
-        block_product(keys, ld, seeing, p + l, BQ, 1, drows + l * ld, ld, x.dv + j * ld, ld, true);
-        block_product(keys, ld, seeing, ds + l, BQ, 1, rows + l * ld, ld, x.dk + j * ld, ld, true);
-        block_product(seeing, ld, keys, ds + l, 1, BQ, k.data, k.ld, dq + l * ld, ld, true);
+        score_gradients<Word>(keys, l, q.lanes, lse, delta, p, ds, ds_across);
+        const long first = l / PER, words = up(seeing, PER);
+        block_product<Word>(keys, ld, words, p + first, BQ, 1, drows + first * ld, ld,
+                            x.dv + j * ld, ld, true);
+        block_product<Word>(keys, ld, words, ds + first, BQ, 1, rows + first * ld, ld,
+                            x.dk + j * ld, ld, true);
+        block_product<Word>(seeing, ld, up(keys, PER), ds_across + l, 1, BQ,
+                            x.k_across.data + j / PER * x.k_across.ld, x.k_across.ld, dq + l * ld,
+                            ld, true);
     }
     for (long i = 0; i < q.rows * ld; i += W)
         store(dq + i, load(dq + i) * scale);  // dK has it from Q
     scatter(q, dq, ld, x.dq);
 }
 
-static void attention_backward(const AttentionShape& shape, const Heads& dout, const Heads& q,
-                               const Heads& k, const Heads& v, const Heads& out, const float* lse,
-                               const int32_t* start, const Heads& dq, const Heads& dk,
-                               const Heads& dv, int threads) {
-    const long ld = round_up(shape.D, W), each = backward_scratch(shape.S, shape.D);
+template <class Word>
+static void attention_backward_in(const AttentionShape& shape, const Heads& dout, const Heads& q,
+                                  const Heads& k, const Heads& v, const Heads& out,
+                                  const float* lse, const int32_t* start, const Heads& dq,
+                                  const Heads& dk, const Heads& dv, int threads) {
+    const long S = shape.S, D = shape.D, size = S * round_up(D, W);
+    const long each = backward_scratch(S, D);
     Scratch scratch(threads * each);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long task = 0; task < shape.B * shape.G; ++task) {
         const long b = task / shape.G, g = task % shape.G;
-        float *mine = scratch.data + THREAD_INDEX * each, *sums = mine + each - 2 * shape.S * ld;
-        memset(sums, 0, 2 * shape.S * ld * sizeof(float));
-        const Gradients x = {dout, q, k, v, out, lse, dq, sums, sums + shape.S * ld};
+        float *mine = scratch.data + THREAD_INDEX * each, *sums = mine + each - 5 * size;
+        memset(sums, 0, 2 * size * sizeof(float));
+        const Matrix keys = {at(k, b, g, 0), k.t}, values = {at(v, b, g, 0), v.t};
+        const Gradients x = {dout,
+                             q,
+                             out,
+                             along<Word>(keys, S, D, sums + 2 * size),
+                             along<Word>(values, S, D, sums + 3 * size),
+                             across<Word>(keys, S, D, sums + 4 * size),
+                             lse,
+                             dq,
+                             sums,
+                             sums + size};
         for (long first = 0; first < shape.H / shape.G * shape.T; first += BQ)
-            backward_block(Queries(shape, b, g, first, start), x, mine);
-        for (long s = 0; s < shape.S; ++s) {
-            memcpy(at(dk, b, g, s), x.dk + s * ld, shape.D * sizeof(float));
-            memcpy(at(dv, b, g, s), x.dv + s * ld, shape.D * sizeof(float));
+            backward_block<Word>(Queries(shape, b, g, first, start), x, mine);
+        for (long s = 0; s < S; ++s) {
+            memcpy(at(dk, b, g, s), x.dk + s * (size / S), D * sizeof(float));
+            memcpy(at(dv, b, g, s), x.dv + s * (size / S), D * sizeof(float));
         }
     }
+}
+static void attention_backward(const AttentionShape& shape, const Heads& dout, const Heads& q,
+                               const Heads& k, const Heads& v, const Heads& out, const float* lse,
+                               const int32_t* start, const Heads& dq, const Heads& dk,
+                               const Heads& dv, int threads) {
+    in_words([&](auto word) {
+        attention_backward_in<decltype(word)>(shape, dout, q, k, v, out, lse, start, dq, dk, dv,
+                                              threads);
+    });
 }
 }  // namespace ISA

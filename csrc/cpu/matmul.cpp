@@ -26,12 +26,11 @@
 // Each element of C is one chain of multiply-adds in the order of k, cut only at multiples of kc,
 // and kc depends on K alone: neither the tiles nor the threads change a bit.
 //
-// A "word" is 32 bits of depth: one float32, or two neighbours along k in bfloat16. For bfloat16
-// operands are rounded while they are packed, and everything else stays as it is: a vector of words
-// times a vector of words is twice the multiply-adds, still summed in float32.
+// A word (word.h) is 32 bits of depth: one float32, or two neighbours along k in bfloat16. For
+// bfloat16 operands are rounded while they are packed, and everything else stays as it is.
 //
 // 4,096 x 384 x 1,536 on two threads of a Zen 4: 92 / 91 % of the float32 peak, forward / backward.
-#include "simd.h"
+#include "word.h"
 
 namespace ISA {
 // Measured on Zen 5 (AVX-512); bits depend on kc, not on mc and nc.
@@ -50,36 +49,6 @@ constexpr Blocking blocking = {256, 96, 2048};
 #endif
 constexpr int NR = NV * W;
 static_assert(MR <= W, "pack() writes a panel of A as one vector per word");
-
-struct Float32 {
-    static constexpr long PER_WORD = 1;
-    INLINE vf broadcast(const float* word) { return splat(*word); }
-    INLINE vf dot(vf sum, vf a, vf b) { return sum + a * b; }  // -ffp-contract: one fused operation
-    INLINE vf along_k(const float* p, long n) { return load_n(p, n); }  // n values of k
-    INLINE vf across_k(const float* p, long, long n, long) { return load_n(p, n); }  // n rows
-};
-#if defined(__AVX512BF16__)
-struct BFloat16 {
-    static constexpr long PER_WORD = 2;
-    INLINE vf broadcast(const float* word) { return (vf)_mm512_set1_epi32(*(const int*)word); }
-    INLINE vf dot(vf sum, vf a, vf b) {
-        return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-    }
-    INLINE vf along_k(const float* p, long n) {
-        return (vf)_mm512_cvtne2ps_pbh((__m512)load_n(p + W, n - W), (__m512)load_n(p, n));
-    }
-    INLINE vi
-    widened(vf x) {  // rounded, in the lower half of each lane (plain forms warn in GCC 12)
-        return (vi)_mm512_maskz_cvtepu16_epi32(
-            0xFFFF, (__m256i)_mm512_maskz_cvtneps_pbh(0xFFFF, (__m512)x));
-    }
-    // this k in the lower halves, the next one above
-    INLINE vf across_k(const float* p, long ld, long n, long depth) {
-        const vf next = depth > 1 ? load_n(p + ld, n) : vf{};
-        return (vf)(widened(load_n(p, n)) | widened(next) << 16);
-    }
-};
-#endif
 
 // ---- packing: `count` rows of op(A), or columns of op(B), and `depth` values of k --------------
 // Panels are P wide and word-major: word w of row r of a panel lies at w * P + r. Stores are W wide
@@ -100,10 +69,10 @@ static void pack_along_k(const float* src, long ld, long count, long depth, floa
                 vf r[W];
                 if (rows == ROWS && left >= W * K) {
                     UNROLL for (int i = 0; i < W; ++i) r[i] =
-                        i < ROWS ? Word::along_k(s + i * ld, W * K) : vf{};
+                        i < ROWS ? load_along<Word>(s + i * ld, W * K) : vf{};
                 } else {
                     for (int i = 0; i < W; ++i)
-                        r[i] = i < rows ? Word::along_k(s + i * ld, left) : vf{};
+                        r[i] = i < rows ? load_along<Word>(s + i * ld, left) : vf{};
                 }
                 transpose(r);
                 float* d = dst + w * P + g;
@@ -121,7 +90,7 @@ static void pack_across_k(const float* src, long ld, long count, long depth, flo
         for (long row = 0, panel = 0; row < count; row += P, ++panel) {
             float* d = dst + panel * stride + w * P;
             UNROLL for (long g = 0; g < P; g += W) {
-                const vf x = Word::across_k(src + row + g, ld, count - row - g, depth);
+                const vf x = load_across<Word>(src + row + g, ld, count - row - g, depth);
                 if (P % W == 0 || w < end - 1)
                     store(d + g, x);
                 else  // the next word may be another thread's, and written already
@@ -423,24 +392,15 @@ static void multiply_few_rows(const Product& p, int threads) {
 
 static void matmul(const Product& p, int threads) {
     const bool few = p.M <= FEW_ROWS && !p.transpose_a;
-#if defined(__AVX512BF16__)
-    if (bfloat16_products && (!few || p.packed)) return multiply<BFloat16>(p, threads);
-#endif
-    if (few) return multiply_few_rows(p, threads);
-    multiply<Float32>(p, threads);
+    if (few && !(p.packed && bfloat16_products)) return multiply_few_rows(p, threads);
+    in_words([&](auto word) { multiply<decltype(word)>(p, threads); });
 }
 
 static long packed_size(const Product& p) {
-#if defined(__AVX512BF16__)
-    if (bfloat16_products) return packed_size_of<BFloat16>(p);
-#endif
-    return packed_size_of<Float32>(p);
+    return in_words([&](auto word) { return packed_size_of<decltype(word)>(p); });
 }
 
 static void pack(const Product& p, float* packed, int threads) {
-#if defined(__AVX512BF16__)
-    if (bfloat16_products) return pack_whole<BFloat16>(p, packed, threads);
-#endif
-    pack_whole<Float32>(p, packed, threads);
+    in_words([&](auto word) { pack_whole<decltype(word)>(p, packed, threads); });
 }
 }  // namespace ISA

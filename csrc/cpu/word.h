@@ -1,0 +1,61 @@
+// word.h - what products multiply: words of 32 bits, W to a vector, summed in float32.
+//
+// A word is one float32, or two neighbours in bfloat16: a vector of words times a vector of words
+// is then twice the multiply-adds. The neighbours are those over which a product sums: they lie
+// along a row of a matrix, or across its rows. Rounding happens here and nowhere else.
+#pragma once
+#include "simd.h"
+
+namespace ISA {
+struct Float32 {
+    static constexpr int PER_WORD = 1;
+    INLINE vf broadcast(const float* word) { return splat(*word); }
+    INLINE vf dot(vf sum, vf a, vf b) { return sum + a * b; }  // -ffp-contract: one fused operation
+    INLINE vf along(const vf (&x)[1]) { return x[0]; }
+    INLINE vf across(const vf (&x)[1]) { return x[0]; }
+};
+
+#if defined(__AVX512BF16__)
+struct BFloat16 {
+    static constexpr int PER_WORD = 2;
+    INLINE vf broadcast(const float* word) { return (vf)_mm512_set1_epi32(*(const int*)word); }
+    INLINE vf dot(vf sum, vf a, vf b) {
+        return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    }
+    INLINE vf along(const vf (&x)[2]) {  // 2 W floats of a row
+        return (vf)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]);
+    }
+    INLINE vf across(const vf (&x)[2]) {  // W floats of a row, and those below them
+        return (vf)(widened(x[0]) | widened(x[1]) << 16);
+    }
+    INLINE vi
+    widened(vf x) {  // rounded, in the lower half of each lane (plain forms warn in GCC 12)
+        return (vi)_mm512_maskz_cvtepu16_epi32(
+            0xFFFF, (__m256i)_mm512_maskz_cvtneps_pbh(0xFFFF, (__m512)x));
+    }
+};
+#endif
+
+// Up to W words of the first n floats of a row, or of as many rows (of `depth` that are left).
+template <class Word>
+INLINE vf load_along(const float* p, long n) {
+    vf x[Word::PER_WORD];
+    UNROLL for (int i = 0; i < Word::PER_WORD; ++i) x[i] = load_n(p + i * W, n - i * W);
+    return Word::along(x);
+}
+template <class Word>
+INLINE vf load_across(const float* p, long ld, long n, long depth) {
+    vf x[Word::PER_WORD];
+    UNROLL for (int i = 0; i < Word::PER_WORD; ++i) x[i] = i < depth ? load_n(p + i * ld, n) : vf{};
+    return Word::across(x);
+}
+
+// f(Float32{}) or f(BFloat16{}): what the user asked for.
+template <class F>
+INLINE auto in_words(F f) {
+#if defined(__AVX512BF16__)
+    if (bfloat16_products) return f(BFloat16{});
+#endif
+    return f(Float32{});
+}
+}  // namespace ISA
