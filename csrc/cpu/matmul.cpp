@@ -333,60 +333,72 @@ static void pack_whole(const Product& p, float* packed, int threads) {
 }
 
 // ---- few rows, as in generation: packing would cost more than it brings ------------------------
-// B is read once, as it lies. A tile is R rows of A by V columns (or vectors of columns) of B.
-
-INLINE void put(const Product& p, long m, long n, vf x, long columns) {
-    float* c = p.C + m * p.ldc + n;
-    if (p.add) x += load_n(c, columns);
-    if (p.bias) x += load_n(p.bias + n, columns);
-    store_n(c, x, columns);
-}
+// B is read once and as it lies, so that memory is all that it waits for.
 
 template <int R, int V>
-static void dot_tile(const Product& p, long m, long n) {  // B stored (N, K)
+static void dot_tile(const Product& p, long m, long n) {  // B stored (N, K): V of its rows
     const float *a = p.A + m * p.lda, *b = p.B + n * p.ldb;
     vf sums[R][V] = {};
     for_vectors(0, p.K, [&](long k, long left) {
         vf ak[R];
         UNROLL for (int i = 0; i < R; ++i) ak[i] = load_n(a + i * p.lda + k, left);
         UNROLL for (int j = 0; j < V; ++j) {
-            __builtin_prefetch(b + (V + j) * p.ldb + k);  // the next tile's
+            __builtin_prefetch(b + (V + j) * p.ldb + k, 0, 2);  // the next tile's, into L2
             const vf bk = load_n(b + j * p.ldb + k, left);
             UNROLL for (int i = 0; i < R; ++i) sums[i][j] += ak[i] * bk;
         }
     });
     for (int i = 0; i < R; ++i)
-        for (int j = 0; j < V; ++j) put(p, m + i, n + j, splat(sum(sums[i][j])), 1);
+        for (int j = 0; j < V; ++j) {
+            float* c = p.C + (m + i) * p.ldc + n + j;
+            *c = sum(sums[i][j]) + (p.add ? *c : 0) + (p.bias ? p.bias[n + j] : 0);
+        }
 }
 
-template <int R, int V>
-static void column_tile(const Product& p, long m, long n) {  // B stored (K, N)
-    const float *a = p.A + m * p.lda, *b = p.B + n;
-    const long columns = p.N - n;
-    vf sums[R][V] = {};
-    for (long k = 0; k < p.K; ++k, b += p.ldb) {
-        vf bk[V];
-        UNROLL for (int j = 0; j < V; ++j) bk[j] = load_n(b + j * W, columns - j * W);
-        UNROLL for (int i = 0; i < R; ++i) UNROLL for (int j = 0; j < V; ++j) sums[i][j] +=
-            a[i * p.lda + k] * bk[j];
-    }
-    for (int i = 0; i < R; ++i)
-        for (int j = 0; j < V; ++j)
-            if (columns > j * W) put(p, m + i, n + j * W, sums[i][j], columns - j * W);
+template <int R, int DEPTH>
+static void add_rows(const Product& p, long m, long k, long n, long end) {  // B stored (K, N)
+    const float *a = p.A + m * p.lda + k, *b = p.B + k * p.ldb;
+    for_vectors(n, end, [&](long at, long left) {
+        vf bk[DEPTH];
+        UNROLL for (int j = 0; j < DEPTH; ++j) bk[j] = load_n(b + j * p.ldb + at, left);
+        UNROLL for (int i = 0; i < R; ++i) {
+            float* c = p.C + (m + i) * p.ldc + at;
+            vf sum = load_n(c, left);
+            UNROLL for (int j = 0; j < DEPTH; ++j) sum += a[i * p.lda + j] * bk[j];
+            store_n(c, sum, left);
+        }
+    });
+}
+
+template <int DEPTH>
+static void add_depth(const Product& p, long k, long n, long end) {
+    long m = 0;
+    for (; m + 4 <= p.M; m += 4) add_rows<4, DEPTH>(p, m, k, n, end);
+    for (; m < p.M; ++m) add_rows<1, DEPTH>(p, m, k, n, end);
 }
 
 static void multiply_few_rows(const Product& p, int threads) {
-    constexpr int V = 4;
-    const long width = p.transpose_b ? V : V * W;
+    constexpr int V = 4, DEPTH = 8;
+    const long share = p.transpose_b ? V : round_up(up(p.N, threads), LINE);
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (long n = 0; n < p.N; n += width) {
-        const bool whole = !p.transpose_b || n + V <= p.N;
-        long m = 0;
-        for (; whole && m + 4 <= p.M; m += 4)
-            (p.transpose_b ? dot_tile<4, V> : column_tile<4, V>)(p, m, n);
-        for (; whole && m < p.M; ++m) (p.transpose_b ? dot_tile<1, V> : column_tile<1, V>)(p, m, n);
+    for (long n = 0; n < p.N; n += share) {
+        const long end = min(n + share, p.N);
+        long m = 0, k = 0;
+        if (p.transpose_b) {
+            for (; end - n == V && m + 4 <= p.M; m += 4) dot_tile<4, V>(p, m, n);
+            for (; end - n == V && m < p.M; ++m) dot_tile<1, V>(p, m, n);
+            for (; m < p.M; ++m)
+                for (long last = n; last < end; ++last) dot_tile<1, 1>(p, m, last);
+            continue;
+        }
         for (; m < p.M; ++m)
-            for (long last = n; last < p.N; ++last) dot_tile<1, 1>(p, m, last);
+            for_vectors(n, end, [&](long at, long left) {
+                float* c = p.C + m * p.ldc + at;
+                const vf before = p.add ? load_n(c, left) : vf{};
+                store_n(c, p.bias ? before + load_n(p.bias + at, left) : before, left);
+            });
+        for (; k + DEPTH <= p.K; k += DEPTH) add_depth<DEPTH>(p, k, n, end);
+        for (; k < p.K; ++k) add_depth<1>(p, k, n, end);
     }
 }
 
