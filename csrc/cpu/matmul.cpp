@@ -360,6 +360,8 @@ static void add_rows(const Product& p, long m, long k, long n, long end) {  // B
     const float *a = p.A + m * p.lda + k, *b = p.B + k * p.ldb;
     for_vectors(n, end, [&](long at, long left) {
         vf bk[DEPTH];
+        UNROLL for (int j = 0; j < DEPTH; ++j)
+            __builtin_prefetch(b + (DEPTH + j) * p.ldb + at, 0, 2);
         UNROLL for (int j = 0; j < DEPTH; ++j) bk[j] = load_n(b + j * p.ldb + at, left);
         UNROLL for (int i = 0; i < R; ++i) {
             float* c = p.C + (m + i) * p.ldc + at;
