@@ -256,9 +256,10 @@ static void forward_block(const Queries& q, const Heads& Q, Matrix k, Matrix v, 
     scatter(q, o, ld, out);
 }
 
-// One query: its keys are read once, W at a time, and then its values.
+// One query: its keys are read once, W at a time, and then its values. The values are fetched into
+// L2 while the keys are read, and then the keys of the `next` head that this thread will work on.
 static void forward_row(const Queries& q, long r, const Heads& Q, const Heads& K, const Heads& V,
-                        const Heads& out, float* lse, float* s) {
+                        const Heads& out, float* lse, float* s, const float* next) {
     const long D = q.shape.D, from = q.from[r], to = q.to[r];
     const float *query = q.row(Q, r), *k = at(K, q.b, q.g, from), *v = at(V, q.b, q.g, from);
     vf tops = splat(-INF), totals = {};
@@ -267,7 +268,7 @@ static void forward_row(const Queries& q, long r, const Heads& Q, const Heads& K
         for (long i = 0; i < min(W, to - from - j); ++i) {
             vf dot = {};
             for_vectors(0, D, [&](long d, long n) {
-                __builtin_prefetch(v + (j + i) * V.t + d);
+                __builtin_prefetch(v + (j + i) * V.t + d, 0, 2);
                 dot += load_n(k + (j + i) * K.t + d, n) * load_n(query + d, n);
             });
             dots[i] = dot;
@@ -291,9 +292,10 @@ static void forward_row(const Queries& q, long r, const Heads& Q, const Heads& K
     constexpr int VECTORS = 4;
     for (long d = 0; d < D; d += VECTORS * W) {
         vf sums[VECTORS] = {};
-        for (long j = 0; j < to - from; ++j)
-            UNROLL for (int i = 0; i < VECTORS; ++i) sums[i] +=
-                s[j] * load_n(v + j * V.t + d + i * W, D - d - i * W);
+        for (long j = 0; j < to - from; ++j) UNROLL for (int i = 0; i < VECTORS; ++i) {
+                __builtin_prefetch(next + j * K.t + d + i * W, 0, 2);
+                sums[i] += s[j] * load_n(v + j * V.t + d + i * W, D - d - i * W);
+            }
         UNROLL for (int i = 0; i < VECTORS; ++i)
             store_n(q.row(out, r) + d + i * W, sums[i] * scale, D - d - i * W);
     }
@@ -304,17 +306,20 @@ static void attention_forward_in(const AttentionShape& shape, const Heads& q, co
                                  const Heads& v, const int32_t* start, const Heads& out, float* lse,
                                  int threads) {
     const long G = shape.G, S = shape.S, D = shape.D, rows = shape.H / G * shape.T;
-    const long blocks = up(rows, BQ), parts = min(blocks, up(4 * threads, shape.B * G));
+    const long blocks = up(rows, BQ), parts = min(blocks, up(4 * threads, shape.B * G)),
+               tasks = shape.B * G * parts;
     const bool few = rows <= FEW;
     const long each = few ? round_up(S, W) : forward_scratch(S, D);
     Scratch scratch(threads * each);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (long task = 0; task < shape.B * G * parts; ++task) {
+    for (long task = 0; task < tasks; ++task) {
         const long part = task % parts, g = task / parts % G, b = task / parts / G;
         float *mine = scratch.data + THREAD_INDEX * each, *copies = mine + each;
         if (few) {
             const Queries queries(shape, b, g, 0, start);
-            for (long r = 0; r < rows; ++r) forward_row(queries, r, q, k, v, out, lse, mine);
+            const long then = min(task + THREAD_COUNT, tasks - 1);
+            const float* next = at(k, then / G, then % G, 0);
+            for (long r = 0; r < rows; ++r) forward_row(queries, r, q, k, v, out, lse, mine, next);
             continue;
         }
         copies -= S * round_up(D, W);
