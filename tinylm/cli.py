@@ -21,7 +21,7 @@ import tinylm
 from tinylm import agreement, corpus, preferences, store
 from tinylm import backend as backends
 from tinylm.checkpoint import Checkpoint
-from tinylm.errors import InputError, Waiting
+from tinylm.errors import INTERRUPTED, InputError, Waiting
 from tinylm.evaluate import evaluate_directory
 from tinylm.files import write_rows
 from tinylm.flags import Commands, common, nearest, sampling, stage_of, tell
@@ -56,7 +56,7 @@ def run(arguments: list[str]) -> int:  # noqa: PLR0911  (one for each way to end
         print(f"tinylm: {waits}", file=sys.stderr)
         return 75
     except (KeyboardInterrupt, click.Abort):
-        print("\ntinylm: interrupted; what was saved is intact", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         return 130
     except BrokenPipeError:  # `tinylm ... | head`
         sys.stdout = None
