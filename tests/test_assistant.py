@@ -132,6 +132,12 @@ def test_a_verifier_of_one_s_own_judges(assistant, prompts, tmp_path):
     assert metrics(tmp_path / "r")[0]["reward"] < -1
 
 
+def test_fill_of_a_model_that_never_filled_a_blank_says_so(base):
+    done = succeeds("fill", base, "the cat saw a ___ bird.")
+    assert "the objective next" in done.stderr
+    assert "--objective missing or mixed" in done.stderr
+
+
 def test_show_mask_colours_what_is_learned(base, conversations):
     done = succeeds(
         "sft", base, "--data", conversations, "--show-mask", 2, FORCE_COLOR="1", COLUMNS="200"

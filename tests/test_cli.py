@@ -222,7 +222,9 @@ def test_fill(capfd, base):
     scores = [a["logprob"] for a in answers]
     assert scores == sorted(scores, reverse=True)
     assert run(["fill", str(base), "the cat saw a ___ bird."]) == 0
-    assert "bird." in capfd.readouterr().out
+    captured = capfd.readouterr()
+    assert "bird." in captured.out
+    assert not captured.err
     assert run(["fill", str(base), "a ___ bird", "--temperature", "1", "--seed", "0"]) == 0
 
 

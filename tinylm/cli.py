@@ -377,6 +377,13 @@ def fill(model, text, as_json, **settings):
     """Fill the blank ___ in TEXT."""
     loaded, made = open_model(model)
     found = tinylm.fill(loaded, made, text, **settings)
+    run = Checkpoint(model)
+    if run.exists() and run.state()["config"].get("objective") == "next":
+        click.echo(
+            f"{model} was trained with the objective next and has never filled a blank, so it "
+            "guesses: pre-train a model with --objective missing or mixed",
+            err=True,
+        )
     before, after = text.split(BLANK)
     before = before.removesuffix(" ")
     answers, shown = [], []
