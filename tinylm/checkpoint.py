@@ -52,7 +52,10 @@ def load(path: str | Path) -> tuple[Transformer, Tokenizer | None]:
             f"vocab_size of {config.vocab_size}: these files do not belong together"
         )
     model = Transformer(config)
-    set_weights(model, read_weights(folder), folder)
+    weights = {}
+    for file in weight_files(folder):
+        weights |= read_tensors(file)[0]
+    set_weights(model, weights, folder)
     return model, tokenizer
 
 
@@ -100,19 +103,15 @@ def save_weights(model: Transformer, folder: Path) -> None:
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
 
 
-def read_weights(folder: Path) -> dict[str, numpy.ndarray]:
-    """All tensors of model.safetensors, or of the shards that its index names, as float32."""
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that its index names."""
     index = folder / "model.safetensors.index.json"
-    files = [folder / "model.safetensors"]
-    if not files[0].exists() and index.exists():
-        names = set(read_json(index).get("weight_map", {}).values())
-        if any(Path(name).name != name for name in names):
-            raise InputError(f"{index}: a shard outside the directory is refused")
-        files = [folder / name for name in sorted(names)]
-    weights = {}
-    for file in files:
-        weights |= read_tensors(file)[0]
-    return weights
+    if (folder / "model.safetensors").exists() or not index.exists():
+        return [folder / "model.safetensors"]
+    names = set(read_json(index).get("weight_map", {}).values())
+    if any(Path(name).name != name for name in names):
+        raise InputError(f"{index}: a shard outside the directory is refused")
+    return [folder / name for name in sorted(names)]
 
 
 def set_weights(model: Transformer, weights: dict[str, numpy.ndarray], folder: Path) -> None:
@@ -180,8 +179,10 @@ class Checkpoint:
 
 def digest(folder: str | Path) -> str:
     """Of the weights in a model directory, by which a resumed run knows its model again."""
-    weights = (Path(folder) / "model.safetensors").read_bytes()
-    return hashlib.blake2b(weights, digest_size=16).hexdigest()
+    found = hashlib.blake2b(digest_size=16)
+    for file in weight_files(Path(folder)):
+        found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def tensors_of(model: Transformer, optimizer) -> Tensors:

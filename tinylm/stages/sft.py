@@ -41,7 +41,7 @@ class SFT(Stage):
     about = """An assistant made by tinylm
 
 It has been taught to answer; what it knows is from pre-training."""
-    others = "other data: name the same file"
+    others = "another model or other data: name the same ones"
 
     def __init__(self, model, tokenizer, rows: list[Row], examples: list[Example], config, source):
         super().__init__(model, tokenizer, config, source)
@@ -76,6 +76,8 @@ It has been taught to answer; what it knows is from pre-training."""
         return {**place, **super().state(), **self.shown}
 
     def restore(self, state: dict) -> None:
+        if not isinstance(state["source"][0], str):  # of an older run, which did not note its base
+            self.source = self.source[1:]
         super().restore(state)
         self.packed.seek(state["epoch"], state["row"])
 
@@ -96,7 +98,8 @@ def run(base: Path, data: Path, plan: Plan) -> dict:
     plan.progress.given_chat_tokens(base, added)
     plan.open_with(model, base)
     rows, examples = read_examples(data, tokenizer, plan.config.block_size, plan.progress)
-    stage = SFT(model, tokenizer, rows, examples, plan.config, source_of([data]))
+    source = [checkpoint.digest(base), *source_of([data])]
+    stage = SFT(model, tokenizer, rows, examples, plan.config, source)
     plan.config.end_after_epochs(len(stage.packed.rows))
     plan.progress.say(
         f"{stage.n_train:,} conversations to learn from, {len(stage.heldout):,} held out: "
