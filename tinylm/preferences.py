@@ -23,7 +23,7 @@ class Judged:
     messages: list[dict]
     answers: list[str]
     scores: list[float | None]  # None: no judgement
-    line: int = 0  # of the file that it was read from
+    place: str = ""  # in the file that it was read from: "line 3", or of an array "row 3"
 
     def pairs(self) -> list[tuple[int, int]]:
         """(better, worse) numbers of every two answers of which one was found better."""
@@ -39,14 +39,14 @@ def read_preferences(path: str | Path, ties: bool = False) -> list[Judged]:
     A row has `prompt`, `chosen` and `rejected`; or `chosen` and `rejected` conversations that begin
     alike; or `prompt`, `completion` and a `label` that is true or false, several rows to a prompt;
     or `prompt`, `answers` and `scores`; or it is a tree of OpenAssistant's, with ranked `replies`.
-    Prompts and answers are texts or lists of messages. Raises InputError with file and line.
+    Prompts and answers are texts or lists of messages. Raises InputError with file and place.
     """
     judged = []
     unpaired: dict[str, Judged] = {}  # by prompt
-    for line, row in read_rows(Path(path)):
-        where = f"{path}, line {line}: "
+    for place, row in read_rows(Path(path)):
+        where = f"{path}, {place}: "
         for found in as_judged(row, where):
-            found.line = line
+            found.place = place
             if "label" in row:
                 known = unpaired.setdefault(json.dumps(found.messages), found)
                 if known is not found:

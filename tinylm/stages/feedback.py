@@ -407,9 +407,11 @@ def read_fitting(path: Path, form: ChatFormat, config: FeedbackConfig) -> list[R
     for row in rows:
         size = len(form.ids(row.messages, True))
         if size + config.max_new_tokens > config.block_size:
+            remedy = "leave out its first turns" if row.messages[1:] else "shorten it"
+            remedy += ", or lower --max-new-tokens" if size < config.block_size else ""
             raise InputError(
-                f"{path}, line {row.line}: the prompt has {size} tokens, which leaves no room for "
+                f"{path}, {row.place}: the prompt has {size} tokens, which leaves no room for "
                 f"an answer of {config.max_new_tokens} in a context of {config.block_size}: "
-                "shorten it, or lower --max-new-tokens"
+                f"{remedy}"
             )
     return rows

@@ -294,7 +294,7 @@ def read_compared(
         asked = len(form.ids(judged.messages, True))
         rows = [form.answered(judged.messages, answer) for answer in judged.answers]
         if max(map(len, rows)) > block_size:
-            long.append(judged.line)
+            long.append(judged.place)
         else:
             found.append(Compared(judged, asked, rows, judged.pairs()))
     progress.left_out(data, long, f"do not fit the context of {block_size} tokens")

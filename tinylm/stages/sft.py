@@ -111,25 +111,28 @@ def run(base: Path, data: Path, plan: Plan) -> dict:
 def read_examples(
     data: Path, tokenizer: Tokenizer, block_size: int, progress: Progress
 ) -> tuple[list[Row], list[Example]]:
-    """The conversations that fit the context, as ids and masks; the others are told by line."""
+    """The conversations that fit the context, as ids and masks; the others are told by place."""
     form = ChatFormat(tokenizer)
     rows, examples, long, empty = [], [], [], []
     for row in read_conversations(data):
         try:
             example = form.example(row.messages)
         except InputError as error:
-            raise InputError(f"{data}, line {row.line}: {error}") from None
+            raise InputError(f"{data}, {row.place}: {error}") from None
         if len(example[0]) > block_size + 1:
-            long.append(row.line)
+            long.append(row.place)
         elif not any(example[1][1:]):
-            empty.append(row.line)
+            empty.append(row.place)
         else:
             rows.append(row)
             examples.append(example)
     progress.left_out(data, long, f"do not fit the context of {block_size} tokens")
     progress.left_out(data, empty, "leave nothing to learn")
     if not examples:
-        raise InputError(f"{data}: no conversation fits the context of {block_size} tokens")
+        raise InputError(
+            f"{data}: no conversation fits the context of {block_size} tokens: leave out turns, or "
+            "pre-train a base with a longer one, --block-size"
+        )
     return rows, examples
 
 
