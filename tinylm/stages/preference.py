@@ -43,7 +43,6 @@ from tinylm.train import train
 class PreferenceConfig(EpochConfig):
     """Learning from judged prompts: how often, and how many at once."""
 
-    epochs: float = setting(1.0, "Times through the data, where no --max-steps or --minutes is.")
     batch_size: int = setting(16, "Prompts, with all their answers, in one forward and backward.")
     held_out: float = setting(0.1, "Share of the prompts held out for evaluation.")
 
