@@ -177,7 +177,7 @@ def test_another_base_of_the_same_shape_on_resume_is_refused(base, tmp_path):
     refused("sft", other, *more, "2", "--resume", saying="this run was begun with another model")
     succeeds("sft", base, *more, "2", "--resume")
     saved = Checkpoint(tmp_path / "r")
-    tensors, state = checkpoint.read_tensors(saved.path)[0], saved.state()
+    tensors, state = checkpoint.read_tensors(saved.path), saved.state()
     state["stage"]["source"] = state["stage"]["source"][1:]
     checkpoint.write_tensors(saved.path, tensors, {"state": json.dumps(state)})
     succeeds("sft", other, *more, "3", "--resume")

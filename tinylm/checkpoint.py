@@ -54,7 +54,7 @@ def load(path: str | Path) -> tuple[Transformer, Tokenizer | None]:
     model = Transformer(config)
     weights = {}
     for file in weight_files(folder):
-        weights |= read_tensors(file)[0]
+        weights |= read_tensors(file)
     set_weights(model, weights, folder)
     return model, tokenizer
 
@@ -114,7 +114,7 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def set_weights(model: Transformer, weights: dict[str, numpy.ndarray], folder: Path) -> None:
+def set_weights(model: Transformer, weights: Tensors, folder: Path) -> None:
     """Put the file's tensors into the model. Raises InputError naming what is missing or misshapen.
 
     A checkpoint of the bare model, whose names lack the leading `transformer.` or `model.`, is read
@@ -162,14 +162,15 @@ class Checkpoint:
 
     def state(self) -> dict:
         """The state alone, without reading the tensors."""
-        return json.loads(read_metadata(self.path)["state"])
+        with open_tensors(self.path) as file:
+            return json.loads(file.metadata()["state"])
 
     def restore(self, model: Transformer, optimizer) -> Tensors:
         """Put weights and moments back, in place; returns those that the run may go back to.
 
         Raises InputError where they are of a model of another shape.
         """
-        tensors, _ = read_tensors(self.path)
+        tensors = read_tensors(self.path)
         found = {name: x.shape for name, x in tensors.items() if name.startswith("param/")}
         if found != {f"param/{name}": p.shape for name, p in model.parameters().items()}:
             raise InputError(f"{self.path}: this run was begun with another model: name the same")
@@ -208,7 +209,7 @@ def put_tensors(model: Transformer, optimizer, tensors: Tensors) -> None:
 # ---- files -------------------------------------------------------------------------------------
 
 
-def write_tensors(path: Path, tensors: dict[str, numpy.ndarray], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
     contiguous = {name: numpy.ascontiguousarray(x) for name, x in tensors.items()}
 
     def write(temporary: Path) -> None:
@@ -220,13 +221,8 @@ def write_tensors(path: Path, tensors: dict[str, numpy.ndarray], metadata: dict[
     replace_file(path, write)
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    with open_tensors(path) as file:
-        return file.metadata() or {}
-
-
-def read_tensors(path: Path) -> tuple[dict[str, numpy.ndarray], dict[str, str]]:
-    """(tensors as float32, metadata) of a safetensors file."""
+def read_tensors(path: Path) -> Tensors:
+    """The tensors of a safetensors file, as float32."""
     with open_tensors(path) as file:
         tensors = {}
         for name in file.keys():  # noqa: SIM118  (not a dict)
@@ -235,7 +231,7 @@ def read_tensors(path: Path) -> tuple[dict[str, numpy.ndarray], dict[str, str]]:
                 tensors[name] = numpy.asarray(file.get_tensor(name), numpy.float32)
             elif not name.endswith((".attn.bias", ".attn.masked_bias")):  # old causal masks
                 raise InputError(f"{path}: {name} is of type {kind}, expected a float type")
-        return tensors, file.metadata() or {}
+        return tensors
 
 
 def open_tensors(path: Path):

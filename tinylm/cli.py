@@ -402,14 +402,13 @@ def fill(model, text, as_json, **settings):
 @click.option("--block-size", type=click.IntRange(0), default=0, help="Window (0: the context).")
 @click.option("--batch-size", type=click.IntRange(1), default=16, help="Windows at once.")
 @common
-def evaluate(model, paths, document_separator, block_size, batch_size, as_json):
+def evaluate(model, paths, document_separator, as_json, **sizes):
     """Bits per byte of held-out text, beside xz."""
     loaded, made = open_model(model)
-    if block_size > loaded.config.block_size:
-        raise InputError(f"--block-size {block_size}: the context is {loaded.config.block_size}")
-    found = evaluate_directory(
-        loaded, made, model, list(paths), document_separator, block_size, batch_size
-    )
+    asked, most = sizes["block_size"], loaded.config.block_size
+    if asked > most:
+        raise InputError(f"--block-size {asked}: the context is {most}")
+    found = evaluate_directory(loaded, made, model, [*paths], document_separator, **sizes)
     shown = [
         "loss           {loss:.4f} nats per token ({tokens:,} tokens)",
         "perplexity     {perplexity:.2f}",
