@@ -19,7 +19,7 @@ from tinylm.data import Batch, Example, Packed, packed_batch, source_of
 from tinylm.errors import InputError
 from tinylm.progress import Progress
 from tinylm.settings import EpochConfig, Plan, setting
-from tinylm.stage import Stage, took
+from tinylm.stage import Stage
 from tinylm.tensor import no_grad
 from tinylm.tokenizer import Tokenizer
 from tinylm.train import train
@@ -42,6 +42,7 @@ class SFT(Stage):
 
 It has been taught to answer; what it knows is from pre-training."""
     others = "another model or other data: name the same ones"
+    found = (("loss", "- loss on held-out answers {loss:.4f} nats per token"),)
 
     def __init__(self, model, tokenizer, rows: list[Row], examples: list[Example], config, source):
         super().__init__(model, tokenizer, config, source)
@@ -84,12 +85,6 @@ It has been taught to answer; what it knows is from pre-training."""
     def facts(self) -> dict[str, str]:
         parts = f"{self.n_train:,} to train on, {len(self.heldout):,} held out"
         return {**super().facts(), "conversations": parts}
-
-    def numbers(self, results: dict) -> list[str]:
-        found = [f"- {took(results)}"]
-        if "loss" in results:
-            found.append(f"- loss on held-out answers {results['loss']:.4f} nats per token")
-        return found
 
 
 def run(base: Path, data: Path, plan: Plan) -> dict:
