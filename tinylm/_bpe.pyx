@@ -557,7 +557,7 @@ cdef class Words:
         self.words[w].length = kept
 
 
-def learn_merges(counts, n_merges):
+def learn_merges(counts, n_merges, progress=None):
     """The first `n_merges` merges of byte-pair encoding, fewer if the text runs out of pairs."""
     cdef Words words = Words(counts)
     cdef int64_t count, true_count
@@ -576,4 +576,6 @@ def learn_merges(counts, n_merges):
         words.queue_fresh()
         merges.append((key >> 32, key & 0xFFFFFFFF))
         PyErr_CheckSignals()
+        if progress:
+            progress(len(merges), n_merges)
     return merges

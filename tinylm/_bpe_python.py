@@ -11,7 +11,7 @@ encoding repeats the merges on a new text in the order in which they were learnt
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, pairwise
 
 import numpy as np
@@ -120,7 +120,9 @@ class Encoder:
         return [token for token, following in zip(ids, right) if following >= 0]
 
 
-def learn_merges(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]:
+def learn_merges(
+    counts: dict[str, int], n_merges: int, progress: Callable[[int, int], None] | None = None
+) -> list[tuple[int, int]]:
     """The first `n_merges` merges of byte-pair encoding, fewer if the text runs out of pairs.
 
     `counts` says how often each piece of text occurs; merges never cross the edge of a piece. Ids
@@ -155,6 +157,8 @@ def learn_merges(counts: dict[str, int], n_merges: int) -> list[tuple[int, int]]
         for new in fresh:  # only pairs with the new token have become more frequent
             heapq.heappush(heap, (-pairs[new], new))
         merges.append(pair)
+        if progress:
+            progress(len(merges), n_merges)
     return merges
 
 

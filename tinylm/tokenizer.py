@@ -15,7 +15,7 @@ is data and never a command.
 import codecs
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from pathlib import Path
 
@@ -187,18 +187,24 @@ class Tokenizer:
         return self.bos_id is not None and self.bos_id in map(self.special.get, names)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, at_most: bool = False) -> Tokenizer:
+def train_bpe(
+    texts: Iterable[str],
+    vocab_size: int,
+    progress: Callable[[int, int], None] | None = None,
+    at_most: bool = False,
+) -> Tokenizer:
     """Learn byte-level BPE: 256 bytes, then merges, then SPECIAL_TOKENS: `vocab_size` in all.
 
     The texts are read once, and never all in memory. The result depends on nothing but the texts,
-    not even on their order; learn_merges says how ties are broken. A text with too few pairs for
-    `vocab_size` is an InputError, or, if `at_most`, gets the vocabulary it allows.
+    not even on their order; learn_merges says how ties are broken. `progress` is called with
+    (done, total) merges. A text with too few pairs for `vocab_size` is an InputError, or, if
+    `at_most`, gets the vocabulary it allows.
     """
     n_merges = vocab_size - 256 - len(SPECIAL_TOKENS)
     if n_merges < 0:
         raise InputError(f"--vocab-size {vocab_size}: 256 bytes and the special tokens need "
                          f"{256 + len(SPECIAL_TOKENS)} or more")  # fmt: skip
-    merges = bpe.learn_merges(count_pieces(texts), n_merges)
+    merges = bpe.learn_merges(count_pieces(texts), n_merges, progress)
     if len(merges) < n_merges and not at_most:
         most = vocab_size - (n_merges - len(merges))
         raise InputError(f"text allows only {most} tokens; use --vocab-size {most} or less")
