@@ -26,7 +26,7 @@ from tinylm.answers import Answers, answer_batch, opinion
 from tinylm.chat import ChatFormat, Row, read_prompts
 from tinylm.data import shuffled, source_of
 from tinylm.errors import InputError
-from tinylm.estimators import CAUSES, cause, different, exact_kl, surrogate
+from tinylm.estimators import CAUSES, cause, exact_kl, surrogate
 from tinylm.evaluate import variety
 from tinylm.generate import answers, complete
 from tinylm.judges import Group, Judge, human, verifier
@@ -147,7 +147,7 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
         groups, batch, drift = self.ask(self.config.batch_size // self.config.answers)
         causes = [self.cause(group) for group in groups]
         for _ in range(self.config.resample):
-            alike = [g for g, group in enumerate(groups) if len(different(group.scores)) < 2]
+            alike = [g for g, group in enumerate(groups) if cause(group.scores)]
             if not alike:
                 break
             others, *_ = self.ask(len(alike))
