@@ -1,5 +1,6 @@
 """Runs feedback with a person as the judge, who replies in the terminal."""
 
+import json
 import subprocess
 
 from commands import tinylm
@@ -20,6 +21,12 @@ def judge(assistant, out, replies, *more) -> subprocess.CompletedProcess:
     """Run the command in the terminal variant, with these lines on its standard input."""
     said = "".join(line + "\n" for line in replies)
     return tinylm(*arguments(assistant, out, "--page", "none", *more), said=said)
+
+
+def log_probabilities(store: Store, item: int) -> list[list[float]]:
+    """log π of each token of each answer, as the store keeps them: float32 numbers."""
+    query = "SELECT logp FROM response WHERE item = ? ORDER BY number"
+    return [json.loads(logp) for (logp,) in store.db.execute(query, (item,))]
 
 
 def judgements(out) -> int:

@@ -132,6 +132,12 @@ def test_a_verifier_of_one_s_own_judges(assistant, prompts, tmp_path):
     assert metrics(tmp_path / "r")[0]["reward"] < -1
 
 
+def test_fill_of_a_model_that_never_filled_a_blank_says_so(base):
+    done = succeeds("fill", base, "the cat saw a ___ bird.")
+    assert "the objective next" in done.stderr
+    assert "--objective missing or mixed" in done.stderr
+
+
 def test_show_mask_colours_what_is_learned(base, conversations):
     done = succeeds(
         "sft", base, "--data", conversations, "--show-mask", 2, FORCE_COLOR="1", COLUMNS="200"
@@ -188,6 +194,10 @@ def test_rows_that_cannot_be_learned_are_reported_by_line(base, tmp_path):
     done = succeeds("sft", base, "--data", data, "--out", tmp_path / "r", "--max-steps", 1)
     told = " ".join(done.stderr.split())
     assert "2 rows do not fit the context of 64 tokens and are left out: line 2, 4" in told
+    data = tmp_path / "rows.json"
+    data.write_text(json.dumps([good, long, good, long]))
+    done = succeeds("sft", base, "--data", data, "--show-mask", 1)
+    assert "and are left out: row 2, 4" in " ".join(done.stderr.split())
     data = write_rows(tmp_path / "long.jsonl", [long])
     refused("sft", base, "--data", data, "--out", tmp_path / "q", saying="no conversation fits")
 
@@ -211,6 +221,11 @@ def test_what_feedback_cannot_use(assistant, prompts, tmp_path):
     start = ["feedback", assistant[0], "--out", tmp_path / "r"]
     long = write_rows(tmp_path / "long.jsonl", [{"prompt": "why " * 80, "accepted": []}])
     refused(*start, "--prompts", long, saying="long.jsonl, line 1: the prompt has")
+    said = [("user", "why? why?"), ("assistant", "because"), ("user", "what does the cat say?")]
+    talk = {"messages": [{"role": role, "content": text} for role, text in said], "accepted": []}
+    talk = write_rows(tmp_path / "talk.jsonl", [talk])
+    remedy = "in a context of 64: leave out its first turns, or lower --max-new-tokens"
+    refused(*start, "--prompts", talk, saying=remedy)
     refused(*start, "--prompts", prompts, "--answers", 1, saying="--answers 1")
     refused(*start, "--prompts", prompts, "--batch-size", 9, saying="--batch-size 9")
     refused(*start, "--prompts", prompts, "--verifier", "none", saying="file.py:function")

@@ -159,12 +159,15 @@ def test_every_kind_of_row_is_the_same_conversation(tmp_path):
     ]  # fmt: skip
     assert all(as_messages(row) == talk for row in rows)
     lines = rows_file(tmp_path, rows[0], "", rows[1])
-    assert [row.line for row in read_conversations(lines)] == [1, 3]
+    assert [row.place for row in read_conversations(lines)] == ["line 1", "line 3"]
     array = tmp_path / "rows.json"
     array.write_text(json.dumps(rows, indent=1))
     found = list(read_conversations(array))
     assert [row.messages for row in found] == [talk] * 4
-    assert found[1].line == 1 + array.read_text().split('"instruction"')[0].count("\n") - 1
+    assert [row.place for row in found] == ["row 1", "row 2", "row 3", "row 4"]
+    array.write_text(json.dumps([alpaca, {"prompt": "a"}]))
+    with pytest.raises(InputError, match=r"rows\.json, row 2: no assistant turn"):
+        list(read_conversations(array))
     packed = tmp_path / "rows.jsonl.gz"
     packed.write_bytes(gzip.compress(lines.read_bytes()))
     assert [row.messages for row in read_conversations(packed)] == [talk] * 2

@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
 
 import numpy
 import pytest
-from commands import SMALL, succeeds, tinylm
+from commands import SMALL, command, succeeds, tinylm
 from safetensors.numpy import load_file, save_file
 
 from tinylm.cli import run
@@ -43,6 +45,23 @@ def test_an_instruction_set_that_the_machine_lacks_is_named():
     assert ran.returncode == 2
     assert "TINYLM_ISA" in ran.stderr and "mmx" in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize("late", ["regex", "click"])
+def test_ctrl_c_while_it_is_still_importing(late, tmp_path):
+    """In the package, which imports regex, and in the command line, which imports click."""
+    (tmp_path / f"{late}.py").write_text("print(flush=True)\nimport time\ntime.sleep(60)\n")
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    process = subprocess.Popen(
+        command("--help"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert "Traceback" not in told
+    assert "tinylm: interrupted" in told
 
 
 def test_files_that_cannot_be_read(capfd, tmp_path, text_file):
@@ -203,7 +222,9 @@ def test_fill(capfd, base):
     scores = [a["logprob"] for a in answers]
     assert scores == sorted(scores, reverse=True)
     assert run(["fill", str(base), "the cat saw a ___ bird."]) == 0
-    assert "bird." in capfd.readouterr().out
+    captured = capfd.readouterr()
+    assert "bird." in captured.out
+    assert not captured.err
     assert run(["fill", str(base), "a ___ bird", "--temperature", "1", "--seed", "0"]) == 0
 
 

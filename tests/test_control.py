@@ -256,8 +256,9 @@ def test_prompts_that_tell_nothing_are_replaced(tokenizer, tmp_path):
     asked = []
 
     def picky(groups):
-        asked.extend(group.row.line for group in groups)
-        return [[float(i * (g.row.line == 3)) for i in range(len(g.answers))] for g in groups]
+        asked.extend(group.row.place for group in groups)
+        liked = [g.row.place == "line 3" for g in groups]
+        return [[float(i * it) for i in range(len(g.answers))] for g, it in zip(groups, liked)]
 
     plain = make_stage(tokenizer, picky, kl=0.0).fresh()
     assert plain.notes["equal_groups"] >= 0.5

@@ -147,7 +147,7 @@ def test_the_price_of_a_wrong_answer_follows_from_the_confidence():
 
 
 def group(*answers):
-    return [Group(Row(7, [turn("user", "2 + 2")], {}), list(answers))]
+    return [Group(Row("line 7", [turn("user", "2 + 2")], {}), list(answers))]
 
 
 def broken(prompt, answer, row):
@@ -244,7 +244,7 @@ def make_stage(tokenizer, judge, **settings):
         p.data = p.data + 0.1 * rng.standard_normal(p.shape, "float32")
         q.data = p.data.copy()
     words = ["the cat", "a moon?", "red bird near an old tree", "it sang"]
-    rows = [Row(i + 1, [turn("user", text)], {}) for i, text in enumerate(words)]
+    rows = [Row(f"line {i + 1}", [turn("user", text)], {}) for i, text in enumerate(words)]
     defaults = {"answers": 4, "batch_size": 8, "max_new_tokens": 6, "learning_rate": 1e-2}
     config = FeedbackConfig(**{**defaults, **settings})
     judge = judge if isinstance(judge, Judge) else Says(judge)

@@ -7,7 +7,7 @@ import time
 import numpy
 import pytest
 from commands import command, metrics, refused, tinylm, weights
-from persons import REPLIES, arguments, judge, judgements
+from persons import REPLIES, arguments, judge, judgements, log_probabilities
 
 from tinylm.errors import Waiting
 from tinylm.judges import human
@@ -48,7 +48,7 @@ def test_the_store_holds_what_an_update_needs(whole):
     said = store.judgements()
     assert [j.comment for j in said if j.comment] == ["too long"]
     for item in items[:3]:
-        logp = store.log_probabilities(item.id)
+        logp = log_probabilities(store, item.id)
         assert [len(x) for x in logp] == [len(x) for x in item.ids]
         assert all(numpy.float32(x) == x and x < 0 for row in logp for x in row)
     picked = said[0]

@@ -27,7 +27,7 @@ from tinylm.tensor import no_grad
 
 
 def group(*answers, prompt="say"):
-    return Group(Row(1, [turn("user", prompt)], {}), list(answers))
+    return Group(Row("line 1", [turn("user", prompt)], {}), list(answers))
 
 
 def answers_in(text):
@@ -84,7 +84,7 @@ def test_without_one_of_the_verdicts_there_is_no_result():
 
 def test_a_conversation_is_shown_with_who_said_what():
     messages = [turn("user", "hi"), turn("assistant", "ho"), turn("user", "say")]
-    text = question(Group(Row(1, messages, {}), []), "x", "")
+    text = question(Group(Row("line 1", messages, {}), []), "x", "")
     assert "user: hi\nassistant: ho\nuser: say" in text
     assert answers_in(text) == ("x", "")  # an empty answer is legal
 

@@ -9,6 +9,7 @@ from commands import metrics, python, refused, succeeds, untrained, weights, wri
 import tinylm as package
 from tinylm import checkpoint
 from tinylm.chat import Row, turn
+from tinylm.checkpoint import Checkpoint
 from tinylm.errors import InputError
 from tinylm.evaluate import calibration
 from tinylm.judges import Group
@@ -161,9 +162,32 @@ def test_another_model_on_resume_is_refused(command, base, preferences, tmp_path
     refused(command, other, *begun[:4], *more, saying="this run was begun with another model")
 
 
+def test_another_base_of_the_same_shape_on_resume_is_refused(base, tmp_path):
+    """By its weights, in shards too; a run of a time when these were not noted is gone on with."""
+    data = write_rows(tmp_path / "rows", [{"prompt": "say aa", "completion": "a"}] * 8)
+    more = ["--data", data, "--out", tmp_path / "r", "--max-steps"]
+    succeeds("sft", base, *more, "1")
+    other = tmp_path / "other"
+    model, tokenizer = checkpoint.load(base)
+    model.embedding.weight.data *= 2
+    checkpoint.save(model, tokenizer, other)
+    (other / "model.safetensors").rename(other / "shard-1.safetensors")
+    shards = {"weight_map": dict.fromkeys(model.parameters(), "shard-1.safetensors")}
+    (other / "model.safetensors.index.json").write_text(json.dumps(shards))
+    refused("sft", other, *more, "2", "--resume", saying="this run was begun with another model")
+    succeeds("sft", base, *more, "2", "--resume")
+    saved = Checkpoint(tmp_path / "r")
+    tensors, state = checkpoint.read_tensors(saved.path), saved.state()
+    state["stage"]["source"] = state["stage"]["source"][1:]
+    checkpoint.write_tensors(saved.path, tensors, {"state": json.dumps(state)})
+    succeeds("sft", other, *more, "3", "--resume")
+
+
 def test_it_judges_answers_to_prompts_it_never_saw(trained):
     judge = RewardModel(str(trained[0]))
-    groups = [Group(Row(1, [turn("user", "say zz?")], {}), ["aaaaaa", "bcbcbc", "", "a" * 99])]
+    groups = [
+        Group(Row("line 1", [turn("user", "say zz?")], {}), ["aaaaaa", "bcbcbc", "", "a" * 99])
+    ]
     ((many, none, empty, long),) = judge(groups)
     assert many > none
     assert isinstance(empty, float)  # an empty answer is legal

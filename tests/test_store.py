@@ -6,6 +6,7 @@ import sqlite3
 
 import pytest
 from commands import refused, succeeds, tinylm
+from persons import log_probabilities
 
 from tinylm.agreement import kappa, outcomes, statistics
 from tinylm.chat import turn
@@ -33,7 +34,7 @@ def test_what_was_stored_comes_back_after_a_restart(store):
     again = Store(store.path)
     found = again.find(again.run("a"), "train", 7)
     assert (found.messages, found.answers, found.ids, found.kl) == (ASKED, TEXTS, ids, 0.25)
-    assert again.log_probabilities(item) == logp
+    assert log_probabilities(again, item) == logp
     (judgement,) = again.judgements(item, "person")
     assert judgement.scores == [1.0, 0.0, 1.0]
     assert (judgement.shown, judgement.comment) == ([1, 0], "short <b>is</b> good")

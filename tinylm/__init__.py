@@ -4,6 +4,13 @@ Pre-training, instruction fine-tuning and feedback on an ordinary computer, with
 Transformer written by hand. docs/tour.md says in which order to read the source.
 """
 
+import sys
+
+from tinylm.errors import told_of
+
+if sys.argv[0].endswith(("tinylm", "-m")):  # the command: importing the rest takes a while
+    sys.excepthook = told_of
+
 from tinylm import ops
 from tinylm.backend import use
 from tinylm.checkpoint import load, save

@@ -61,23 +61,16 @@ def measure_machine() -> dict[str, Any]:
     """Each on one thread and on all."""
     counts = {"one": 1, "all": backend.threads()}
     x = numpy.ones(1 << 25, "float32")
+    kernels, moved = backend.kernels, x.nbytes / 1e9
+    read = lambda threads: moved / seconds_of(lambda: kernels.read(x, threads))
+    copy = lambda threads: 2 * moved / seconds_of(lambda: kernels.copy(x, threads))  # and written
     return {
         "threads": backend.threads(),
         "fma_gflops": {name: fma_peak(n) for name, n in counts.items()},
-        "read_gb_per_s": {name: read_speed(x, n) for name, n in counts.items()},
-        "copy_gb_per_s": {name: copy_speed(x, n) for name, n in counts.items()},
+        "read_gb_per_s": {name: read(n) for name, n in counts.items()},
+        "copy_gb_per_s": {name: copy(n) for name, n in counts.items()},
         "barrier_us": barrier(backend.threads()),
     }
-
-
-def read_speed(x: Array, threads: int) -> float:
-    """GB/s."""
-    return x.nbytes / seconds_of(lambda: backend.kernels.read(x, threads)) / 1e9
-
-
-def copy_speed(x: Array, threads: int) -> float:
-    """GB/s, bytes read and bytes written together."""
-    return 2 * x.nbytes / seconds_of(lambda: backend.kernels.copy(x, threads)) / 1e9
 
 
 def barrier(threads: int) -> float:

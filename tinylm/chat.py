@@ -40,9 +40,9 @@ TEMPLATE = (
 
 @dataclass
 class Row:
-    """One conversation of a file: its line, its messages, and everything else that stands there."""
+    """One conversation of a file: its place, its messages, and all else that stands there."""
 
-    line: int
+    place: str  # "line 3", or of an array "row 3"
     messages: list[dict]
     content: dict
 
@@ -52,27 +52,27 @@ def read_conversations(path: str | Path) -> Iterator[Row]:
 
     The file holds JSON lines or one JSON array, plain or .gz, of rows of any of these kinds:
     `messages`; `instruction`, `input`, `output` (Alpaca); `prompt`, `completion`. Raises InputError
-    with file and line for a row that is something else, or a conversation that is not one.
+    with file and place for a row that is something else, or a conversation that is not one.
     """
-    for line, content in read_rows(Path(path)):
-        with_place = f"{path}, line {line}: "
+    for place, content in read_rows(Path(path)):
+        with_place = f"{path}, {place}: "
         messages = as_messages(content, with_place)
         answers = [m["content"] for m in messages if m["role"] == "assistant"]
         if not answers:
             raise InputError(with_place + "no assistant turn, so there is nothing to learn")
         if not all(answer.strip() for answer in answers):
             raise InputError(with_place + "an assistant turn is empty")
-        yield Row(line, messages, content)
+        yield Row(place, messages, content)
 
 
 def read_prompts(path: str | Path) -> Iterator[Row]:
     """Conversations to be answered: up to the last user turn; what follows it is dropped."""
-    for line, content in read_rows(Path(path)):
-        with_place = f"{path}, line {line}: "
+    for place, content in read_rows(Path(path)):
+        with_place = f"{path}, {place}: "
         messages = as_prompt(as_messages(content, with_place))
         if not messages:
             raise InputError(with_place + "no user turn, so there is nothing to answer")
-        yield Row(line, messages, content)
+        yield Row(place, messages, content)
 
 
 def as_messages(row: dict, where: str = "") -> list[dict]:

@@ -52,7 +52,10 @@ def load(path: str | Path) -> tuple[Transformer, Tokenizer | None]:
             f"vocab_size of {config.vocab_size}: these files do not belong together"
         )
     model = Transformer(config)
-    set_weights(model, read_weights(folder), folder)
+    weights = {}
+    for file in weight_files(folder):
+        weights |= read_tensors(file)
+    set_weights(model, weights, folder)
     return model, tokenizer
 
 
@@ -100,22 +103,18 @@ def save_weights(model: Transformer, folder: Path) -> None:
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
 
 
-def read_weights(folder: Path) -> dict[str, numpy.ndarray]:
-    """All tensors of model.safetensors, or of the shards that its index names, as float32."""
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that its index names."""
     index = folder / "model.safetensors.index.json"
-    files = [folder / "model.safetensors"]
-    if not files[0].exists() and index.exists():
-        names = set(read_json(index).get("weight_map", {}).values())
-        if any(Path(name).name != name for name in names):
-            raise InputError(f"{index}: a shard outside the directory is refused")
-        files = [folder / name for name in sorted(names)]
-    weights = {}
-    for file in files:
-        weights |= read_tensors(file)[0]
-    return weights
+    if (folder / "model.safetensors").exists() or not index.exists():
+        return [folder / "model.safetensors"]
+    names = set(read_json(index).get("weight_map", {}).values())
+    if any(Path(name).name != name for name in names):
+        raise InputError(f"{index}: a shard outside the directory is refused")
+    return [folder / name for name in sorted(names)]
 
 
-def set_weights(model: Transformer, weights: dict[str, numpy.ndarray], folder: Path) -> None:
+def set_weights(model: Transformer, weights: Tensors, folder: Path) -> None:
     """Put the file's tensors into the model. Raises InputError naming what is missing or misshapen.
 
     A checkpoint of the bare model, whose names lack the leading `transformer.` or `model.`, is read
@@ -163,14 +162,15 @@ class Checkpoint:
 
     def state(self) -> dict:
         """The state alone, without reading the tensors."""
-        return json.loads(read_metadata(self.path)["state"])
+        with open_tensors(self.path) as file:
+            return json.loads(file.metadata()["state"])
 
     def restore(self, model: Transformer, optimizer) -> Tensors:
         """Put weights and moments back, in place; returns those that the run may go back to.
 
         Raises InputError where they are of a model of another shape.
         """
-        tensors, _ = read_tensors(self.path)
+        tensors = read_tensors(self.path)
         found = {name: x.shape for name, x in tensors.items() if name.startswith("param/")}
         if found != {f"param/{name}": p.shape for name, p in model.parameters().items()}:
             raise InputError(f"{self.path}: this run was begun with another model: name the same")
@@ -180,8 +180,10 @@ class Checkpoint:
 
 def digest(folder: str | Path) -> str:
     """Of the weights in a model directory, by which a resumed run knows its model again."""
-    weights = (Path(folder) / "model.safetensors").read_bytes()
-    return hashlib.blake2b(weights, digest_size=16).hexdigest()
+    found = hashlib.blake2b(digest_size=16)
+    for file in weight_files(Path(folder)):
+        found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def tensors_of(model: Transformer, optimizer) -> Tensors:
@@ -207,7 +209,7 @@ def put_tensors(model: Transformer, optimizer, tensors: Tensors) -> None:
 # ---- files -------------------------------------------------------------------------------------
 
 
-def write_tensors(path: Path, tensors: dict[str, numpy.ndarray], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
     contiguous = {name: numpy.ascontiguousarray(x) for name, x in tensors.items()}
 
     def write(temporary: Path) -> None:
@@ -219,13 +221,8 @@ def write_tensors(path: Path, tensors: dict[str, numpy.ndarray], metadata: dict[
     replace_file(path, write)
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    with open_tensors(path) as file:
-        return file.metadata() or {}
-
-
-def read_tensors(path: Path) -> tuple[dict[str, numpy.ndarray], dict[str, str]]:
-    """(tensors as float32, metadata) of a safetensors file."""
+def read_tensors(path: Path) -> Tensors:
+    """The tensors of a safetensors file, as float32."""
     with open_tensors(path) as file:
         tensors = {}
         for name in file.keys():  # noqa: SIM118  (not a dict)
@@ -234,7 +231,7 @@ def read_tensors(path: Path) -> tuple[dict[str, numpy.ndarray], dict[str, str]]:
                 tensors[name] = numpy.asarray(file.get_tensor(name), numpy.float32)
             elif not name.endswith((".attn.bias", ".attn.masked_bias")):  # old causal masks
                 raise InputError(f"{path}: {name} is of type {kind}, expected a float type")
-        return tensors, file.metadata() or {}
+        return tensors
 
 
 def open_tensors(path: Path):

@@ -21,7 +21,7 @@ import tinylm
 from tinylm import agreement, corpus, preferences, store
 from tinylm import backend as backends
 from tinylm.checkpoint import Checkpoint
-from tinylm.errors import InputError, Waiting
+from tinylm.errors import INTERRUPTED, InputError, Waiting
 from tinylm.evaluate import evaluate_directory
 from tinylm.files import write_rows
 from tinylm.flags import Commands, common, nearest, sampling, stage_of, tell
@@ -56,7 +56,7 @@ def run(arguments: list[str]) -> int:  # noqa: PLR0911  (one for each way to end
         print(f"tinylm: {waits}", file=sys.stderr)
         return 75
     except (KeyboardInterrupt, click.Abort):
-        print("\ntinylm: interrupted; what was saved is intact", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         return 130
     except BrokenPipeError:  # `tinylm ... | head`
         sys.stdout = None
@@ -377,6 +377,13 @@ def fill(model, text, as_json, **settings):
     """Fill the blank ___ in TEXT."""
     loaded, made = open_model(model)
     found = tinylm.fill(loaded, made, text, **settings)
+    run = Checkpoint(model)
+    if run.exists() and run.state()["config"].get("objective") == "next":
+        click.echo(
+            f"{model} was trained with the objective next and has never filled a blank, so it "
+            "guesses: pre-train a model with --objective missing or mixed",
+            err=True,
+        )
     before, after = text.split(BLANK)
     before = before.removesuffix(" ")
     answers, shown = [], []
@@ -395,14 +402,13 @@ def fill(model, text, as_json, **settings):
 @click.option("--block-size", type=click.IntRange(0), default=0, help="Window (0: the context).")
 @click.option("--batch-size", type=click.IntRange(1), default=16, help="Windows at once.")
 @common
-def evaluate(model, paths, document_separator, block_size, batch_size, as_json):
+def evaluate(model, paths, document_separator, as_json, **sizes):
     """Bits per byte of held-out text, beside xz."""
     loaded, made = open_model(model)
-    if block_size > loaded.config.block_size:
-        raise InputError(f"--block-size {block_size}: the context is {loaded.config.block_size}")
-    found = evaluate_directory(
-        loaded, made, model, list(paths), document_separator, block_size, batch_size
-    )
+    asked, most = sizes["block_size"], loaded.config.block_size
+    if asked > most:
+        raise InputError(f"--block-size {asked}: the context is {most}")
+    found = evaluate_directory(loaded, made, model, [*paths], document_separator, **sizes)
     shown = [
         "loss           {loss:.4f} nats per token ({tokens:,} tokens)",
         "perplexity     {perplexity:.2f}",

@@ -207,14 +207,14 @@ def make_corpus(
     hashes = sqlite3.connect(folder / "seen.partial")  # on disk: memory must not grow
     hashes.executescript("pragma journal_mode = off; pragma synchronous = off;")
     hashes.execute("create table seen (digest blob primary key) without rowid")
+    insert = "insert or ignore into seen values (?)"
     with open(whole, "wb") as tokens, open(index, "wb") as ends:
         for document in as_documents(read_texts(files, separator, seen)):
             place = tokens.tell()
             digest = write_document(document, tokenizer, dtype, tokens, counts, bool(separator))
-            if digest is None:  # empty
-                continue
-            fresh = hashes.execute("insert or ignore into seen values (?)", [digest]).rowcount
-            counts["documents" if fresh else "duplicates"] += 1
+            fresh = digest and hashes.execute(insert, [digest]).rowcount
+            if digest:
+                counts["documents" if fresh else "duplicates"] += 1
             if fresh:
                 ends.write(numpy.int64(tokens.tell() // dtype.itemsize).tobytes())
             else:
@@ -235,7 +235,7 @@ def write_document(pieces, tokenizer, dtype, file, counts, strip: bool) -> bytes
     strip: leave out the newlines around it, which belong to the separator's line.
     """
     begin, end = (tokenizer.special[name] for name in ("<|begin|>", "<|end|>"))
-    hasher, place, empty = hashlib.blake2b(digest_size=16), file.tell(), True
+    hasher, empty = hashlib.blake2b(digest_size=16), True
     file.write(numpy.array([begin], dtype).tobytes())
     kept = ""  # newlines that stay only if text follows
     for piece in pieces:
@@ -252,12 +252,8 @@ def write_document(pieces, tokenizer, dtype, file, counts, strip: bool) -> bytes
         if not text.isascii():
             counts["invalid_bytes"] += len(INVALID.findall(text))
         file.write(tokenizer.encode_array(text).astype(dtype).tobytes())
-    if empty:
-        file.seek(place)
-        file.truncate()
-        return None
     file.write(numpy.array([end], dtype).tobytes())
-    return hasher.digest()
+    return None if empty else hasher.digest()
 
 
 class ShardWriter:

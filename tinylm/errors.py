@@ -1,6 +1,8 @@
 """Why a command ends before its work is done; the command line prints the sentence."""
 
+import os
 import signal
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -11,6 +13,18 @@ class InputError(ValueError):
 
 class Waiting(Exception):
     """A person's judgement is needed, and nobody is there to give it. Exit code 75."""
+
+
+INTERRUPTED = "\ntinylm: interrupted; what was saved is intact"
+
+
+def told_of(kind: type[BaseException], error: BaseException, trace) -> None:
+    """As sys.excepthook: Ctrl-C is told without a traceback. Exit code 130."""
+    if kind is not KeyboardInterrupt:
+        sys.__excepthook__(kind, error, trace)
+        return
+    print(INTERRUPTED, file=sys.stderr, flush=True)
+    os._exit(130)
 
 
 @contextmanager

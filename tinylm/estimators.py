@@ -87,14 +87,10 @@ def surrogate(nll: Tensor, old_logp: Array, advantages: Array) -> Tensor:
 CAUSES = ("right", "wrong", "neutral", "none", "truncated")
 
 
-def different(group: Scores) -> set[float]:
-    return set(group) - {None}
-
-
 def cause(group: Scores) -> str:
     """Why a prompt's answers tell nothing apart: all right (above 0), wrong (below 0), neutral (0),
     or none of them judged; "" where they do."""
-    scores = different(group)
+    scores = set(group) - {None}
     if len(scores) > 1:
         return ""
     if not scores:

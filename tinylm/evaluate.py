@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy
@@ -67,25 +68,16 @@ def evaluate_text(
 
 def in_batches(rows: Iterable[numpy.ndarray], size: int, begin: int) -> Iterator[Batch]:
     """Rows of T + 1 or fewer tokens as batches; short ones are filled up with nothing to learn."""
-    held: list[numpy.ndarray] = []
-
-    def batch():
+    rows = iter(rows)
+    while held := [*islice(rows, size)]:
         width = max(map(len, held))
-        padded = numpy.full((len(held), width), begin if begin >= 0 else 0, numpy.int64)
+        padded = numpy.full((len(held), width), max(begin, 0), numpy.int64)
         for row, tokens in zip(padded, held):
             row[: len(tokens)] = tokens
-        made = next_token_batch(padded, begin)
-        for targets, tokens in zip(made.targets, held):
+        batch = next_token_batch(padded, begin)
+        for targets, tokens in zip(batch.targets, held):
             targets[len(tokens) - 1 :] = -1
-        return made
-
-    for row in rows:
-        held.append(row)
-        if len(held) == size:
-            yield batch()
-            held.clear()
-    if held:
-        yield batch()
+        yield batch
 
 
 def xz_bits_per_byte(train: Iterable[bytes], heldout: Iterable[bytes]) -> float:
@@ -195,16 +187,11 @@ def calibration(
 
 
 def evaluate_directory(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    folder,
-    paths: list[str],
-    separator: str = "",
-    block_size: int = 0,
-    batch_size: int = 16,
-) -> dict:
+    model: Transformer, tokenizer: Tokenizer, folder: Path, paths: list[str], separator: str,
+    **sizes: int,
+) -> dict:  # fmt: skip
     """evaluate_text on the named files, or else on the part that the run in folder held out."""
-    tokens = Path(folder) / "training" / "tokens"
+    tokens = folder / "training" / "tokens"
     corpus = Corpus.load(tokens)
     if paths:
         shards = [encode_files(tokenizer, list_files(paths), separator)]
@@ -213,7 +200,7 @@ def evaluate_directory(
         shards, xz = corpus.shards(tokens, "heldout"), xz_of_corpus(tokenizer, corpus, tokens)
     else:
         raise InputError(f"{folder} holds no held-out text: name some with --data FILE")
-    found = evaluate_text(model, tokenizer, shards, block_size, batch_size)
+    found = evaluate_text(model, tokenizer, shards, **sizes)
     if not found["tokens"]:
         raise InputError("the text is too short to be judged")
     return {**found, "xz_bits_per_byte": xz}

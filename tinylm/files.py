@@ -28,8 +28,8 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """(line, JSON object) of a file of JSON lines, or of one JSON array of objects."""
+def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """(place, JSON object) of a file of JSON lines, "line 3", or of one JSON array, "row 3"."""
     opener = gzip.open if path.name.endswith(".gz") else open
     try:
         with opener(path, "rt", encoding="utf-8") as file:
@@ -38,7 +38,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
         raise InputError(f"{path}: no such file") from None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
-    decoder, at, line, rows = json.JSONDecoder(), 0, 1, 0
+    decoder, at, line, row = json.JSONDecoder(), 0, 1, 0
     array = text.lstrip().startswith("[")
     between = re.compile(r"[\s,\[\]]*" if array else r"\s*")
     while True:
@@ -46,16 +46,18 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
         line += text.count("\n", at, begin)
         if begin == len(text):
             break
+        row += 1
+        place = f"row {row}" if array else f"line {line}"
         try:
             content, at = decoder.raw_decode(text, begin)
         except json.JSONDecodeError as error:
             where = error.lineno if array else line
             raise InputError(f"{path}, line {where}: not valid JSON ({error.msg})") from None
         if not isinstance(content, dict):
-            raise InputError(f"{path}, line {line}: expected a JSON object, got {text[begin:at]}")
-        yield line, content
-        line, rows = line + text.count("\n", begin, at), rows + 1
-    if not rows:
+            raise InputError(f"{path}, {place}: expected a JSON object, got {text[begin:at]}")
+        yield place, content
+        line += text.count("\n", begin, at)
+    if not row:
         raise InputError(f"{path}: there are no rows in it")
 
 

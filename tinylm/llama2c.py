@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy
 
-from tinylm import backend
 from tinylm._tokenizer_json import add_special, make_spec
+from tinylm.checkpoint import set_weights
 from tinylm.errors import InputError
 from tinylm.model import ModelConfig, Transformer
 from tinylm.tokenizer import CONFIG, Tokenizer
@@ -53,11 +53,8 @@ def load_llama2c(model_path: str | Path, tokenizer_path: str | Path):
         tie_embeddings=vocab_size > 0, bos_token_id=BOS, eos_token_id=[BOS, EOS],
     )  # fmt: skip
     floats = numpy.fromfile(path, numpy.float32, offset=4 * HEADER)
-    weights = named(floats, config, path)
     model = Transformer(config)
-    for name, parameter in model.parameters().items():
-        assert weights[name].shape == parameter.shape, name
-        parameter.data = backend.asarray(numpy.ascontiguousarray(weights[name]))
+    set_weights(model, named(floats, config, path), path)
     return model, load_tokenizer(tokenizer_path, config.vocab_size)
 
 

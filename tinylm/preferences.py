@@ -23,7 +23,7 @@ class Judged:
     messages: list[dict]
     answers: list[str]
     scores: list[float | None]  # None: no judgement
-    line: int = 0  # of the file that it was read from
+    place: str = ""  # in the file that it was read from: "line 3", or of an array "row 3"
 
     def pairs(self) -> list[tuple[int, int]]:
         """(better, worse) numbers of every two answers of which one was found better."""
@@ -39,14 +39,14 @@ def read_preferences(path: str | Path, ties: bool = False) -> list[Judged]:
     A row has `prompt`, `chosen` and `rejected`; or `chosen` and `rejected` conversations that begin
     alike; or `prompt`, `completion` and a `label` that is true or false, several rows to a prompt;
     or `prompt`, `answers` and `scores`; or it is a tree of OpenAssistant's, with ranked `replies`.
-    Prompts and answers are texts or lists of messages. Raises InputError with file and line.
+    Prompts and answers are texts or lists of messages. Raises InputError with file and place.
     """
     judged = []
     unpaired: dict[str, Judged] = {}  # by prompt
-    for line, row in read_rows(Path(path)):
-        where = f"{path}, line {line}: "
+    for place, row in read_rows(Path(path)):
+        where = f"{path}, {place}: "
         for found in as_judged(row, where):
-            found.line = line
+            found.place = place
             if "label" in row:
                 known = unpaired.setdefault(json.dumps(found.messages), found)
                 if known is not found:
@@ -66,9 +66,8 @@ def as_judged(row: dict, where: str = "") -> Iterator[Judged]:
         yield from tree([], row["prompt"], where)
         return
     if "chosen" in row and "rejected" in row:
-        prompt, answers = shared_prompt(row, where), [row["chosen"], row["rejected"]]
-        answers = [x[len(prompt) :] if "prompt" not in row else x for x in answers]
-        scores = [1.0, 0.0]
+        pair, scores = [row["chosen"], row["rejected"]], [1.0, 0.0]
+        prompt, answers = (row["prompt"], pair) if "prompt" in row else divided(*pair, where)
     elif {"prompt", "completion", "label"} <= set(row):
         prompt, answers, scores = row["prompt"], [row["completion"]], [float(bool(row["label"]))]
     elif {"prompt", "answers", "scores"} <= set(row):
@@ -86,17 +85,15 @@ def as_judged(row: dict, where: str = "") -> Iterator[Judged]:
     yield Judged(messages, [text_of(answer, where) for answer in answers], scores)
 
 
-def shared_prompt(row: dict, where: str) -> str | list[dict]:
-    """A row's prompt, or else the messages with which both its conversations begin."""
-    if "prompt" in row:
-        return row["prompt"]
-    chosen, rejected = row["chosen"], row["rejected"]
+def divided(chosen, rejected, where: str) -> tuple[list[dict], list[list[dict]]]:
+    """The messages with which two conversations begin alike, and the rest of each."""
     if not isinstance(chosen, list) or not isinstance(rejected, list):
         raise InputError(where + 'without "prompt", "chosen" and "rejected" are lists of messages')
     alike = [a for a, b in zip(chosen, rejected) if a == b]
-    if not alike or chosen[: len(alike)] != alike or rejected[: len(alike)] != alike:
+    n = len(alike)
+    if not n or chosen[:n] != alike or rejected[:n] != alike:
         raise InputError(where + '"chosen" and "rejected" do not begin alike: there is no prompt')
-    return alike
+    return alike, [chosen[n:], rejected[n:]]
 
 
 def check_ranking(answers, scores, where: str) -> None:

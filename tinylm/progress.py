@@ -31,11 +31,14 @@ class Progress:
     def say(self, text: str, style: str = "") -> None:
         self.console.print(Text(text, style), soft_wrap=not self.live)  # a file wraps nothing
 
-    def left_out(self, data: Path, lines: list[int], what: str) -> None:
-        """Tell which lines of a file are not used, if any, and why."""
-        if lines:
-            shown = ", ".join(map(str, lines[:20])) + (", …" if len(lines) > 20 else "")
-            self.say(f"{data}: {len(lines)} rows {what} and are left out: line {shown}", "yellow")
+    def left_out(self, data: Path, places: list[str], what: str) -> None:
+        """Tell which rows of a file are not used, if any, and why."""
+        if places:
+            kind = places[0].split()[0]  # "line", or "row"
+            shown = ", ".join(place.removeprefix(f"{kind} ") for place in places[:20])
+            shown += ", …" if len(places) > 20 else ""
+            told = f"{data}: {len(places)} rows {what} and are left out: {kind} {shown}"
+            self.say(told, "yellow")
 
     def given_chat_tokens(self, model: Path, tokens: list[str] | None) -> None:
         if tokens:

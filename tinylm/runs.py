@@ -34,7 +34,13 @@ class Run:
 
     @cached_property
     def rows(self) -> list[dict]:
-        return checked_metrics(self.folder)
+        """Of metrics.jsonl. Raises InputError for a broken line that is not the last."""
+        path = self.folder / "training" / "metrics.jsonl"
+        rows, lines = read_metrics(self.folder), path.read_text().splitlines()
+        good = len([*takewhile(lambda row: isinstance(row, dict) and "step" in row, rows)])
+        if good < max(len(rows), len(lines) - 1):
+            raise InputError(f"{path}, line {good + 1}: not a JSON object with a step")
+        return rows
 
     @cached_property
     def state(self) -> dict:
@@ -113,16 +119,6 @@ def refused(row: dict) -> bool:
 
 def finite(value) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def checked_metrics(folder: Path) -> list[dict]:
-    """The rows of metrics.jsonl. Raises InputError for a broken line that is not the last."""
-    path = folder / "training" / "metrics.jsonl"
-    rows, lines = read_metrics(folder), path.read_text().splitlines()
-    good = len([*takewhile(lambda row: isinstance(row, dict) and "step" in row, rows)])
-    if good < max(len(rows), len(lines) - 1):
-        raise InputError(f"{path}, line {good + 1}: not a JSON object with a step")
-    return rows
 
 
 def facts(run: Run) -> dict[str, str]:

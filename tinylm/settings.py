@@ -70,7 +70,7 @@ class TrainConfig:
         self.expect("0 to 1", "warmup", "floor", "beta1", "beta2")
         with products(self.dtype):
             pass
-        if not self.length_given():
+        if not (self.max_steps or self.minutes or hasattr(self, "epochs")):
             raise InputError("say how long to train: --max-steps N or --minutes N")
 
     def expect(self, range: str, *names: str) -> None:
@@ -79,9 +79,6 @@ class TrainConfig:
             value = getattr(self, name)
             if not RANGES[range](value):
                 raise InputError(f"{flag(name)}: expected {range}, got {value}")
-
-    def length_given(self) -> bool:
-        return bool(self.max_steps or self.minutes)
 
 
 @dataclass
@@ -96,9 +93,6 @@ class EpochConfig(TrainConfig):
         self.expect("more than 0", "epochs")
         self.expect("0 or more, below 1", "held_out")
         super().check()
-
-    def length_given(self) -> bool:
-        return True
 
     def end_after_epochs(self, rows: int) -> None:
         """As many steps as the epochs take, where no other end is given."""

@@ -27,6 +27,7 @@ class Stage(ABC):
     name: str
     about: str  # of its models, for the card: a title, and a paragraph
     others: str  # what a run was begun with if its source is another one, and what to do about it
+    found: tuple[tuple[str, str], ...] = ()  # (a result, the line of the card if it is there)
     cautious = False  # after harm, the loop goes back to earlier weights and calls recover()
     recordable = False  # its loss depends on a batch's tokens, targets and start alone
 
@@ -70,9 +71,10 @@ class Stage(ABC):
             "knowledge cut-off": self.config.cutoff,
         }
 
-    @abstractmethod
     def numbers(self, results: dict) -> list[str]:
         """Lines of the model card about the results."""
+        lines = [line.format(**results) for key, line in self.found if key in results]
+        return [f"- {took(results)}", *lines]
 
     def card(self, results: dict) -> str:
         """The model card, Markdown: what a run directory says of itself to people."""

@@ -130,11 +130,6 @@ class Store:
         rows = self.db.execute(query, (item,)).fetchall()
         return [text for text, _ in rows], [json.loads(ids) for _, ids in rows if ids]
 
-    def log_probabilities(self, item: int) -> list[list[float]]:
-        """log π of each token of each answer, as float32 numbers."""
-        query = "SELECT logp FROM response WHERE item = ? ORDER BY number"
-        return [json.loads(logp) for (logp,) in self.db.execute(query, (item,)) if logp]
-
     def judge(
         self, item: int, judge: str, scores: Sequence[float | None],
         shown: Sequence[int] | None = None, comment: str = "",

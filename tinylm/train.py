@@ -16,15 +16,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from tinylm import backend, environment, memory
-from tinylm.checkpoint import (
-    Checkpoint,
-    Tensors,
-    put_tensors,
-    save_description,
-    save_weights,
-    tensors_of,
-)  # fmt: skip
+from tinylm import backend, checkpoint, environment, memory
+from tinylm.checkpoint import Checkpoint, Tensors
 from tinylm.data import Batch
 from tinylm.device_step import device_step
 from tinylm.errors import InputError, asked_to_stop
@@ -152,7 +145,7 @@ class Trainer:
             self.progress.say(f"resuming at step {self.step}")
         if not resumed:
             memory.check(self.stage.model, self.config)
-            save_description(self.stage.model, self.stage.tokenizer, self.folder)
+            checkpoint.save_description(self.stage.model, self.stage.tokenizer, self.folder)
             self.save()
         self.device = device_step(self)
         with asked_to_stop(self.stop), products(self.config.dtype), self.progress.training(self):
@@ -256,16 +249,14 @@ class Trainer:
 
     def row(self, batches: list[Batch], refusal: str | None, **numbers) -> dict:
         """A step's line in the log."""
-        row = {**numbers, "tokens": sum(batch.trained_tokens() for batch in batches)}
-        row |= notes_of(batches)
-        if refusal:
-            if refusal != NOTHING:
-                self.progress.say(f"step {row['step']}: update skipped, {refusal}")
-            row |= {"event": "skip", "reason": refusal}
-            row |= {
-                k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)
-            }
-        return row
+        tokens = sum(batch.trained_tokens() for batch in batches)
+        row = {**numbers, "tokens": tokens, **notes_of(batches)}
+        if not refusal:
+            return row
+        if refusal != NOTHING:
+            self.progress.say(f"step {row['step']}: update skipped, {refusal}")
+        wrong = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
+        return {**row, "event": "skip", "reason": refusal, **dict.fromkeys(wrong)}
 
     def draw(self) -> list[Batch]:
         """The batches of one step; if one of them fails, none of them was drawn."""
@@ -282,7 +273,7 @@ class Trainer:
         """Of a cautious stage: these weights are in order, with a finite loss and no harm done."""
         due = not self.good or self.step >= self.guard.remembered + REMEMBER
         if due and self.stage.cautious:
-            self.good = copied(tensors_of(self.stage.model, self.optimizer))
+            self.good = copied(checkpoint.tensors_of(self.stage.model, self.optimizer))
             self.guard.remembered, self.guard.returns = self.step, 0
 
     def go_back(self, refusal: str) -> None:
@@ -292,7 +283,7 @@ class Trainer:
         """
         if not self.good:
             return
-        put_tensors(self.stage.model, self.optimizer, copied(self.good))
+        checkpoint.put_tensors(self.stage.model, self.optimizer, copied(self.good))
         self.guard.rate *= 0.5 if refusal == NOT_FINITE else 1.0
         self.guard.returns += 1
         self.stage.recover(refusal)
@@ -337,7 +328,7 @@ class Trainer:
             "environment": self.environment,
         }
         self.checkpoint.save(self.stage.model, self.optimizer, state, self.good)
-        save_weights(self.stage.model, self.folder)
+        checkpoint.save_weights(self.stage.model, self.folder)
         write_text(self.folder / "README.md", self.stage.card(self.results))
 
     def restore(self) -> None:

@@ -98,7 +98,8 @@ class Person(Judge):
         if any(group.place is None for group in groups):
             return [[None] * len(group.answers) for group in groups]
         items = [self.stored(group) for group in groups]
-        compared = [self.compared(i) for i in range(self.comparisons)]
+        blind = self.config.comparisons if self.round > 1 else 0
+        compared = [self.compared(i) for i in range(blind)]
         self.ask_all(items + compared)
         for item in items + compared:
             self.remember(item)
@@ -113,10 +114,6 @@ class Person(Judge):
     notes = summary
 
     # ---- what is asked -------------------------------------------------------------------------
-
-    @property
-    def comparisons(self) -> int:
-        return self.config.comparisons if self.round > 1 else 0
 
     def stored(self, group: Group) -> Item:
         """The group's item, which is stored now unless it was before."""

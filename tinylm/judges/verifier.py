@@ -93,7 +93,7 @@ class Verifier(Judge):
 def checked(score: Score, row: Row, answer: str) -> float | None:
     """score's judgement. Raises InputError where it fails or gives something else than a number."""
     prompt = row.messages[-1]["content"]
-    where = f"the verifier, asked about line {row.line} of the prompts ({prompt!r:.60})"
+    where = f"the verifier, asked about {row.place} of the prompts ({prompt!r:.60})"
     try:
         found = score(prompt, answer, row.content)
     except Exception as error:

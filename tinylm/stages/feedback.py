@@ -26,7 +26,7 @@ from tinylm.answers import Answers, answer_batch, opinion
 from tinylm.chat import ChatFormat, Row, read_prompts
 from tinylm.data import shuffled, source_of
 from tinylm.errors import InputError
-from tinylm.estimators import CAUSES, cause, different, exact_kl, surrogate
+from tinylm.estimators import CAUSES, cause, exact_kl, surrogate
 from tinylm.evaluate import variety
 from tinylm.generate import answers, complete
 from tinylm.judges import Group, Judge, human, verifier
@@ -34,7 +34,7 @@ from tinylm.judges.choice import JUDGES, MODES, PAGES
 from tinylm.judges.watch import Watch
 from tinylm.model import Transformer
 from tinylm.settings import Plan, TrainConfig, setting
-from tinylm.stage import Stage, took
+from tinylm.stage import Stage
 from tinylm.tensor import Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
 from tinylm.train import NOT_FINITE, train
@@ -106,6 +106,12 @@ class Feedback(Stage):
 
 It wrote several answers to each prompt, a judge scored them, and the better became likelier."""
     others = "another model or other prompts: name the same ones"
+    found = (
+        ("held_out_reward", "- mean score on held-out prompts {reward_before:.3f} before, "
+         "{held_out_reward:.3f} after"),
+        ("win_rate",
+         "- {win_rate:.0%} of the last {win_n} comparisons with the fine-tuned model won"),
+    )  # fmt: skip
 
     def __init__(
         self, model: Transformer, reference: Transformer, tokenizer: Tokenizer,
@@ -141,7 +147,7 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
         groups, batch, drift = self.ask(self.config.batch_size // self.config.answers)
         causes = [self.cause(group) for group in groups]
         for _ in range(self.config.resample):
-            alike = [g for g, group in enumerate(groups) if len(different(group.scores)) < 2]
+            alike = [g for g, group in enumerate(groups) if cause(group.scores)]
             if not alike:
                 break
             others, *_ = self.ask(len(alike))
@@ -318,8 +324,8 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
             old, new = scores.T
             found |= {"reward_before": float(old.mean()), "held_out_reward": float(new.mean())}
             found["preferred"] = float((new > old).mean() + (new == old).mean() / 2)
-        changed = [i for i, pair in enumerate(zip(self.before, after)) if pair[0] != pair[1]]
-        i = changed[0] if changed else 0
+        same = [old == new for old, new in zip(self.before, after)]
+        i = 0 if all(same) else same.index(False)
         question = asked[i][-1]["content"]
         return {
             **summary,
@@ -360,16 +366,6 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
             "answers": f"{c.answers} to each prompt, of up to {c.max_new_tokens} tokens",
         }
 
-    def numbers(self, results: dict) -> list[str]:
-        found = [f"- {took(results)}"]
-        if "held_out_reward" in results:
-            scores = "{reward_before:.3f} before, {held_out_reward:.3f} after"
-            found.append("- mean score on held-out prompts " + scores.format(**results))
-        if "win_rate" in results:
-            won = "{win_rate:.0%} of the last {win_n} comparisons with the fine-tuned model won"
-            found.append("- " + won.format(**results))
-        return found
-
 
 def run(source: Path, prompts: Path, plan: Plan) -> dict:
     """Improve the model in directory source on a file of prompts; returns the results."""
@@ -407,9 +403,11 @@ def read_fitting(path: Path, form: ChatFormat, config: FeedbackConfig) -> list[R
     for row in rows:
         size = len(form.ids(row.messages, True))
         if size + config.max_new_tokens > config.block_size:
+            remedy = "leave out its first turns" if row.messages[1:] else "shorten it"
+            remedy += ", or lower --max-new-tokens" if size < config.block_size else ""
             raise InputError(
-                f"{path}, line {row.line}: the prompt has {size} tokens, which leaves no room for "
+                f"{path}, {row.place}: the prompt has {size} tokens, which leaves no room for "
                 f"an answer of {config.max_new_tokens} in a context of {config.block_size}: "
-                "shorten it, or lower --max-new-tokens"
+                f"{remedy}"
             )
     return rows

@@ -33,7 +33,7 @@ from tinylm.model import Transformer
 from tinylm.preferences import Judged, read_preferences
 from tinylm.progress import Progress
 from tinylm.settings import EpochConfig, Plan, setting
-from tinylm.stage import Stage, took
+from tinylm.stage import Stage
 from tinylm.tensor import Array, Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
 from tinylm.train import train
@@ -43,7 +43,6 @@ from tinylm.train import train
 class PreferenceConfig(EpochConfig):
     """Learning from judged prompts: how often, and how many at once."""
 
-    epochs: float = setting(1.0, "Times through the data, where no --max-steps or --minutes is.")
     batch_size: int = setting(16, "Prompts, with all their answers, in one forward and backward.")
     held_out: float = setting(0.1, "Share of the prompts held out for evaluation.")
 
@@ -130,6 +129,13 @@ class Reward(Stage):
 It reads a conversation and gives a score: of two answers, the one that scores s more is preferred
 with a probability of σ(s). Scores lie around zero."""
     others = "another model or other preferences: name the same ones"
+    found = (
+        ("accuracy",
+         "- of two held-out answers the better one scores more in {accuracy:.1%} of {pairs:,} pairs"
+         " (95 %: {accuracy_low:.1%} to {accuracy_high:.1%})"),
+        ("calibration_error", "- expected calibration error {calibration_error:.3f}\n"),
+        ("calibration", "| σ of the difference | found right | pairs |\n|---|---|---|"),
+    )  # fmt: skip
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, prompts: list[Compared],
@@ -196,17 +202,9 @@ with a probability of σ(s). Scores lie around zero."""
         return {**super().facts(), "prompts": parts}
 
     def numbers(self, results: dict) -> list[str]:
-        if "accuracy" not in results:
-            return [f"- {took(results)}"]
-        found = [
-            f"- {took(results)}",
-            "- of two held-out answers the better one scores more in {accuracy:.1%} of "
-            "{pairs:,} pairs (95 %: {accuracy_low:.1%} to {accuracy_high:.1%})",
-            "- expected calibration error {calibration_error:.3f}\n",
-            "| σ of the difference | found right | pairs |\n|---|---|---|",
-        ]
-        rows = [f"| {p:.2f} | {right:.2f} | {n} |" for p, right, n in results["calibration"]]
-        return [*(line.format(**results) for line in found), *rows]
+        table = results.get("calibration", [])
+        rows = [f"| {p:.2f} | {right:.2f} | {n} |" for p, right, n in table]
+        return [*super().numbers(results), *rows]
 
 
 class DPO(Reward):
@@ -294,7 +292,7 @@ def read_compared(
         asked = len(form.ids(judged.messages, True))
         rows = [form.answered(judged.messages, answer) for answer in judged.answers]
         if max(map(len, rows)) > block_size:
-            long.append(judged.line)
+            long.append(judged.place)
         else:
             found.append(Compared(judged, asked, rows, judged.pairs()))
     progress.left_out(data, long, f"do not fit the context of {block_size} tokens")

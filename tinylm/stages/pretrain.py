@@ -153,14 +153,13 @@ class Blanks:
 
     def __init__(self, tokenizer: Tokenizer):
         names = ("<|prefix|>", "<|suffix|>", "<|middle|>", "<|end|>", "<|begin|>")
-        self.prefix, self.suffix, self.middle, self.end, self.begin = map(
-            tokenizer.special.__getitem__, names
-        )
+        ids = [tokenizer.special[name] for name in names]
+        self.prefix, self.suffix, self.middle, self.end, self.begin = ids
         texts = tokenizer.texts()
         self.opens = numpy.array([is_word(t[:1]) for t in texts])  # begins inside a word
         self.spaced = numpy.array([t[:1] == b" " and is_word(t[1:2]) for t in texts])
         self.space = numpy.array([t == b" " for t in texts])
-        self.breaks = numpy.array([bool(t) and t[-1:].isspace() for t in texts])
+        self.breaks = numpy.array([t[-1:].isspace() and t != b" " for t in texts])
 
     def batch(self, rows: numpy.ndarray, begin: int, config, first: int) -> Batch:
         """rows (B, T + 1); `first` numbers them within the run, which seeds each one's blanks."""
@@ -221,9 +220,7 @@ class Blanks:
             return True
         if self.space[piece[i]]:
             return i + 1 < len(piece) and bool(self.opens[piece[i + 1]])
-        return bool(self.opens[piece[i]]) and (i == 0 or bool(self.breaks[piece[i - 1]])) and (
-            i == 0 or not self.space[piece[i - 1]]
-        )  # fmt: skip
+        return bool(self.opens[piece[i]] and (i == 0 or self.breaks[piece[i - 1]]))
 
     def word_end(self, piece: list[int], i: int) -> int:
         i += 2 if self.space[piece[i]] else 1

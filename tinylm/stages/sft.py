@@ -19,7 +19,7 @@ from tinylm.data import Batch, Example, Packed, packed_batch, source_of
 from tinylm.errors import InputError
 from tinylm.progress import Progress
 from tinylm.settings import EpochConfig, Plan, setting
-from tinylm.stage import Stage, took
+from tinylm.stage import Stage
 from tinylm.tensor import no_grad
 from tinylm.tokenizer import Tokenizer
 from tinylm.train import train
@@ -41,7 +41,8 @@ class SFT(Stage):
     about = """An assistant made by tinylm
 
 It has been taught to answer; what it knows is from pre-training."""
-    others = "other data: name the same file"
+    others = "another model or other data: name the same ones"
+    found = (("loss", "- loss on held-out answers {loss:.4f} nats per token"),)
 
     def __init__(self, model, tokenizer, rows: list[Row], examples: list[Example], config, source):
         super().__init__(model, tokenizer, config, source)
@@ -76,18 +77,14 @@ It has been taught to answer; what it knows is from pre-training."""
         return {**place, **super().state(), **self.shown}
 
     def restore(self, state: dict) -> None:
+        if not isinstance(state["source"][0], str):  # of an older run, which did not note its base
+            self.source = self.source[1:]
         super().restore(state)
         self.packed.seek(state["epoch"], state["row"])
 
     def facts(self) -> dict[str, str]:
         parts = f"{self.n_train:,} to train on, {len(self.heldout):,} held out"
         return {**super().facts(), "conversations": parts}
-
-    def numbers(self, results: dict) -> list[str]:
-        found = [f"- {took(results)}"]
-        if "loss" in results:
-            found.append(f"- loss on held-out answers {results['loss']:.4f} nats per token")
-        return found
 
 
 def run(base: Path, data: Path, plan: Plan) -> dict:
@@ -96,7 +93,8 @@ def run(base: Path, data: Path, plan: Plan) -> dict:
     plan.progress.given_chat_tokens(base, added)
     plan.open_with(model, base)
     rows, examples = read_examples(data, tokenizer, plan.config.block_size, plan.progress)
-    stage = SFT(model, tokenizer, rows, examples, plan.config, source_of([data]))
+    source = [checkpoint.digest(base), *source_of([data])]
+    stage = SFT(model, tokenizer, rows, examples, plan.config, source)
     plan.config.end_after_epochs(len(stage.packed.rows))
     plan.progress.say(
         f"{stage.n_train:,} conversations to learn from, {len(stage.heldout):,} held out: "
@@ -108,25 +106,28 @@ def run(base: Path, data: Path, plan: Plan) -> dict:
 def read_examples(
     data: Path, tokenizer: Tokenizer, block_size: int, progress: Progress
 ) -> tuple[list[Row], list[Example]]:
-    """The conversations that fit the context, as ids and masks; the others are told by line."""
+    """The conversations that fit the context, as ids and masks; the others are told by place."""
     form = ChatFormat(tokenizer)
     rows, examples, long, empty = [], [], [], []
     for row in read_conversations(data):
         try:
             example = form.example(row.messages)
         except InputError as error:
-            raise InputError(f"{data}, line {row.line}: {error}") from None
+            raise InputError(f"{data}, {row.place}: {error}") from None
         if len(example[0]) > block_size + 1:
-            long.append(row.line)
+            long.append(row.place)
         elif not any(example[1][1:]):
-            empty.append(row.line)
+            empty.append(row.place)
         else:
             rows.append(row)
             examples.append(example)
     progress.left_out(data, long, f"do not fit the context of {block_size} tokens")
     progress.left_out(data, empty, "leave nothing to learn")
     if not examples:
-        raise InputError(f"{data}: no conversation fits the context of {block_size} tokens")
+        raise InputError(
+            f"{data}: no conversation fits the context of {block_size} tokens: leave out turns, or "
+            "pre-train a base with a longer one, --block-size"
+        )
     return rows, examples
 
 
