@@ -4,6 +4,7 @@ What must also hold: the same bits for any number of threads and any strides, no
 read out of bounds, errors that say what was expected, and a life after fork.
 """
 
+import itertools
 import os
 import signal
 import time
@@ -98,11 +99,27 @@ def test_bfloat16_products_round_their_operands_and_nothing_else(shape, transpos
     assert all(result.tobytes() == results[0].tobytes() for result in results)
 
 
+ROUNDED = [c for c in CASES if ("linear" in c.op or c.op == "attention") and c.slack == 1]
+
+
 @needs_bfloat16
-@pytest.mark.parametrize("case", [c for c in CASES if "linear" in c.op and c.slack == 1], ids=str)
-def test_bfloat16_is_close_to_the_reference(case):
+@pytest.mark.parametrize("case", ROUNDED, ids=str)
+def test_bfloat16_is_close_to_the_reference_on_any_number_of_threads(case):
     _cpu.set_products("bfloat16")
     assert cases.parity_error(_cpu, case) <= cases.TOLERANCE["bfloat16"]
+    _cpu.set_threads(1)
+    expected = run(_cpu, case)
+    for n in (2, 3, 5):
+        _cpu.set_threads(n)
+        assert same_bits(expected, run(_cpu, case)), f"{n} threads"
+
+
+@needs_bfloat16
+def test_bfloat16_attention_differs_from_float32():
+    (case,) = [c for c in CASES if str(c) == "attention: large"]
+    exact = run(_cpu, case)
+    _cpu.set_products("bfloat16")
+    assert not any(same_bits({k: exact[k]}, {k: x}) for k, x in run(_cpu, case).items())
 
 
 def test_bfloat16_is_refused_where_the_processor_lacks_it():
@@ -113,6 +130,25 @@ def test_bfloat16_is_refused_where_the_processor_lacks_it():
         _cpu.set_products("bfloat16")
     with pytest.raises(ValueError, match="float32 or bfloat16, got int8"):
         _cpu.set_products("int8")
+
+
+# ---- few rows ----------------------------------------------------------------------------------
+
+
+@every_isa
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("M", [1, 3, 4, 7, 16])
+def test_few_rows_by_weights_of_any_shape(M, transposed, isa):
+    _cpu.use_isa(isa)
+    draw = Draw(M)
+    for C, F in itertools.product((1, 7, 8, 19, 130), (1, 15, 33, 100)):
+        x, bias, weight = (draw(*s).astype(np.float32) for s in ((M, C), (F,), (F, C)))
+        expected = np.float64(x) @ np.float64(weight).T + bias
+        weight = weight.T.copy() if transposed else weight
+        for n in (1, 3):
+            _cpu.set_threads(n)
+            got = _cpu.linear_forward(x, weight, bias, transposed)
+            assert cases.distance(got, expected) <= cases.TOLERANCE["float32"], (C, F, n)
 
 
 # ---- the same bits -----------------------------------------------------------------------------
