@@ -34,7 +34,7 @@ def right_and_wrong(n: int, seed: int = 0) -> list[Group]:
             others = [q.accepted[0] for q in questions if q.accepted[0] not in question.accepted]
             if others and fact in question.answer:
                 wrong = question.answer.replace(fact, rng.choice(others))
-                row = Row(1, [turn("user", question.text)], {})
+                row = Row("line 1", [turn("user", question.text)], {})
                 groups.append(Group(row, [question.answer, wrong]))
     return rng.sample(groups, min(n, len(groups)))
 

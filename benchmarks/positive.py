@@ -72,7 +72,7 @@ def measured(model: Path, judges: dict[str, RewardModel], seed: int) -> dict:
     loaded, tokenizer = checkpoint.load(model)
     asked = [turn("user", REQUEST)]
     said = answers(loaded, tokenizer, [asked] * SAMPLES, 64, temperature=1.0, seed=seed)
-    group, found = Group(Row(1, asked, {}), said), {}
+    group, found = Group(Row("line 1", asked, {}), said), {}
     for name, judge in judges.items():
         (made,) = judge([group])
         made = numpy.array([score for score in made if score is not None])
