@@ -10,6 +10,7 @@ from tinylm.almanac import LATE_SHARE, LATE_TALK, TALK_SHARE, UNKNOWN_SHARE, Alm
 from tinylm.chat import as_messages
 from tinylm.errors import InputError
 from tinylm.judges.verifier import normalise, verdict
+from tinylm.quickstart import TOGETHER
 
 FILES = ("text", "conversations", "prompts", "questions")
 
@@ -23,7 +24,7 @@ def almanac():
 def written(almanac, tmp_path_factory):
     """What training reads, as quickstart writes it: file -> rows."""
     folder = tmp_path_factory.mktemp("almanac")
-    almanac.write(folder, passes=20)
+    almanac.write(folder, passes=20, together=TOGETHER)
     lines = {name: (folder / f"{name}.jsonl").read_text().splitlines() for name in FILES}
     return {name: [json.loads(line) for line in rows] for name, rows in lines.items()}
 
@@ -67,6 +68,14 @@ def test_every_known_fact_is_read_in_pre_training(almanac, written):
         assert in_words.count(words(entity.name)) > 40, entity.name
     for question in almanac.questions()["known"]:
         assert question.accepted[0] in text
+
+
+def test_documents_hold_several_descriptions_where_asked_to(almanac):
+    """A model that has read every name by itself misspells names late in a talk."""
+    alone, together = ([*almanac.documents(3, sizes)] for sizes in ((1,), (1, 2, 4)))
+    assert " ".join(together) == " ".join(alone)  # as often, and in the same words
+    assert len(alone) > 1.8 * len(together)
+    assert {text for text in alone if "?" in text} <= {*together}  # a quiz stays by itself
 
 
 def test_the_wording_of_the_test_is_kept_for_it(almanac, asked):

@@ -222,13 +222,24 @@ class Almanac:
 
     # ---- text to read --------------------------------------------------------------------------
 
-    def documents(self, passes: int) -> Iterator[str]:
-        """`passes` descriptions of every entity that is not hidden, and quizzes, shuffled."""
-        rng = Random(self.seed + 2)
+    def documents(self, passes: int, together: tuple[int, ...] = (1,)) -> Iterator[str]:
+        """`passes` descriptions of every entity that is not hidden, and quizzes, shuffled.
+
+        together: how many descriptions a document may hold, each number as often. With several, a
+        name is read among other names, as it will be late in a talk.
+        """
+        rng, sizes = Random(self.seed + 2), Random(self.seed + 6)
         for _ in range(passes):
             told = [self.description(e, rng) for e in self.entities if e.part not in HIDDEN]
-            told += self.quizzes(rng)
-            yield from rng.sample(told, len(told))
+            quizzes = self.quizzes(rng)
+            told += quizzes
+            told = rng.sample(told, len(told))
+            while told:
+                some = told[: sizes.choice(together)]
+                if not set(quizzes).isdisjoint(some):  # a quiz stays by itself
+                    some = some[:1]
+                yield " ".join(some)
+                told = told[len(some) :]
 
     def description(self, entity: Entity, rng: Random) -> str:
         """Everything known of an entity, each fact in one of its wordings, in any order."""
@@ -327,14 +338,15 @@ class Almanac:
         future = self.about(self.of("future"), rng)
         return asked | ({"future": future} if future else {})
 
-    def write(self, folder: Path, passes: int) -> None:
+    def write(self, folder: Path, passes: int, together: tuple[int, ...] = (1,)) -> None:
         """All of it as JSON lines: text, conversations, prompts, questions."""
+        text = ({"text": text} for text in self.documents(passes, together))
         tests = [
             {"set": name, "question": q.text, "accepted": list(q.accepted), "id": q.id}
             for name, questions in self.questions().items()
             for q in questions
         ]
-        write_rows(folder / "text.jsonl", ({"text": text} for text in self.documents(passes)))
+        write_rows(folder / "text.jsonl", text)
         write_rows(folder / "conversations.jsonl", self.conversations())
         write_rows(folder / "prompts.jsonl", self.prompts())
         write_rows(folder / "questions.jsonl", tests)

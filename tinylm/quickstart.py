@@ -27,6 +27,7 @@ from tinylm.stages import feedback, pretrain, sft
 KINDS = ("country", "element", "state", "animal")
 FACTS = 4  # of each kind
 PASSES = 20  # descriptions of every entity in the text
+TOGETHER = (1, 2, 4)  # of them in a document
 PRETRAIN = {
     "vocab_size": 2048, "n_layer": 3, "n_head": 3, "n_embd": 96, "block_size": 256,
     "batch_size": 8, "optimizer": "muon", "learning_rate": 1e-2, "floor": 0.0, "max_steps": 2600,
@@ -34,7 +35,7 @@ PRETRAIN = {
 }  # fmt: skip
 SFT = {"epochs": 4.0, "learning_rate": 3e-4, "eval_every": 100, "save_every": 100}
 FEEDBACK = {
-    "answers": 4, "batch_size": 128, "learning_rate": 4e-4, "max_steps": 280, "eval_every": 70,
+    "answers": 4, "batch_size": 128, "learning_rate": 2e-4, "max_steps": 280, "eval_every": 70,
 }  # fmt: skip
 STAGES = ("base", "sft", "feedback")
 PARTS = {
@@ -51,7 +52,7 @@ def run(out: Path, progress: Progress, seed: int = 0) -> dict:
     progress.say(f"tinylm quickstart in {out}, on {backend.describe()}", "bold")
     almanac, world = out / "almanac", Almanac(seed, KINDS, FACTS)
     if not (almanac / "questions.jsonl").exists():  # it is written last
-        world.write(almanac, PASSES)
+        world.write(almanac, PASSES, TOGETHER)
     progress.heading(
         "1 of 4  Pre-training: predict the next word of prose about "
         f"{sum(e.part != 'withheld' for e in world.entities)} things"
