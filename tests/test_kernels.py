@@ -7,6 +7,8 @@ read out of bounds, errors that say what was expected, and a life after fork.
 import itertools
 import os
 import signal
+import subprocess
+import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -432,3 +434,16 @@ def test_a_child_of_fork_computes_the_same_bits():
         pytest.fail("the child hangs")
     assert os.waitstatus_to_exitcode(status) == 0
     assert _cpu.matmul(x, x).tobytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_threads_wait_asleep_unless_told_otherwise(asked, expected, tmp_path):
+    ask = "import os, tinylm; print(os.environ.get('GOMP_SPINCOUNT'))"
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    others = {name: value for name, value in os.environ.items() if name not in names}
+    command, env = [sys.executable, "-c", ask], others | asked
+    told = subprocess.check_output(command, env=env, cwd=tmp_path, text=True)
+    assert told.strip() == expected

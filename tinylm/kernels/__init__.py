@@ -11,6 +11,14 @@ arrays and never knows a Tensor; a backward repeats what its forward read, plus 
 that the forward returned. `dx` is the gradient of the loss with respect to `x`, and has its shape.
 """
 
+import os
+
+# How often a thread that waits for another one looks, before it sleeps. GCC's OpenMP reads it when
+# it is loaded; by itself it looks for milliseconds, and so keeps the other one from its core: next
+# to a busy process a step took 20 to 30 times as long, and takes 2 to 3 times now.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 CONTRACT = (
     "add",
     "matmul",
