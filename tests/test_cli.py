@@ -12,6 +12,7 @@ from commands import SMALL, command, succeeds, tinylm
 from safetensors.numpy import load_file, save_file
 
 from tinylm.cli import run
+from tinylm.errors import asked_to_stop
 from tinylm.progress import Progress
 
 
@@ -52,10 +53,11 @@ def test_ctrl_c_while_it_is_still_importing(late, tmp_path):
     """In the package, which imports regex, and in the command line, which imports click."""
     (tmp_path / f"{late}.py").write_text("print(flush=True)\nimport time\ntime.sleep(60)\n")
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    process = subprocess.Popen(
-        command("--help"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
+    with asked_to_stop(lambda *_: None):  # a job of a script's begins deaf to Ctrl-C
+        process = subprocess.Popen(
+            command("--help"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
