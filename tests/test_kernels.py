@@ -441,7 +441,7 @@ def test_a_child_of_fork_computes_the_same_bits():
     [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
 )
 def test_threads_wait_asleep_unless_told_otherwise(asked, expected, tmp_path):
-    ask = "import os, tinylm; print(os.environ.get('GOMP_SPINCOUNT'))"
+    ask = "import os, tinylm.kernels; print(os.environ.get('GOMP_SPINCOUNT'))"
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     others = {name: value for name, value in os.environ.items() if name not in names}
     command, env = [sys.executable, "-c", ask], others | asked
