@@ -11,7 +11,7 @@
 float* take_scratch(size_t floats);  // from the pool, 64-byte aligned, not zeroed (bindings.cpp)
 void give_scratch(float* p, size_t floats);
 
-extern bool bfloat16_products;  // round the operands of large products (bindings.cpp)
+extern bool bfloat16_products;  // round the operands of large products and of attention (runtime.h)
 
 // C (M, N) = op(A) op(B) + bias, or C += op(A) op(B) where `add`.
 struct Product {

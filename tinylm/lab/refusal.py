@@ -56,6 +56,7 @@ def measure(workshop: Workshop) -> list[Measure]:
     prompts = workshop.rows("real/prompts", almanac.prompts())
     found = measures("before", verdicts(sft, tests))
     for t in CONFIDENCES:
+        # its text tells of one thing a document; the quickstart's own needs a lower rate
         settings = quickstart.FEEDBACK | {"learning_rate": 4e-4, "confidence": t}
         model = workshop.feedback(f"real/feedback-{t}", sft, prompts, **settings)
         found += measures(f"t = {t}", verdicts(model, tests))
