@@ -311,6 +311,8 @@ angles = np.ones((6, 4), np.float32)
         (ValueError, "[attention_forward] k: expected (B, G, S, D) = (2, any, any, 8), got (2, 4, 5, 7)", "attention_forward", dict(q=heads, k=heads[..., :7], v=heads)),
         (ValueError, "[attention_forward] v: expected (B, G, S, D) = (2, 2, 5, 8), got (2, 4, 5, 8)", "attention_forward", dict(q=heads, k=heads[:, :2], v=heads)),
         (ValueError, "[attention_forward] k: expected G dividing H = 4, got G = 3", "attention_forward", dict(q=heads, k=heads[:, :3], v=heads[:, :3])),
+        (ValueError, "[prefix_attention] prefix_k: expected (P, G, S, D) = (any, 2, any, 8), got (2, 4, 5, 8)", "prefix_attention", dict(q=heads, k=heads[:, :2], v=heads[:, :2], prefix_k=heads, prefix_v=heads, prefix=np.array([0, 1]))),
+        (ValueError, "[prefix_attention] prefix: expected (B) = (2,), got (1,)", "prefix_attention", dict(q=heads, k=heads, v=heads, prefix_k=heads, prefix_v=heads, prefix=np.array([0]))),
         (ValueError, "[embedding_forward] tokens: expected values in [0, 2), got 2", "embedding_forward", dict(tokens=np.array([0, 2]), weight=f32)),
         (ValueError, "[embedding_forward] tokens: expected values in [0, 2), got -1", "embedding_forward", dict(tokens=np.array([0, -1], np.int32), weight=f32)),
         (ValueError, "[embedding_backward] tokens: expected values in [0, 3), got 2147483647", "embedding_backward", dict(dy=f32, tokens=np.array([0, 1 << 32]), vocab_size=3)),

@@ -75,7 +75,7 @@ def test_parity_never_passes_nan():
 # ---- bfloat16 ----------------------------------------------------------------------------------
 
 needs_bfloat16 = pytest.mark.skipif(
-    "avx512bf16" not in _cpu.isas(), reason="this processor has no AVX512-BF16"
+    DEFAULT_ISA != "avx512bf16", reason="the instruction set in use has no bfloat16"
 )
 
 
@@ -242,6 +242,21 @@ def test_strides_do_not_change_bits(case, isa):
         assert same_bits(want, got)
 
 
+@every_isa
+@pytest.mark.parametrize("case", [c for c in CASES if c.op == "prefix_attention"], ids=str)
+def test_a_prefix_gives_the_bits_of_the_same_keys_in_one_piece(case, isa):
+    _cpu.use_isa(isa)
+    arguments, _, _ = prepared(case, "float32")
+    rows, whole = arguments["prefix"], {"q": arguments["q"]}
+    for name in ("k", "v"):
+        parts = [arguments[f"prefix_{name}"][rows], arguments[name]]
+        whole[name] = np.concatenate(parts, 2)
+    out, _ = _cpu.attention_forward(**whole, start=arguments.get("start"))
+    for i in range(3):
+        moved = {k: strided_copies(x)[i] for k, x in arguments.items() if x.ndim == 4}
+        assert same_bits({"out": out}, forward(_cpu, case, arguments | moved))
+
+
 def test_other_kernels_copy_what_is_not_contiguous():
     x, weight = Draw(0)(12, 10).astype(np.float32), np.ones(6, np.float32)
     view = x.T[::2, ::2]
@@ -357,6 +372,8 @@ heads = np.ones((2, 4, 5, 8), np.float32)
         (ValueError, "[attention_forward] k: expected (B, G, S, D) = (2, any, any, 8), got (2, 4, 5, 7)", lambda: _cpu.attention_forward(heads, heads[..., :7], heads)),
         (ValueError, "[attention_forward] v: expected (B, G, S, D) = (2, 2, 5, 8), got (2, 4, 5, 8)", lambda: _cpu.attention_forward(heads, heads[:, :2], heads)),
         (ValueError, "[attention_forward] k: expected G dividing H = 4, got G = 3", lambda: _cpu.attention_forward(heads, heads[:, :3], heads[:, :3])),
+        (ValueError, "[prefix_attention] prefix_k: expected (P, G, S, D) = (any, 2, any, 8), got (2, 4, 5, 8)", lambda: _cpu.prefix_attention(heads, heads[:, :2], heads[:, :2], heads, heads, np.array([0, 1]))),
+        (ValueError, "[prefix_attention] prefix: expected values in [0, 2), got 2", lambda: _cpu.prefix_attention(heads, heads, heads, heads, heads, np.array([0, 2]))),
         (ValueError, "[embedding_forward] tokens: expected values in [0, 2), got 2", lambda: _cpu.embedding_forward(np.array([0, 2]), f32)),
         (ValueError, "[embedding_forward] tokens: expected values in [0, 2), got -1", lambda: _cpu.embedding_forward(np.array([0, -1]), f32)),
         (ValueError, "[embedding_backward] tokens: expected values in [0, 3), got 4294967296", lambda: _cpu.embedding_backward(f32, np.array([0, 1 << 32]), 3)),

@@ -120,6 +120,13 @@ def empty(shape: tuple[int, ...], dtype):
     return xp.empty(shape, dtype)
 
 
+def copy(x):
+    """x as a new C-contiguous array of the same kind."""
+    y = empty(x.shape, x.dtype)
+    y[...] = x
+    return y
+
+
 def packed_weights(rows: int) -> AbstractContextManager:
     """`with` it, products of so many rows pack each weight only once, if that pays.
 

@@ -1,8 +1,9 @@
 """Decoding: the KV cache, sampling, and filling a blank.
 
 One loop serves all: prompts of any lengths are padded on the left to one batch, the first forward
-reads them whole (equal ones once), and each later one only the newest token of every row. When the
-context is full, its older half is dropped and the rest is read anew.
+reads them whole, and each later one only the newest token of every row. Equal prompts, as of
+several answers to one question, are read and remembered once. When the context is full, its older
+half is dropped and the rest is read anew.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tinylm import backend, ops
 from tinylm.chat import ChatFormat, template_of, turn
 from tinylm.errors import InputError
 from tinylm.model import Transformer
-from tinylm.tensor import Tensor, no_grad
+from tinylm.tensor import Array, Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
 
 BLANK = "___"
@@ -25,43 +26,61 @@ STILL_WRITING = 0.75  # share of the rows: if no more are, those that have ended
 
 
 class LayerCache:
-    """Keys and values that one layer has computed, (B, G, block_size, D) each; grows in place."""
+    """Keys and values of one layer: those of P prompts, (P, G, S, D), and of what each of B rows
+    has written since, (B, G, room, D); row b goes on from prompt `prompt[b]`.
+    """
 
-    def __init__(self, shape: tuple[int, ...], dtype):
-        self.k, self.v = backend.empty(shape, dtype), backend.empty(shape, dtype)
-        self.length = 0
+    def __init__(self):
+        self.prompts = self.written = None
+        self.length = 0  # tokens so far, of a prompt and what followed it
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add (B, G, T, D) at the end; returns everything so far, (B, G, S, D), as views."""
-        past, self.length = self.length, self.length + k.shape[2]
-        self.k[:, :, past : self.length] = k.data
-        self.v[:, :, past : self.length] = v.data
-        return Tensor(self.k[:, :, : self.length]), Tensor(self.v[:, :, : self.length])
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, start: Array | None) -> Tensor:
+        """ops.attention over all tokens so far and these, whose keys and values are kept."""
+        self.length += k.shape[2]
+        if self.written is None:
+            self.prompts = [Tensor(backend.copy(x.data)) for x in (k, v)]
+            return ops.attention(q, *self.prompts, start)
+        end = self.length - self.prompts[0].shape[2]
+        for kept, new in zip(self.written, (k, v)):
+            kept[:, :, end - new.shape[2] : end] = new.data
+        k, v = (Tensor(kept[:, :, :end]) for kept in self.written)
+        return ops.prefix_attention(q, k, v, *self.prompts, self.prompt, start)
 
-    def take(self, rows: Sequence[int]) -> None:
-        """Go on with these rows of the batch; one may be taken several times."""
-        old, n, rows = (self.k, self.v), self.length, backend.asarray(rows)
-        self.k, self.v = (backend.empty((len(rows), *x.shape[1:]), x.dtype) for x in old)
-        self.k[:, :, :n], self.v[:, :, :n] = (x[rows, :, :n] for x in old)
+    def go_on(self, prompt: Array, room: int) -> None:
+        """Once the prompts are read: row b continues prompt[b], by up to `room` tokens."""
+        _, G, _, D = self.prompts[0].shape
+        shape = len(prompt), G, room, D
+        self.prompt = prompt
+        self.written = [backend.empty(shape, x.dtype) for x in self.prompts]
+
+    def take(self, rows: Array) -> None:
+        """Go on with these rows of the batch."""
+        end, old = self.length - self.prompts[0].shape[2], self.written
+        self.prompt = self.prompt[rows]
+        self.written = [backend.empty((len(rows), *x.shape[1:]), x.dtype) for x in old]
+        for new, x in zip(self.written, old):
+            new[:, :, :end] = x[rows, :, :end]
 
 
 class KVCache:
     """What the layers of a model remember of the tokens that they have read."""
 
-    def __init__(self, model: Transformer, batch: int, size: int):
-        c = model.config
-        dtype = model.embedding.weight.dtype
-        shape = (batch, c.n_kv_head, size, c.head_size)
-        self.layers = [LayerCache(shape, dtype) for _ in range(c.n_layer)]
+    def __init__(self, model: Transformer):
+        self.layers = [LayerCache() for _ in range(model.config.n_layer)]
 
     @property
     def length(self) -> int:
         return self.layers[0].length
 
-    def take(self, rows: Sequence[int]) -> None:
-        """Go on with these rows of the batch; one may be taken several times."""
+    def go_on(self, prompt: Sequence[int], room: int) -> None:
+        """Once the prompts are read: row b continues prompt[b], by up to `room` tokens."""
         for layer in self.layers:
-            layer.take(rows)
+            layer.go_on(backend.asarray(prompt, "int32"), room)
+
+    def take(self, rows: Sequence[int]) -> None:
+        """Go on with these rows of the batch."""
+        for layer in self.layers:
+            layer.take(backend.asarray(rows))
 
 
 def sample(
@@ -150,17 +169,16 @@ def read(
     model: Transformer, rows: list[list[int]], more: int
 ) -> tuple[numpy.ndarray, numpy.ndarray, KVCache]:
     """Logits (B, V) of what follows each row, the rows' padding (B, 1), and a cache with room for
-    more tokens. Equal rows, such as several answers to one prompt, are read once.
+    more tokens.
     """
     place = {row: i for i, row in enumerate(dict.fromkeys(map(tuple, rows)))}
     longest = max(map(len, rows))
-    cache = KVCache(model, len(place), min(model.config.block_size, longest + more))
+    cache = KVCache(model)
     tokens, padding = pad_left(list(place), longest)
     logits = last_logits(model, tokens, padding, cache)
-    copies = [place[tuple(row)] for row in rows]
-    if len(place) < len(rows):
-        cache.take(copies)
-    return logits[copies], padding[copies], cache
+    prompt = [place[tuple(row)] for row in rows]
+    cache.go_on(prompt, min(model.config.block_size - longest, more))
+    return logits[prompt], padding[prompt], cache
 
 
 def pad_left(rows: Sequence[Sequence[int]], width: int) -> tuple[numpy.ndarray, numpy.ndarray]:

@@ -81,9 +81,8 @@ class Attention(nn.Module):
         if self._config.is_llama:
             q = ops.rope(q, places.cos, places.sin, places.positions)
             k = ops.rope(k, places.cos, places.sin, places.positions)
-        if cache is not None:
-            k, v = cache.append(k, v)
-        return self.out(ops.merge_heads(ops.attention(q, k, v, places.start)))
+        attend = ops.attention if cache is None else cache.attention
+        return self.out(ops.merge_heads(attend(q, k, v, places.start)))
 
 
 class SwiGLU(nn.Module):

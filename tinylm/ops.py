@@ -228,6 +228,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, start: Array | None = None) -> Te
     return Tensor.from_op(out, (q, k, v), vjp)
 
 
+def prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix: Array, start=None
+) -> Tensor:
+    """Attention whose keys begin, in row b, with those of row prefix[b] of others (P, G, S', D).
+
+    For reading only: no gradient goes through it.
+    """
+    arrays = (x.data for x in (q, k, v, prefix_k, prefix_v))
+    return Tensor(backend.kernels.prefix_attention(*arrays, prefix, start))
+
+
 # ---- activations -------------------------------------------------------------------------------
 
 

@@ -390,56 +390,72 @@ static Floats softmax_backward(const py::array& dy_, const py::array& y_) {
 }
 
 struct AttentionInputs {
-    Strided q, k, v;
-    Ints start;
-    const int32_t* start_or_null;
-    AttentionShape shape;
+    const Op op;
+    Strided q, k, v, prefix_k, prefix_v;
+    Ints start, prefix;
+    Attention x;
 
-    AttentionInputs(const Op& op, const py::array& q_, const py::array& k_, const py::array& v_,
+    AttentionInputs(const char* name, const py::array& q_, const py::array& k_, const py::array& v_,
                     const std::optional<py::array>& start_)
-        : q(op.strided("q", q_, "(B, H, T, D)", {ANY, ANY, ANY, ANY})),
+        : op(name),
+          q(op.strided("q", q_, "(B, H, T, D)", {ANY, ANY, ANY, ANY})),
           k(op.strided("k", k_, "(B, G, S, D)", {q.shape(0), ANY, ANY, q.shape(3)})),
           v(op.strided("v", v_, "(B, G, S, D)", shape_of(k))) {
         const long B = q.shape(0), H = q.shape(1), G = k.shape(1), T = q.shape(2);
         if (G == 0 || H % G)
             op.wrong("k", "G dividing H = " + std::to_string(H) + ", got G = " + std::to_string(G));
-        shape = {B, H, G, T, k.shape(2), q.shape(3)};
         constexpr long LIMIT = std::numeric_limits<int32_t>::max();
         if (start_) start = op.ints("start", *start_, "(B, T)", {B, T}, -LIMIT, LIMIT);
-        start_or_null = start_ ? start.data() : nullptr;
+        x = {B,          H,        G,        T,        k.shape(2),
+             q.shape(3), heads(q), heads(k), heads(v), start_ ? start.data() : nullptr};
     }
-    int workers() const { return threads_for(1.0 * q.size() * shape.S); }
+    void stand_after(const py::array& k_, const py::array& v_, const py::array& rows) {
+        prefix_k = op.strided("prefix_k", k_, "(P, G, S, D)", {ANY, x.G, ANY, x.D});
+        prefix_v = op.strided("prefix_v", v_, "(P, G, S, D)", shape_of(prefix_k));
+        prefix = op.ints("prefix", rows, "(B)", {x.B}, 0, prefix_k.shape(0));
+        x.shared = prefix_k.shape(2);
+        x.S += x.shared;
+        x.prefix_k = heads(prefix_k), x.prefix_v = heads(prefix_v), x.prefix = prefix.data();
+    }
+    int workers() const { return threads_for(1.0 * q.size() * x.S); }
+
+    py::tuple forward() const {
+        Strided out = empty_heads(x.B, x.H, x.T, x.D);
+        Floats lse = empty({x.B, x.H, x.T});
+        run(kernels().attention_forward, x, heads(out), pointer(lse), workers());
+        return py::make_tuple(out, lse);
+    }
 };
 
 static py::tuple attention_forward(const py::array& q, const py::array& k, const py::array& v,
                                    const std::optional<py::array>& start) {
-    const AttentionInputs in(Op("attention_forward"), q, k, v, start);
-    const AttentionShape& s = in.shape;
-    Strided out = empty_heads(s.B, s.H, s.T, s.D);
-    Floats lse = empty({s.B, s.H, s.T});
-    run(kernels().attention_forward, s, heads(in.q), heads(in.k), heads(in.v), in.start_or_null,
-        heads(out), pointer(lse), in.workers());
-    return py::make_tuple(out, lse);
+    return AttentionInputs("attention_forward", q, k, v, start).forward();
+}
+
+static py::object prefix_attention(const py::array& q, const py::array& k, const py::array& v,
+                                   const py::array& prefix_k, const py::array& prefix_v,
+                                   const py::array& prefix, const std::optional<py::array>& start) {
+    AttentionInputs in("prefix_attention", q, k, v, start);
+    in.stand_after(prefix_k, prefix_v, prefix);
+    return in.forward()[0];
 }
 
 static py::tuple attention_backward(const py::array& dout_, const py::array& q, const py::array& k,
                                     const py::array& v, const py::array& out_,
                                     const py::array& lse_, const std::optional<py::array>& start) {
-    const Op op("attention_backward");
-    const AttentionInputs in(op, q, k, v, start);
-    const AttentionShape& s = in.shape;
-    const Strided dout = op.strided("dout", dout_, "(B, H, T, D)", shape_of(in.q));
-    const Strided out = op.strided("out", out_, "(B, H, T, D)", shape_of(in.q));
-    const Floats lse = op.floats("lse", lse_, "(B, H, T)", {s.B, s.H, s.T});
-    Strided dq = empty_heads(s.B, s.H, s.T, s.D), dk = empty_heads(s.B, s.G, s.S, s.D),
-            dv = empty_heads(s.B, s.G, s.S, s.D);
-    run(kernels().attention_backward, s, heads(dout), heads(in.q), heads(in.k), heads(in.v),
-        heads(out), pointer(lse), in.start_or_null, heads(dq), heads(dk), heads(dv), in.workers());
+    const AttentionInputs in("attention_backward", q, k, v, start);
+    const Attention& x = in.x;
+    const Strided dout = in.op.strided("dout", dout_, "(B, H, T, D)", shape_of(in.q));
+    const Strided out = in.op.strided("out", out_, "(B, H, T, D)", shape_of(in.q));
+    const Floats lse = in.op.floats("lse", lse_, "(B, H, T)", {x.B, x.H, x.T});
+    Strided dq = empty_heads(x.B, x.H, x.T, x.D), dk = empty_heads(x.B, x.G, x.S, x.D),
+            dv = empty_heads(x.B, x.G, x.S, x.D);
+    run(kernels().attention_backward, x, heads(dout), heads(out), pointer(lse), heads(dq),
+        heads(dk), heads(dv), in.workers());
     return py::make_tuple(dq, dk, dv);
 }
 
-// ---- sums and activations
-// -------------------------------------------------------------------------------
+// ---- sums and activations ----------------------------------------------------------------------
 
 static Floats add(const py::array& x_, const py::array& y_) {
     const Op op("add");
@@ -680,6 +696,8 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("softmax_forward", &softmax_forward, "x"_a);
     m.def("softmax_backward", &softmax_backward, "dy"_a, "y"_a);
     m.def("attention_forward", &attention_forward, "q"_a, "k"_a, "v"_a, "start"_a = py::none());
+    m.def("prefix_attention", &prefix_attention, "q"_a, "k"_a, "v"_a, "prefix_k"_a, "prefix_v"_a,
+          "prefix"_a, "start"_a = py::none());
     m.def("attention_backward", &attention_backward, "dout"_a, "q"_a, "k"_a, "v"_a, "out"_a,
           "lse"_a, "start"_a = py::none());
     m.def("swiglu_forward", &swiglu_forward, "gate"_a, "up"_a);

@@ -35,8 +35,13 @@ struct Heads {
     float* data;
     long b, h, t;  // strides, in floats
 };
-struct AttentionShape {
+struct Attention {  // what attention reads in both directions
     long B, H, G, T, S, D;
+    Heads q, k, v;
+    const int32_t* start;  // (B, T), or null
+    long shared = 0;       // of the S keys of row b, the first so many are not in k and v ...
+    Heads prefix_k = {}, prefix_v = {};
+    const int32_t* prefix = nullptr;  // ... but in row prefix[b] of these: (B)
 };
 
 struct AdamW {
@@ -82,14 +87,11 @@ struct Kernels {
     void (*softmax_backward)(const float* dy, const float* y, float* dx, long N, long C,
                              int threads);
 
-    // start (B, T) or null; lse (B, H, T)
-    void (*attention_forward)(const AttentionShape& shape, const Heads& q, const Heads& k,
-                              const Heads& v, const int32_t* start, const Heads& out, float* lse,
-                              int threads);
-    void (*attention_backward)(const AttentionShape& shape, const Heads& dout, const Heads& q,
-                               const Heads& k, const Heads& v, const Heads& out, const float* lse,
-                               const int32_t* start, const Heads& dq, const Heads& dk,
-                               const Heads& dv, int threads);
+    // lse (B, H, T); only forward can have a prefix
+    void (*attention_forward)(const Attention& x, const Heads& out, float* lse, int threads);
+    void (*attention_backward)(const Attention& x, const Heads& dout, const Heads& out,
+                               const float* lse, const Heads& dq, const Heads& dk, const Heads& dv,
+                               int threads);
 
     void (*add)(const float* x, const float* y, float* sum, long n, int threads);
     void (*swiglu_forward)(const float* gate, const float* up, float* y, long n, int threads);

@@ -335,8 +335,9 @@ static void pack_whole(const Product& p, float* packed, int threads) {
 // ---- few rows, as in generation: packing would cost more than it brings ------------------------
 // B is read once and as it lies, so that memory is all that it waits for.
 
+// B stored (N, K): each of its rows is a dot product with those of A.
 template <int R, int V>
-static void dot_tile(const Product& p, long m, long n) {  // B stored (N, K): V of its rows
+static void dot_tile(const Product& p, long m, long n) {
     const float *a = p.A + m * p.lda, *b = p.B + n * p.ldb;
     vf sums[R][V] = {};
     for_vectors(0, p.K, [&](long k, long left) {
@@ -355,8 +356,23 @@ static void dot_tile(const Product& p, long m, long n) {  // B stored (N, K): V 
         }
 }
 
+static void few_rows_by_dots(const Product& p, int threads) {
+    constexpr int V = 4;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long n = 0; n < p.N; n += V) {
+        long m = 0;
+        if (n + V <= p.N) {
+            for (; m + 4 <= p.M; m += 4) dot_tile<4, V>(p, m, n);
+            for (; m < p.M; ++m) dot_tile<1, V>(p, m, n);
+        }
+        for (; m < p.M; ++m)
+            for (long last = n; last < p.N; ++last) dot_tile<1, 1>(p, m, last);
+    }
+}
+
+// B stored (K, N): its rows are added up, each times a number of A.
 template <int R, int DEPTH>
-static void add_rows(const Product& p, long m, long k, long n, long end) {  // B stored (K, N)
+static void add_rows(const Product& p, long m, long k, long n, long end) {
     const float *a = p.A + m * p.lda + k, *b = p.B + k * p.ldb;
     for_vectors(n, end, [&](long at, long left) {
         vf bk[DEPTH];
@@ -379,26 +395,19 @@ static void add_depth(const Product& p, long k, long n, long end) {
     for (; m < p.M; ++m) add_rows<1, DEPTH>(p, m, k, n, end);
 }
 
-static void multiply_few_rows(const Product& p, int threads) {
-    constexpr int V = 4, DEPTH = 8;
-    const long share = p.transpose_b ? V : round_up(up(p.N, threads), LINE);
+static void few_rows_by_sums(const Product& p, int threads) {
+    constexpr int DEPTH = 8;
+    const long share = round_up(up(p.N, threads), LINE);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long n = 0; n < p.N; n += share) {
         const long end = min(n + share, p.N);
-        long m = 0, k = 0;
-        if (p.transpose_b) {
-            for (; end - n == V && m + 4 <= p.M; m += 4) dot_tile<4, V>(p, m, n);
-            for (; end - n == V && m < p.M; ++m) dot_tile<1, V>(p, m, n);
-            for (; m < p.M; ++m)
-                for (long last = n; last < end; ++last) dot_tile<1, 1>(p, m, last);
-            continue;
-        }
-        for (; m < p.M; ++m)
+        for (long m = 0; m < p.M; ++m)
             for_vectors(n, end, [&](long at, long left) {
                 float* c = p.C + m * p.ldc + at;
                 const vf before = p.add ? load_n(c, left) : vf{};
                 store_n(c, p.bias ? before + load_n(p.bias + at, left) : before, left);
             });
+        long k = 0;
         for (; k + DEPTH <= p.K; k += DEPTH) add_depth<DEPTH>(p, k, n, end);
         for (; k < p.K; ++k) add_depth<1>(p, k, n, end);
     }
@@ -406,7 +415,8 @@ static void multiply_few_rows(const Product& p, int threads) {
 
 static void matmul(const Product& p, int threads) {
     const bool few = p.M <= FEW_ROWS && !p.transpose_a;
-    if (few && !(p.packed && bfloat16_products)) return multiply_few_rows(p, threads);
+    if (few && !(p.packed && bfloat16_products))
+        return p.transpose_b ? few_rows_by_dots(p, threads) : few_rows_by_sums(p, threads);
     in_words([&](auto word) { multiply<decltype(word)>(p, threads); });
 }
 

@@ -36,6 +36,7 @@ CONTRACT = (
     "softmax_backward",
     "attention_forward",
     "attention_backward",
+    "prefix_attention",
     "swiglu_forward",
     "swiglu_backward",
     "gelu_forward",

@@ -8,7 +8,7 @@ INT32_MAX = 2**31 - 1
 
 
 class Attention:
-    """The two functions of CONTRACT; Kernels has the rest."""
+    """The three functions of CONTRACT; Kernels has the rest."""
 
     def attention_forward(self, q, k, v, start=None):
         args = Arguments(self, "attention_forward")
@@ -55,6 +55,16 @@ class Attention:
         self.launch_attention("backward_q", (4, 2, 2, 1), (T, H, B), *inputs, dq, *shape)
         self.launch_attention("backward_kv", (4, 2, 2, 2), (S, G, B), *inputs, dk, dv, *shape)
         return dq, dk, dv
+
+    def prefix_attention(self, q, k, v, prefix_k, prefix_v, prefix, start=None):
+        args, xp = Arguments(self, "prefix_attention"), self.xp
+        q, _, _, _, (_, G, _, _, D) = self.attention_inputs(args, q, k, v, None)
+        args.shape("prefix_k", prefix_k, "(P, G, S, D)", (None, G, None, D))
+        args.shape("prefix_v", prefix_v, "(P, G, S, D)", prefix_k.shape)
+        args.shape("prefix", prefix, "(B)", (len(k),))
+        k = xp.concatenate([prefix_k[prefix], k], 2)
+        v = xp.concatenate([prefix_v[prefix], v], 2)
+        return self.attention_forward(q[0], k, v, start)[0]
 
 
 def attention_plan(D: int, bfloat16: bool, tiles: tuple[int, int, int, int]) -> tuple:

@@ -36,6 +36,7 @@ OPS = {
     "rope": Op(("y",), ("x",)),
     "softmax": Op(("y",), ("x",)),
     "attention": Op(("out", "lse"), ("q", "k", "v")),
+    "prefix_attention": Op(("out",)),
     "swiglu": Op(("y",), ("gate", "up")),
     "gelu": Op(("y",), ("x",)),
     "cross_entropy": Op(("loss", "lse"), ("logits",)),
@@ -87,6 +88,11 @@ class Draw:
 
     def attention(self, B, H, G, T, S, D, **options):
         return dict(q=self(B, H, T, D), k=self(B, G, S, D), v=self(B, G, S, D)) | options
+
+    def prefix_attention(self, B, H, G, T, S, D, P, prefix_S, **options):
+        prefixes = dict(prefix_k=self(P, G, prefix_S, D), prefix_v=self(P, G, prefix_S, D))
+        rows = dict(prefix=self.ints(0, P, B))
+        return self.attention(B, H, G, T, S, D) | prefixes | rows | options
 
     def adamw(self, *shape, **options):
         moments = dict(m=self(*shape), v=self(*shape) ** 2)
@@ -154,6 +160,12 @@ CASES = [
     Case("attention", "overflow", lambda d: d.attention(1, 2, 1, 33, 40, 16, q=d.huge(1, 2, 33, 16), k=d.signs(1, 1, 40, 16)), False, 100),
     Case("attention", "wide head", lambda d: d.attention(1, 1, 1, 66, 66, 256), False),
     Case("attention", "large", lambda d: d.attention(1, 3, 3, 256, 256, 64), False),
+    Case("prefix_attention", "one token", lambda d: d.prefix_attention(1, 1, 1, 1, 1, 8, 1, 1)),
+    Case("prefix_attention", "odd", lambda d: d.prefix_attention(7, 3, 3, 1, 19, 5, 3, 29)),
+    Case("prefix_attention", "left padding", lambda d: d.prefix_attention(4, 4, 2, 1, 3, 16, 3, 90, start=np.int32([[0], [75], [90], [92]]))),
+    Case("prefix_attention", "many query heads", lambda d: d.prefix_attention(3, 24, 2, 1, 40, 18, 2, 33)),
+    Case("prefix_attention", "several tokens", lambda d: d.prefix_attention(2, 4, 2, 70, 75, 20, 2, 67)),
+    Case("prefix_attention", "nothing before", lambda d: d.prefix_attention(2, 2, 1, 1, 9, 8, 1, 0)),
     Case("swiglu", "one", lambda d: dict(gate=d(1, 1), up=d(1, 1))),
     Case("swiglu", "odd", lambda d: dict(gate=d(3, 5, 37), up=d(3, 5, 37))),
     Case("swiglu", "overflow", lambda d: dict(gate=d(3, 37, scale=HUGE), up=d(3, 37)), False),

@@ -149,6 +149,16 @@ def attention_backward(dout, q, k, v, out, lse, start=None):
     return dq, dk, dv
 
 
+def prefix_attention(q, k, v, prefix_k, prefix_v, prefix, start=None):
+    """Attention of rows that begin alike, as several answers to one prompt do.  arXiv 2402.05099
+
+    The keys of row b are those of row prefix[b] of prefix_k (P, G, S', D), and then those of k
+    (B, G, S, D); the values likewise; prefix (B) of int. -> out (B, H, T, D), as above.
+    """
+    k, v = np.concatenate([prefix_k[prefix], k], 2), np.concatenate([prefix_v[prefix], v], 2)
+    return attention_forward(q, k, v, start)[0]
+
+
 def _scores(q, k, start):
     """q kᵀ / √D with −inf where the query must not look.  (B, H, T, S)"""
     B, H, T, D = q.shape
