@@ -5,7 +5,7 @@ import pytest
 
 import tinylm
 from tinylm.errors import InputError
-from tinylm.generate import beam_search, blank_ids, fill, sample, stream, stream_text
+from tinylm.generate import beam_search, blank_ids, draw, fill, sample, stream, stream_text
 from tinylm.tokenizer import train_bpe
 
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 30, 12]]
@@ -105,6 +105,20 @@ def test_sampling_follows_the_distribution():
     assert numpy.abs(shares(temperature=2.0) - hot / hot.sum()).max() < 0.015
     assert shares(temperature=0)[0] == 1
     assert shares(top_p=1e-9)[0] == 1
+
+
+@pytest.mark.parametrize("V", [1, 2, 63, 64, 65, 1000])
+def test_drawing_by_runs_finds_what_one_running_sum_would(V):
+    rng = numpy.random.default_rng(V)
+    weights = rng.random((500, V)) * (rng.random((500, V)) < 0.5)  # half of them cannot be drawn
+    weights[:, rng.integers(V)] = 1e-3
+    share = rng.random(500)
+    share[:2] = 0, numpy.nextafter(1, 0)
+    drawn = draw(weights, share)
+    ends = weights.cumsum(-1)
+    expected = (ends > (share * ends[:, -1])[:, None]).argmax(-1)
+    assert (drawn == expected).mean() > 0.99
+    assert (weights[numpy.arange(500), drawn] > 0).all()
 
 
 def test_a_seed_repeats_itself(model):

@@ -22,6 +22,7 @@ from tinylm.tokenizer import Tokenizer
 
 BLANK = "___"
 LONGEST = 200  # tokens of a text or an answer, where nothing else is asked for
+RUN = 64  # tokens
 STILL_WRITING = 0.75  # share of the rows: if no more are, those that have ended are left behind
 
 
@@ -97,28 +98,49 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    x = logits.astype(numpy.float64)  # and all the rest in its place: new memory costs page faults
-    x /= temperature
+    x = numpy.divide(logits, temperature, dtype=numpy.float64)
     if 0 < top_k < x.shape[-1]:
         kth = numpy.partition(x, -top_k, -1)[:, -top_k, None]
         x[x < kth] = -numpy.inf
     x -= x.max(-1, keepdims=True)
-    p = numpy.exp(x, out=x)
-    p /= p.sum(-1, keepdims=True)
+    weights = numpy.exp(x, out=x)  # in its place: new memory costs page faults
     if top_p < 1:
-        p = nucleus(p, top_p)
-    cumulative = numpy.cumsum(p, -1, out=p)
-    draw = rng.random((len(p), 1)) * cumulative[:, -1:]
-    return (cumulative > draw).argmax(-1)
+        weights = nucleus(weights, top_p)
+    return draw(weights, rng.random(len(weights)))
 
 
-def nucleus(p: numpy.ndarray, top_p: float) -> numpy.ndarray:
-    """Zero all but the likeliest tokens that together hold top_p of each row's probability."""
-    order = numpy.argsort(-p, -1, kind="stable")
-    ranked = numpy.take_along_axis(p, order, -1)
-    likelier = numpy.cumsum(ranked, -1) - ranked  # held by the tokens before this one
-    numpy.put_along_axis(p, order, numpy.where(likelier < top_p, ranked, 0), -1)
-    return p
+def nucleus(weights: numpy.ndarray, top_p: float) -> numpy.ndarray:
+    """Zero all but the largest weights that together hold top_p of each row's sum."""
+    order = numpy.argsort(-weights, -1, kind="stable")
+    ranked = numpy.take_along_axis(weights, order, -1)
+    larger = numpy.cumsum(ranked, -1) - ranked  # the sum of the weights before this one
+    enough = top_p * weights.sum(-1, keepdims=True)
+    numpy.put_along_axis(weights, order, numpy.where(larger < enough, ranked, 0), -1)
+    return weights
+
+
+def draw(weights: numpy.ndarray, share: numpy.ndarray) -> numpy.ndarray:
+    """A place in each row of weights (B, V), as likely as its weight is large -> (B,) of int.
+
+    share (B,): how much of the row's sum lies before the point drawn. First a run of places is
+    found, then one within it: in a running sum over all of V each addition waits for the last one.
+    """
+    rows, V = numpy.arange(len(weights)), weights.shape[-1]
+    sums = numpy.add.reduceat(weights, numpy.arange(0, V, RUN), -1)
+    ends = numpy.cumsum(sums, -1)
+    point = share * ends[:, -1]
+    run = first_above(ends, point)
+    point = numpy.maximum(point - (ends[rows, run] - sums[rows, run]), 0)
+    places = numpy.minimum(run[:, None] * RUN + numpy.arange(RUN), V - 1)
+    ends = numpy.cumsum(weights[rows[:, None], places], -1)
+    return places[rows, first_above(ends, point)]
+
+
+def first_above(ends: numpy.ndarray, point: numpy.ndarray) -> numpy.ndarray:
+    """Which of each row's running sums (B, n) is the first above its point (B,); rounding may carry
+    a point to the end, but not beyond."""
+    point = numpy.minimum(point, numpy.nextafter(ends[:, -1], 0))
+    return (ends > point[:, None]).argmax(-1)
 
 
 def stream(
