@@ -23,12 +23,14 @@ def test_orthogonalising_keeps_directions_and_evens_out_their_lengths(float64, s
     u, _, vt = svd(rng.standard_normal(shape), full_matrices=False)
     s = numpy.geomspace(1, 0.02, min(shape)) * 300
     x = u * s @ vt
-    core = u.T @ orthogonal(x) @ vt.T
+    core = u.T @ orthogonal(x[None])[0] @ vt.T
     lengths = numpy.diag(core)
     assert norm(core - numpy.diag(lengths)) < 1e-9  # U and V are what they were
     assert 0.6 < lengths.min() <= lengths.max() < 1.25
-    assert norm(orthogonal(1e-3 * x) - orthogonal(x)) < 1e-6  # its size does not matter
-    assert not orthogonal(0 * x).any()
+    small, zero, alone = orthogonal(numpy.stack([1e-3 * x, 0 * x, x]))
+    assert norm(small - alone) < 1e-6  # its size does not matter
+    assert not zero.any()
+    assert numpy.array_equal(orthogonal(x[None])[0], alone)  # nor who stands beside it
 
 
 def test_muon_learns_the_weak_directions_too(float64):

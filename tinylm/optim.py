@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 
 from tinylm import backend
 from tinylm.tensor import Array, Tensor
+
+STACK = 1 << 18  # numbers in the matrices that Muon moves at once, if there are several
 
 
 class AdamW:
@@ -91,31 +94,47 @@ class Muon(AdamW):
     def move(self, name: str, p: Tensor, lr: float, grad_scale: float) -> None:
         if name in self.v:
             super().move(name, p, lr, grad_scale)
-        else:
-            p.data *= 1 - lr * self.weight_decay
-            p.data -= lr * 0.2 * max(p.shape) ** 0.5 * self.direction(name, p.grad * grad_scale)
 
-    def direction(self, name: str, grad: Array) -> Array:
-        m = self.m[name]
+    def step(self, lr: float, grad_scale: float = 1.0) -> None:
+        super().step(lr, grad_scale)
+        alike = defaultdict(list)
+        for name, p in self.parameters.items():
+            if name not in self.v and p.grad is not None:
+                alike[p.shape].append(name)
+        for shape, names in alike.items():
+            size, at_once = 0.2 * max(shape) ** 0.5, max(1, STACK // math.prod(shape))
+            for i in range(0, len(names), at_once):
+                stack = names[i : i + at_once]
+                ways = [self.momentum(name, grad_scale) for name in stack]
+                for name, way in zip(stack, orthogonal(backend.xp.stack(ways))):
+                    weight = self.parameters[name].data
+                    weight *= 1 - lr * self.weight_decay
+                    weight -= lr * size * way
+
+    def momentum(self, name: str, grad_scale: float) -> Array:
+        grad, m = self.parameters[name].grad * grad_scale, self.m[name]
         m *= self.beta1
         m += grad
-        return orthogonal(grad + self.beta1 * m)
+        return grad + self.beta1 * m
 
 
 def orthogonal(x: Array, steps: int = 4) -> Array:
-    """Nearly U Vᵀ of x = U S Vᵀ, (M, N): every singular value becomes one, or near it.
+    """Nearly U Vᵀ of each x = U S Vᵀ, (n, M, N): every singular value becomes one, or near it.
 
     Newton-Schulz: each step takes each singular value s to a s + b s³ + c s⁵, which carries all of
     (0.005, 1] to about 0.7 to 1.2; 0 stays 0. The coefficients are Jordan's (2024); he takes five
     steps from x / |x|. The fourth root of Σ s⁴ is nearer to the largest s, and saves one.
     """
     matmul, norm = backend.kernels.matmul, backend.kernels.global_norm
-    tall = x.shape[0] > x.shape[1]
+    tall = x.shape[1] > x.shape[2]
     for step in range(steps):
         gram = matmul(x, x, tall, not tall)  # x xᵀ or xᵀ x, whichever is smaller
         if step == 0:
-            size = norm([gram]) ** 0.5 + 1e-15  # no singular value is above it
-            x, gram = x / size, gram / size**2
+            sizes = [norm([one]) ** 0.5 + 1e-15 for one in gram]  # no singular value is above it
+            x, gram = (
+                y / backend.asarray([size**power for size in sizes], y.dtype)[:, None, None]
+                for y, power in ((x, 1), (gram, 2))
+            )
         mixed = -4.7750 * gram + 2.0315 * matmul(gram, gram)
         x = 3.4445 * x + (matmul(x, mixed) if tall else matmul(mixed, x))
     return x
