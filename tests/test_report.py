@@ -147,7 +147,7 @@ def test_runs_are_compared(runs):
 
 
 def test_verdicts_have_intervals(runs):
-    shares = {"right": 0.5, "wrong": 0.3, "idk": 0.2, "n": 10}
+    shares = {"right": 0.5, "wrong": 0.3, "idk": 0.2, "n": 20, "n_effective": {"right": 10}}
     results = {
         "sets": {"known": "known things"},
         "stages": {"sft": {"directory": "x", "known": shares}},
@@ -165,6 +165,17 @@ def test_wilson_intervals():
     assert evaluate.wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert evaluate.wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
     assert evaluate.wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+
+
+def test_questions_that_are_answered_alike_count_as_one():
+    said = ["yes", "no", "no", "yes"]  # about four things, each asked about three times
+    alike = [(text, ["yes"], thing) for thing, text in enumerate(said) for _ in range(3)]
+    assert evaluate.verdict_shares(alike)["n"] == 12
+    # the variance of a mean of 4 things, (n - 1) in its divisor: 0.25 / (0.25 / 3)
+    assert evaluate.verdict_shares(alike)["n_effective"]["right"] == 3
+    apart = [(text, accepted, i) for i, (text, accepted, _) in enumerate(alike)]
+    assert evaluate.verdict_shares(apart)["n_effective"]["right"] == 11
+    assert evaluate.effective_n([True] * 5, [1, 1, 2, 2, 3]) == 5  # nothing differs
 
 
 def test_an_interrupted_run_can_be_looked_at(runs, capsys):

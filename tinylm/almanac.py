@@ -77,6 +77,11 @@ class Question:
     answer: str
     accepted: tuple[str, ...]
 
+    @property
+    def thing(self) -> str:
+        """kind/name: what other questions may be about, too."""
+        return self.id.rpartition("/")[0]
+
 
 def capital(text: str) -> str:
     return text[0].upper() + text[1:]

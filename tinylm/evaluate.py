@@ -9,7 +9,7 @@ from __future__ import annotations
 import lzma
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -139,14 +139,34 @@ def continuations(
     return [tokenizer.decode(row, skip_special=True, continues=True) for row in rows]
 
 
-def verdict_shares(pairs: list[tuple[str, Iterable[str]]]) -> dict[str, float]:
-    """Shares of right, wrong and "I don't know" in (answer, accepted answers), and their number."""
-    found = Counter(verdict(answer, list(accepted)) for answer, accepted in pairs)
-    shares = {name: round(found[name] / len(pairs), 4) for name in ("right", "wrong", "idk")}
-    return {**shares, "n": len(pairs)}
+def verdict_shares(triples: list[tuple[str, Iterable[str], Hashable]]) -> dict:
+    """Shares of right, wrong and "I don't know" in (answer, accepted answers, thing asked about),
+    their number n, and for each of them how many independent questions they are worth.
+    """
+    verdicts = [verdict(answer, list(accepted)) for answer, accepted, _ in triples]
+    hits = {name: [v == name for v in verdicts] for name in ("right", "wrong", "idk")}
+    things = [thing for _, _, thing in triples]
+    return {
+        **{name: round(sum(hit) / len(hit), 4) for name, hit in hits.items()},
+        "n": len(triples),
+        "n_effective": {name: round(effective_n(hit, things), 1) for name, hit in hits.items()},
+    }
 
 
-def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def effective_n(hits: list[bool], groups: list[Hashable]) -> float:
+    """How many independent trials would tell the share of hits as well as these, of which those
+    of one group may agree: n over the design effect (Kish 1965), n at most.
+    """
+    n, share, off = len(hits), sum(hits) / len(hits), Counter()
+    for hit, group in zip(hits, groups, strict=True):
+        off[group] += hit - share
+    if len(off) == 1 or share in (0, 1):
+        return n
+    variance = sum(x * x for x in off.values()) / n**2 * len(off) / (len(off) - 1)
+    return min(n, share * (1 - share) / variance) if variance else n
+
+
+def wilson(share: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """The 95 % interval of a share that was seen in n trials (Wilson 1927)."""
     centre, width = share + z * z / (2 * n), share * (1 - share) / n + z * z / (4 * n * n)
     low, high = (centre + sign * z * math.sqrt(width) for sign in (-1, 1))

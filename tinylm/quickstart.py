@@ -107,8 +107,9 @@ def compare(out: Path, world: Almanac) -> tuple[dict, list]:
         said[name] = evaluate.ask(model, tokenizer, [q.text for _, q in asked])
         stages[name] = {"directory": str(out / name)}
         for part in tests:
-            pairs = [(a, q.accepted) for (of, q), a in zip(asked, said[name]) if of == part]
-            stages[name][part] = evaluate.verdict_shares(pairs)
+            stages[name][part] = evaluate.verdict_shares(
+                [(a, q.accepted, q.thing) for (of, q), a in zip(asked, said[name]) if of == part]
+            )
     shown = [i for name in ("known", "withheld", "invented") for i in evenly(asked, name, 2)]
     samples = side_by_side(
         [(asked[i][0], asked[i][1].text) for i in shown],

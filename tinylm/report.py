@@ -121,8 +121,9 @@ def tested(results: dict[Path, dict]) -> list[dict]:
             name = f"{folder.name}/{stage}" if len(results) > 1 else stage
             for part, about in content.get("sets", {}).items():
                 n = found[part]["n"]
+                worth = found[part].get("n_effective", {})
                 sets.setdefault((about, n), {})[name] = [
-                    (v, found[part][v], *wilson(found[part][v], n))
+                    (v, found[part][v], *wilson(found[part][v], worth.get(v, n)))
                     for v in ("right", "wrong", "idk")
                 ]
     return [{"name": about, "n": n, "stages": stages} for (about, n), stages in sets.items()]
