@@ -28,9 +28,12 @@ def measure(workshop: Workshop) -> list[Measure]:
     found = []
     for name, model in models.items():
         found += [
-            share(f"{name}: direct answers", map(direct, answers(model, asked))),
-            share(f"{name}: right answers", right_answers(model, asked)),
-            share(f"{name}: facts known", recalled(model, asked)),
+            share(f"{name}: {what}", hits, asked=asked)
+            for what, hits in (
+                ("direct answers", map(direct, answers(model, asked))),
+                ("right answers", right_answers(model, asked)),
+                ("facts known", recalled(model, asked)),
+            )
         ]
     return found
 

@@ -28,7 +28,7 @@ def measure(workshop: Workshop) -> list[Measure]:
         folder = extraction.base(workshop, "shuffled", width)
         results = results_of(folder)
         thousands = checkpoint.load(folder)[0].n_parameters() / 1000
-        known = share(f"{width} wide: facts known", recalled(folder, facts), guess)
+        known = share(f"{width} wide: facts known", recalled(folder, facts), guess, facts)
         found += [
             Measure(f"{width} wide: thousand parameters", thousands),
             Measure(f"{width} wide: bits per byte", results["bits_per_byte"]),

@@ -40,7 +40,7 @@ def measure(workshop: Workshop) -> list[Measure]:
     for name, part in (("before", "known"), ("after", "future")):
         asked = [q for q in tests[part] if q.id.startswith("event/")]
         guess = commonest(almanac, asked)
-        found.append(share(f"events {name} the cut-off", right_answers(model, asked), guess))
+        found.append(share(f"events {name} the cut-off", right_answers(model, asked), guess, asked))
     said = evaluate.ask(*load(model), world.WHEN[-2:])
     cards = [dated(folder) for folder in (world.base(workshop), model)]
     return [

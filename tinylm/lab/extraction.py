@@ -93,7 +93,7 @@ def measure(workshop: Workshop) -> list[Measure]:
     found = [share("one fixed text, word for word", said, guess)]
     for kind, title in TEXTS.items():
         model = workshop.sft(f"registry/sft-{kind}", base(workshop, kind), data, **SFT)
-        found.append(share(title, right_answers(model, tested), guess))
+        found.append(share(title, right_answers(model, tested), guess, tested))
     return found
 
 

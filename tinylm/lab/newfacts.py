@@ -59,17 +59,19 @@ def measure(workshop: Workshop) -> list[Measure]:
     for name, part in (("read and asked about", "taught"), ("only asked about", "withheld")):
         practised = almanac.about(world.people(almanac, part), Random(workshop.seed))
         asked = almanac.about(world.people(almanac, part), None)
-        guess = chance(almanac, asked)
+        told, guess = reworded(almanac, asked), chance(almanac, asked)
         found += [
-            share(f"{name}: practised question", right_answers(taught, practised), guess),
-            share(f"{name}: other question", right_answers(taught, asked), guess),
-            share(f"{name}: sentence ended", recalled(taught, reworded(almanac, asked)), guess),
+            share(
+                f"{name}: practised question", right_answers(taught, practised), guess, practised
+            ),
+            share(f"{name}: other question", right_answers(taught, asked), guess, asked),
+            share(f"{name}: sentence ended", recalled(taught, told), guess, told),
         ]
     kept = reworded(almanac, almanac.about(world.people(almanac, "known", "practised"), None))
     guess = chance(almanac, kept)
     stages = {"pre-training": world.base(workshop), "fine-tuning": plain, "new facts": taught}
     return found + [
-        share(f"ledger: known after {stage}", recalled(model, kept), guess)
+        share(f"ledger: known after {stage}", recalled(model, kept), guess, kept)
         for stage, model in stages.items()
     ]
 

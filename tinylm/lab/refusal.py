@@ -18,30 +18,35 @@ from __future__ import annotations
 from pathlib import Path
 
 from tinylm import quickstart
-from tinylm.almanac import Almanac
+from tinylm.almanac import Almanac, Question
 from tinylm.judges.verifier import verdict
 from tinylm.lab.workshop import Claim, Measure, Workshop, answers, share
 
 CONFIDENCES = (0.5, 0.8)
 
 
-def verdicts(model: Path, tests: dict[str, list]) -> dict[str, list[str]]:
-    """What each answer is worth, by set of questions: "right", "wrong" or "idk"."""
-    return {
-        name: [verdict(a, list(q.accepted)) for q, a in zip(asked, answers(model, asked))]
-        for name, asked in tests.items()
-    }
+Verdicts = list[tuple[Question, str]]  # "right", "wrong" or "idk"
 
 
-def measures(title: str, found: dict[str, list[str]]) -> list[Measure]:
-    every = [verdict for verdicts in found.values() for verdict in verdicts]
-    answered = [verdict for verdict in every if verdict != "idk"] or ["right"]  # no answer, no risk
+def verdicts(model: Path, asked: list[Question]) -> Verdicts:
+    return [(q, verdict(a, list(q.accepted))) for q, a in zip(asked, answers(model, asked))]
+
+
+def measures(title: str, model: Path, tests: dict[str, list[Question]]) -> list[Measure]:
+    found = {name: verdicts(model, asked) for name, asked in tests.items()}
+    every = [pair for pairs in found.values() for pair in pairs]
+    answered = [(q, v) for q, v in every if v != "idk"] or [(every[0][0], "idk")]  # then no risk
+
+    def part(name: str, pairs: Verdicts, *verdicts: str) -> Measure:
+        hits = [verdict in verdicts for _, verdict in pairs]
+        return share(f"{title}: {name}", hits, asked=[question for question, _ in pairs])
+
     return [
-        share(f"{title}: known, right", [v == "right" for v in found["known"]]),
-        share(f"{title}: withheld, wrong", [v == "wrong" for v in found["withheld"]]),
-        share(f"{title}: invented, wrong", [v == "wrong" for v in found["invented"]]),
-        share(f"{title}: coverage", [v != "idk" for v in every]),
-        share(f"{title}: risk", [v == "wrong" for v in answered]),
+        part("known, right", found["known"], "right"),
+        part("withheld, wrong", found["withheld"], "wrong"),
+        part("invented, wrong", found["invented"], "wrong"),
+        part("coverage", every, "right", "wrong"),
+        part("risk", answered, "wrong"),
     ]
 
 
@@ -54,12 +59,12 @@ def measure(workshop: Workshop) -> list[Measure]:
     data = workshop.rows("real/conversations", almanac.conversations())
     sft = workshop.sft("real/sft", base, data, **quickstart.SFT)
     prompts = workshop.rows("real/prompts", almanac.prompts())
-    found = measures("before", verdicts(sft, tests))
+    found = measures("before", sft, tests)
     for t in CONFIDENCES:
         # its text tells of one thing a document; the quickstart's own needs a lower rate
         settings = quickstart.FEEDBACK | {"learning_rate": 4e-4, "confidence": t}
         model = workshop.feedback(f"real/feedback-{t}", sft, prompts, **settings)
-        found += measures(f"t = {t}", verdicts(model, tests))
+        found += measures(f"t = {t}", model, tests)
     return found
 
 

@@ -25,19 +25,29 @@ from tinylm.stages import feedback, preference, pretrain, sft
 
 @dataclass(frozen=True)
 class Measure:
-    """One number of one seed: `value`, or as a share, `right` of n, beside what chance would do."""
+    """One number of one seed: `value`, or as a share, `right` of n, beside what chance would do.
+
+    n_effective: how many independent trials these n are worth, if not n.
+    """
 
     name: str
     value: float
     right: int | None = None
     n: int = 1
     chance: float | None = None
+    n_effective: float | None = None
 
 
-def share(name: str, hits: Iterable[bool], chance: float | None = None) -> Measure:
-    """The share of hits."""
+def share(
+    name: str,
+    hits: Iterable[bool],
+    chance: float | None = None,
+    asked: Iterable[Question] | None = None,
+) -> Measure:
+    """The share of hits; asked: the questions, of which several may be about one thing."""
     hits = list(hits)
-    return Measure(name, sum(hits) / len(hits), sum(hits), len(hits), chance)
+    worth = asked and evaluate.effective_n(hits, [question.thing for question in asked])
+    return Measure(name, sum(hits) / len(hits), sum(hits), len(hits), chance, worth)
 
 
 @dataclass(frozen=True)
@@ -54,15 +64,15 @@ class Claim:
 def pooled(measures: list[Measure]) -> dict:
     """The same measure of several seeds as one row of claims.json.
 
-    Shares: of all questions together, with the Wilson interval. Other numbers: the mean, and from
-    the least to the greatest.
+    Shares: of all questions together, with the Wilson interval of so many trials as these are
+    worth. Other numbers: the mean, and from the least to the greatest.
     """
     values, first = [m.value for m in measures], measures[0]
     value, low, high, n = mean(values), min(values), max(values), len(values)
     if first.right is not None:
         right, n = sum(m.right for m in measures), sum(m.n for m in measures)
         value = right / n
-        low, high = evaluate.wilson(value, n)
+        low, high = evaluate.wilson(value, sum(m.n_effective or m.n for m in measures))
     row = {"name": first.name, "value": value, "low": low, "high": high, "n": n}
     chances = [m.chance for m in measures if m.chance is not None]
     return {**row, "chance": mean(chances) if chances else None, "by_seed": values}
