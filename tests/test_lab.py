@@ -11,7 +11,7 @@ from commands import weights
 
 from tinylm import backend, cli, lab, quickstart, registry
 from tinylm.lab import assistant, cutoff, extraction, missing, outwitted, world
-from tinylm.lab.workshop import Measure, chance, pooled
+from tinylm.lab.workshop import Measure, chance, pooled, share
 from tinylm.progress import Progress
 from tinylm.stages.pretrain import OBJECTIVES
 from tinylm.train import read_metrics
@@ -96,6 +96,20 @@ def test_numbers_that_are_no_shares_are_told_with_their_spread():
     row = pooled([Measure("bits", 1.0), Measure("bits", 2.0), Measure("bits", 4.5)])
     assert (row["value"], row["low"], row["high"], row["n"]) == (2.5, 1.0, 4.5, 3)
     assert row["chance"] is None
+
+
+def test_questions_about_one_person_count_as_one_where_they_are_answered_alike():
+    people = extraction.world_of(0)
+    asked = people.about(people.of("known")[:20], None)
+    things = sorted({q.thing for q in asked})
+    alike = share("alike", [things.index(q.thing) % 2 == 0 for q in asked], asked=asked)
+    apart = share("apart", [i % 2 == 0 for i in range(len(asked))], asked=asked)
+    assert (alike.n, apart.n) == (80, 80)
+    assert alike.n_effective == pytest.approx(19)  # 20 people, one of them lost to the mean
+    assert apart.n_effective == 80
+    narrow, wide = pooled([apart, apart]), pooled([alike, alike])
+    assert narrow["n"] == wide["n"] == 160
+    assert wide["high"] - wide["low"] > 1.8 * (narrow["high"] - narrow["low"])
 
 
 def test_only_the_fixed_text_tells_the_same_in_the_same_words(small):
