@@ -22,7 +22,7 @@ from tinylm.tokenizer import Tokenizer
 
 BLANK = "___"
 LONGEST = 200  # tokens of a text or an answer, where nothing else is asked for
-RUN = 64  # tokens
+RUN = 64  # tokens of the vocabulary that `draw` first looks at as one
 STILL_WRITING = 0.75  # share of the rows: if no more are, those that have ended are left behind
 
 
@@ -48,14 +48,12 @@ class LayerCache:
         return ops.prefix_attention(q, k, v, *self.prompts, self.prompt, start)
 
     def go_on(self, prompt: Array, room: int) -> None:
-        """Once the prompts are read: row b continues prompt[b], by up to `room` tokens."""
         _, G, _, D = self.prompts[0].shape
         shape = len(prompt), G, room, D
         self.prompt = prompt
         self.written = [backend.empty(shape, x.dtype) for x in self.prompts]
 
     def take(self, rows: Array) -> None:
-        """Go on with these rows of the batch."""
         end, old = self.length - self.prompts[0].shape[2], self.written
         self.prompt = self.prompt[rows]
         self.written = [backend.empty((len(rows), *x.shape[1:]), x.dtype) for x in old]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 
+import numpy
+
 from tinylm import backend
 from tinylm.tensor import Array, Tensor
 
@@ -56,15 +58,13 @@ class AdamW:
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
         """Move every parameter that has a gradient, scaled by grad_scale, and count the update."""
         self.steps += 1
-        for name, p in self.parameters.items():
+        for name, v in self.v.items():
+            p = self.parameters[name]
             if p.grad is not None:
-                self.move(name, p, lr, grad_scale)
-
-    def move(self, name: str, p: Tensor, lr: float, grad_scale: float) -> None:
-        backend.kernels.adamw(
-            p.data, p.grad, self.m[name], self.v[name],
-            lr, self.beta1, self.beta2, self.eps, self.decay(p), self.steps, grad_scale,
-        )  # fmt: skip
+                backend.kernels.adamw(
+                    p.data, p.grad, self.m[name], v,
+                    lr, self.beta1, self.beta2, self.eps, self.decay(p), self.steps, grad_scale,
+                )  # fmt: skip
 
     def decay(self, p: Tensor) -> float:
         return self.weight_decay if p.ndim > 1 else 0.0
@@ -91,12 +91,8 @@ class Muon(AdamW):
         super().__init__(parameters, **settings)
         self.v = {name: v for name, v in self.v.items() if name not in matrices}
 
-    def move(self, name: str, p: Tensor, lr: float, grad_scale: float) -> None:
-        if name in self.v:
-            super().move(name, p, lr, grad_scale)
-
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
-        super().step(lr, grad_scale)
+        super().step(lr, grad_scale)  # of what has a `v`
         alike = defaultdict(list)
         for name, p in self.parameters.items():
             if name not in self.v and p.grad is not None:
@@ -130,11 +126,9 @@ def orthogonal(x: Array, steps: int = 4) -> Array:
     for step in range(steps):
         gram = matmul(x, x, tall, not tall)  # x xᵀ or xᵀ x, whichever is smaller
         if step == 0:
-            sizes = [norm([one]) ** 0.5 + 1e-15 for one in gram]  # no singular value is above it
-            x, gram = (
-                y / backend.asarray([size**power for size in sizes], y.dtype)[:, None, None]
-                for y, power in ((x, 1), (gram, 2))
-            )
+            sizes = numpy.array([[[norm([one]) ** 0.5 + 1e-15]] for one in gram])
+            x = x / backend.asarray(sizes, x.dtype)  # no singular value is above 1 now
+            gram = gram / backend.asarray(sizes**2, x.dtype)
         mixed = -4.7750 * gram + 2.0315 * matmul(gram, gram)
         x = 3.4445 * x + (matmul(x, mixed) if tall else matmul(mixed, x))
     return x

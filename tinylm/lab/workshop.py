@@ -42,7 +42,7 @@ def share(
     name: str,
     hits: Iterable[bool],
     chance: float | None = None,
-    asked: Iterable[Question] | None = None,
+    asked: list[Question] | None = None,
 ) -> Measure:
     """The share of hits; asked: the questions, of which several may be about one thing."""
     hits = list(hits)
