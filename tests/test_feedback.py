@@ -329,7 +329,7 @@ def test_the_first_update_has_a_ratio_of_exactly_one(tokenizer):
     stage = make_stage(tokenizer, count_of_a)
     batch = stage.fresh()
     with no_grad():
-        nll = stage.model.loss(batch.tokens, batch.targets, batch.start).data
+        nll = stage.model.loss(batch.tokens, batch.targets, batch.start, gap=batch.gap).data
     assert numpy.array_equal(-nll, batch.old_logp)
     assert numpy.array_equal(batch.nll.data, nll)
 
@@ -349,34 +349,58 @@ def test_a_tape_that_was_kept_has_the_gradients_of_a_new_one(tokenizer):
 
 
 def test_packing_changes_neither_the_loss_nor_the_drift_of_an_answer(tokenizer, monkeypatch):
+    """A prompt that its answers share or that each has to itself, in one row or in many."""
     stage = make_stage(tokenizer, count_of_a)
-    prompts = [stage.form.ids(stage.prompt(i).messages, True) for i in range(8)]
+    prompts = [stage.form.ids(stage.prompt(i).messages, True) for i in range(2)]
     said = [[*range(7, 8 + i), stage.stop_ids[0]] for i in range(8)]
-    groups = [stage.group(None, ids, 0, [answer]) for ids, answer in zip(prompts, said)]
+    shared = [stage.group(None, ids, 0, said[i::2]) for i, ids in enumerate(prompts)]
+    single = [stage.group(None, group.prompt, 0, [ids]) for group in shared for ids in group.ids]
     for p in stage.reference.parameters().values():
         p.data = p.data * 1.1
-    found = []
-    for width in (1, 64):
+    found, sizes = [], []
+    for groups, width in ((single, 1), (single, 64), (shared, 1), (shared, 64)):
         monkeypatch.setattr("tinylm.answers.ROW", width)
         batch, drift = stage.look_again(groups)
-        assert [x.tolist() for x in batch.by_answer(batch.targets)] == said
+        assert [x.tolist() for x in batch.by_answer(batch.targets)] == said[::2] + said[1::2]
         old = numpy.concatenate(batch.by_answer(batch.old_logp))
-        found.append((len(batch.tokens), old, drift, stage.drift))
-    (rows, *alone), (fewer, *packed) = found
-    assert fewer < rows and abs(alone[1]).min() > 1e-3
-    for one, other in zip(alone, packed):
-        assert numpy.allclose(one, other, rtol=1e-4, atol=1e-4)
+        batch.nll.backward((batch.answer + 1).astype(batch.nll.dtype))
+        gradients = [p.grad for p in stage.model.parameters().values()]
+        for p in stage.model.parameters().values():
+            p.grad = None
+        found.append((old, drift, stage.drift, *gradients))
+        sizes.append(batch.tokens.size)
+    for other in found[1:]:
+        for x, y in zip(found[0], other):
+            assert numpy.allclose(x, y, rtol=1e-4, atol=1e-4)
+    assert sizes[3] <= sizes[1] / 2
+    assert abs(found[0][1]).min() > 1e-3
+    assert all(abs(g).max() > 1e-2 for g in found[0][3:])
 
 
-def test_the_end_of_turn_is_learned_with_the_answer(tokenizer):
+def test_a_prompt_is_read_once_for_all_its_answers(tokenizer):
     end = tokenizer.special["<|end|>"]
-    said = {(5, 6): [8, 9, end], (7,): [10, end]}
-    groups = [Group(None, [], prompt=[*asked], ids=[ids]) for asked, ids in said.items()]
-    batch = answer_batch(groups, end, most=7, length=3)
-    assert batch.tokens.tolist() == [[5, 6, 8, 9, 7, 10]]
-    assert batch.targets.tolist() == [[-1, 8, 9, end, 10, end]]
-    assert batch.answer.tolist() == [[-1, 0, 0, 0, 1, 1]]
-    assert batch.start.tolist() == [[0, 0, 0, 0, 4, 4]]
+    groups = [
+        Group(None, [], prompt=[5, 6], ids=[[8, 9, end], [end], [8, end]]),
+        Group(None, [], prompt=[7], ids=[[10, end]]),
+    ]
+    batch = answer_batch(groups, end, most=32, length=3)
+    assert batch.tokens.tolist() == [[5, 6, 8, 9, 6, 6, 8, 7, 10]]
+    assert batch.targets.tolist() == [[-1, 8, 9, end, end, 8, end, 10, end]]
+    assert batch.answer.tolist() == [[-1, 0, 0, 0, 1, 2, 2, 3, 3]]
+    assert batch.start.tolist() == [[0, 0, 0, 0, 0, 0, 0, 7, 7]]
+    assert batch.gap[..., 0].tolist() == [[0, 1, 1, 1, 1, 1, 1, 7, 7]]
+    assert batch.gap[..., 1].tolist() == [[0, 1, 1, 1, 4, 5, 5, 7, 7]]
+
+
+def test_answers_that_exceed_the_context_together_are_cut_into_rows(tokenizer):
+    end = tokenizer.special["<|end|>"]
+    groups = [Group(None, [], prompt=[5, 6], ids=[[8, 9, end], [end], [8, end]])]
+    batch = answer_batch(groups, end, most=5, length=3)
+    assert batch.tokens.tolist() == [[5, 6, 8, 9, 6], [5, 6, 8, end, end]]
+    assert batch.targets.tolist() == [[-1, 8, 9, end, end], [-1, 8, end, -1, -1]]
+    assert batch.answer.tolist() == [[-1, 0, 0, 0, 1], [-1, 2, 2, -1, -1]]
+    assert batch.gap[..., 1].tolist() == [[0, 1, 1, 1, 4], [0, 1, 1, 0, 0]]
+    assert answer_batch(groups, end, most=1, length=3).tokens.shape == (2, 4)  # it must fit
 
 
 def test_the_denominator_is_a_constant(tokenizer):
@@ -426,6 +450,6 @@ def test_sampling_is_part_of_the_state(tokenizer, tmp_path, updates):
     resumed.restore(state)
     for _ in range(3):
         one, two = whole.draw(), resumed.draw()
-        for field in ("tokens", "targets", "start", "answer", "old_logp", "advantages"):
+        for field in ("tokens", "targets", "start", "gap", "answer", "old_logp", "advantages"):
             assert numpy.array_equal(getattr(one, field), getattr(two, field)), field
         assert one.notes == two.notes

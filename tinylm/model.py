@@ -81,8 +81,11 @@ class Attention(nn.Module):
         if self._config.is_llama:
             q = ops.rope(q, places.cos, places.sin, places.positions)
             k = ops.rope(k, places.cos, places.sin, places.positions)
-        attend = ops.attention if cache is None else cache.attention
-        return self.out(ops.merge_heads(attend(q, k, v, places.start)))
+        if cache is None:
+            mixed = ops.attention(q, k, v, places.start, places.gap)
+        else:
+            mixed = cache.attention(q, k, v, places.start)
+        return self.out(ops.merge_heads(mixed))
 
 
 class SwiGLU(nn.Module):
@@ -130,16 +133,24 @@ class Block(nn.Module):
 class Places:
     """Where each token stands: what every layer needs to know besides the tokens.
 
-    positions (B, T)   counted from the first token of the token's document
-    start     (B, T)   the first key that the token may see, or None: all up to itself
-    cos, sin  (P, D/2) rotary angles by position (llama)
+    positions (B, T)    counted over what the token sees: from `start`, without the gap
+    start     (B, T)    the first key that the token may see, or None: all up to itself
+    gap       (B, T, 2) from where to where it sees none after all, or None
+    cos, sin  (P, D/2)  rotary angles by position (llama)
     """
 
-    def __init__(self, tokens: Array, start: Array | None, past: int, cos: Array, sin: Array):
+    def __init__(
+        self, tokens: Array, start: Array | None, gap: Array | None, past: int,
+        cos: Array, sin: Array,
+    ):  # fmt: skip
         xp, (B, T) = backend.xp, tokens.shape
-        at = xp.broadcast_to(xp.arange(past, past + T, dtype="int32"), (B, T))
+        positions = xp.broadcast_to(xp.arange(past, past + T, dtype="int32"), (B, T))
         self.start = None if start is None else backend.asarray(start, "int32")
-        positions = at if start is None else xp.maximum(at - self.start, 0)
+        self.gap = None if gap is None else backend.asarray(gap, "int32")
+        if start is not None:
+            positions = xp.maximum(positions - self.start, 0)
+        if gap is not None:
+            positions = positions - (self.gap[..., 1] - self.gap[..., 0])
         self.positions = xp.ascontiguousarray(positions)
         self.cos, self.sin = cos, sin
 
@@ -202,11 +213,15 @@ class Transformer(nn.Module):
             table.weight = nn.parameter(numpy.concatenate([rows, mean]))
         self.config.vocab_size = max(size, self.config.vocab_size)
 
-    def hidden(self, tokens: Array, start: Array | None = None, cache=None) -> Tensor:
+    def hidden(
+        self, tokens: Array, start: Array | None = None, cache=None, gap: Array | None = None
+    ) -> Tensor:
         """tokens (B, T) of int -> (B, T, C): what the head reads.
 
         start (B, T): index of the first token of each token's document; attention does not look
-        before it, and positions count from it. cache: a KVCache holding what came before.
+        before it, and positions count from it. gap (B, T, 2), of training: attention does not look
+        at the tokens gap[..., 0] .. gap[..., 1] − 1 either, and positions do not count them.
+        cache: a KVCache holding what came before.
         """
         tokens = backend.xp.atleast_2d(backend.asarray(tokens))
         past = 0 if cache is None else cache.length
@@ -214,7 +229,7 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"{past + tokens.shape[1]} tokens do not fit a context of {self.config.block_size}"
             )
-        places = Places(tokens, start, past, *self.turns())
+        places = Places(tokens, start, gap, past, *self.turns())
         x = self.embedding(tokens)
         if not self.config.is_llama:
             x = x + self.positions(places.positions)
@@ -235,15 +250,16 @@ class Transformer(nn.Module):
         return ops.linear(self.hidden(tokens, start, cache), self.head_weight)
 
     def loss(
-        self, tokens: Array, targets: Array, start: Array | None = None, even: bool = True
-    ) -> Tensor:
+        self, tokens: Array, targets: Array, start: Array | None = None, even: bool = True,
+        gap: Array | None = None,
+    ) -> Tensor:  # fmt: skip
         """Loss per token in nats, (B, T); 0 where the target is −1.
 
         even=False where the tokens' losses will be weighted each in its own way: it saves time, and
         a device insists on it.
         """
         targets = backend.xp.atleast_2d(backend.asarray(targets))
-        hidden = self.hidden(tokens, start)
+        hidden = self.hidden(tokens, start, gap=gap)
         return ops.linear_cross_entropy(hidden, self.head_weight, targets, even)
 
     def scores(self, tokens: Array, lengths: Array) -> Tensor:

@@ -213,17 +213,20 @@ def softmax(x: Tensor) -> Tensor:
     return Tensor.from_op(y, (x,), lambda dy: (backend.kernels.softmax_backward(dy, y),))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, start: Array | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, start: Array | None = None, gap: Array | None = None
+) -> Tensor:
     """Causal softmax(q kᵀ / √D) v.  q (B, H, T, D); k, v (B, G, S, D) -> (B, H, T, D).
 
-    Query t stands at key t + S − T and sees the keys from start[b, t] (default 0) to there.
+    Query t stands at key t + S − T and sees the keys from start[b, t] (default 0) to there, but not
+    those from gap[b, t, 0] up to, without it, gap[b, t, 1] (default none).
     """
-    out, lse = backend.kernels.attention_forward(q.data, k.data, v.data, start)
+    out, lse = backend.kernels.attention_forward(q.data, k.data, v.data, start, gap)
 
     def vjp(dout):
         return backend.kernels.attention_backward(
-            dout, q.data, k.data, v.data, out, lse, start
-        )  # fmt: skip
+            dout, q.data, k.data, v.data, out, lse, start, gap
+        )
 
     return Tensor.from_op(out, (q, k, v), vjp)
 

@@ -13,9 +13,10 @@
 //   backward:  P = exp(K Qᵀ - lse); dV += P dO; dS = P (V dOᵀ - delta); dK += dS Q; dQ += dSᵀ K
 //
 // Every query sees a window of keys [from, to): `to` is the causal limit, `from` its document's
-// start. Blocks outside all windows are skipped, blocks inside all of them need no mask. Along the
-// diagonal, keys come STEP at a time, and only to the queries after them. One task is one key/value
-// head, or forward, where heads are few, some of its blocks: no sum is shared.
+// start. It may have a gap, as between a prompt and the second answer to it. Blocks outside all
+// windows or in every gap are skipped, blocks inside all windows that meet no gap need no mask.
+// Along the diagonal, keys come STEP at a time, and only to the queries after them. One task is one
+// key/value head, or forward, where heads are few, some of its blocks: no sum is shared.
 //
 // A row's keys may begin with those of a prefix that other rows share (arXiv 2402.05099). One after
 // another they read it from cache: the same sums, to the bit, as if each had a copy of its own.
@@ -59,25 +60,40 @@ static Matrix joined(const Rows& x, long S, long D, float* copy) {
 
 // ---- one block of queries ----------------------------------------------------------------------
 
+struct Range {  // of keys: from .. to - 1
+    long from, to;
+    bool holds(long j) const { return from <= j && j < to; }
+    bool meets(long j, long keys) const { return j < to && j + keys > from; }
+    void narrow(Range x) { from = max(from, x.from), to = min(to, x.to); }
+    void widen(Range x) {
+        if (x.from < x.to) from = min(from, x.from), to = max(to, x.to);
+    }
+};
+
 struct Queries {
     const Attention& x;
-    long b, g, first, rows;    // rows first .. first + rows of the group's (H/G) T
-    long lanes;                // rows, up to whole vectors
-    int32_t from[BQ], to[BQ];  // the window of each row; empty for the lanes beyond `rows`
-    long begin, end;           // the union of the windows
-    long all_from, all_to;     // their intersection
+    long b, g, first, rows;            // rows first .. first + rows of the group's (H/G) T
+    long lanes;                        // rows, up to whole vectors
+    int32_t from[BQ], to[BQ];          // the window of each row; empty for the lanes beyond `rows`
+    int32_t gap_from[BQ], gap_to[BQ];  // what the row does not see of it
+    Range any, all;                    // the union of the windows, and their intersection
+    Range any_gap, all_gap;            // of the gaps
 
     Queries(const Attention& x, long b, long g, long first) : x(x), b(b), g(g), first(first) {
         const long T = x.T, S = x.S;
         rows = min(BQ, x.H / x.G * T - first);
         lanes = round_up(rows, W);
-        begin = S, end = 0, all_from = 0, all_to = S;
+        any = any_gap = {S, 0}, all = all_gap = {0, S};
         for (long r = 0; r < lanes; ++r) {
-            const long t = token(r);
-            to[r] = r < rows ? max(0, t + S - T + 1) : 0;
-            from[r] = r < rows && x.start ? max(0, x.start[b * T + t]) : 0;
-            all_from = max(all_from, from[r]), all_to = min(all_to, to[r]);
-            if (from[r] < to[r]) begin = min(begin, from[r]), end = max(end, to[r]);
+            const long t = token(r), at = b * T + t;
+            const bool real = r < rows;
+            to[r] = real ? max(0, t + S - T + 1) : 0;
+            from[r] = real && x.start ? max(0, x.start[at]) : 0;
+            gap_from[r] = real && x.gap ? x.gap[2 * at] : 0;
+            gap_to[r] = real && x.gap ? x.gap[2 * at + 1] : 0;
+            const Range window = {from[r], to[r]}, gap = {gap_from[r], gap_to[r]};
+            any.widen(window), all.narrow(window), any_gap.widen(gap);
+            if (real) all_gap.narrow(gap);
         }
     }
     long head(long r) const { return g * (x.H / x.G) + (first + r) / x.T; }
@@ -85,9 +101,13 @@ struct Queries {
     float* row(const Heads& heads, long r) const { return at(heads, b, head(r), token(r)); }
     long at_lse(long r) const { return (b * x.H + head(r)) * x.T + token(r); }
 
+    // From j on, the first key that is worth a look.
+    long next(long j) const { return all_gap.holds(j) ? max(j, all_gap.to / STEP * STEP) : j; }
     // How many keys to take from j on.
     long keys(long j) const {
-        return min(end - j, j + STEP > all_to ? STEP : min(BK, (all_to - j) / STEP * STEP));
+        const long n = j + STEP > all.to ? STEP : min(BK, (all.to - j) / STEP * STEP);
+        const long gap = all_gap.from < all_gap.to && j < all_gap.from ? all_gap.from - j : BK;
+        return min(any.to - j, min(n, round_up(gap, STEP)));
     }
     // Whole vectors of lanes at the front that see no key from j on.
     long blind(long j) const {
@@ -98,13 +118,14 @@ struct Queries {
 
     // s (keys, BQ) becomes -inf wherever lane r must not see key j + row.
     void mask(float* s, long j, long keys, long first_lane) const {
-        if (all_from <= j && j + keys <= all_to) return;
+        if (all.from <= j && j + keys <= all.to && !any_gap.meets(j, keys)) return;
         for (long l = first_lane; l < lanes; l += W) {
             const vi low = load(from + l), high = load(to + l);
+            const vi gap_low = load(gap_from + l), gap_high = load(gap_to + l);
             for (long key = 0; key < keys; ++key) {
                 const int32_t at = j + key;
                 float* x = s + key * BQ + l;
-                const vi visible = (low <= at) & (high > at);
+                const vi visible = (low <= at) & (high > at) & ((gap_low > at) | (gap_high <= at));
                 store(x, visible ? load(x) : splat(-INF));
             }
         }
@@ -167,7 +188,7 @@ static void forward_block(const Queries& q, Matrix k, Matrix v, const Heads& out
     gather(q, q.x.q, 1 / __builtin_sqrtf(D), rows, ld);
     transpose_rows<Word>({rows, ld}, q.lanes, D, qt, BQ, copy);
 
-    for (long j = q.begin / PER * PER, keys; j < q.end; j += keys) {
+    for (long j = q.next(q.any.from / PER * PER), keys; j < q.any.to; j = q.next(j + keys)) {
         keys = q.keys(j);
         const long l = q.blind(j);
         block_product<Word>(keys, q.lanes - l, up(D, PER), k.from(j), {qt + l, BQ}, {s + l, BQ});
@@ -241,7 +262,7 @@ static void forward(const Attention& x, const Heads& out, float* lse, int thread
     const long G = x.G, S = x.S, D = x.D, rows = x.H / G * x.T;
     const long blocks = up(rows, BQ), parts = min(blocks, up(4 * threads, x.B * G));
     const long tasks = x.B * G * parts, size = S * round_up(D, W);
-    const bool few = rows <= FEW;
+    const bool few = rows <= FEW && !x.gap;
     const long each = few ? round_up(S, W) : forward_scratch(S, D);
     Scratch scratch(threads * each);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
@@ -330,7 +351,7 @@ static void backward_block(const Queries& q, const Gradients& x, float* scratch)
     }
     across<Word>({rows, ld}, q.lanes, ld, rows);
     across<Word>({drows, ld}, q.lanes, ld, drows);
-    for (long j = q.begin / PER * PER, keys; j < q.end; j += keys) {
+    for (long j = q.next(q.any.from / PER * PER), keys; j < q.any.to; j = q.next(j + keys)) {
         keys = q.keys(j);
         const long l = q.blind(j), lanes = q.lanes - l, seeing = q.rows - l;
         block_product<Word>(keys, lanes, depth, x.k.from(j), {qt + l, BQ}, {p + l, BQ});

@@ -23,6 +23,7 @@ using namespace py::literals;
 using Floats = py::array_t<float, py::array::c_style>;
 using Strided = py::array_t<float>;
 using Ints = py::array_t<int32_t, py::array::c_style>;
+using Optional = std::optional<py::array>;
 using Shape = std::vector<py::ssize_t>;
 
 // ---- results -----------------------------------------------------------------------------------
@@ -248,8 +249,8 @@ public:
     }
 };
 
-static Floats linear_forward(const py::array& x_, const py::array& weight_,
-                             const std::optional<py::array>& bias_, bool transposed) {
+static Floats linear_forward(const py::array& x_, const py::array& weight_, const Optional& bias_,
+                             bool transposed) {
     const Op op("linear_forward");
     const Floats x = op.floats("x", x_);
     const long N = rows_of(x), C = last_of(x);
@@ -297,7 +298,7 @@ static Floats embedding_forward(const py::array& tokens_, const py::array& weigh
 }
 
 static Floats embedding_backward(const py::array& dy_, const py::array& tokens_, long V,
-                                 const std::optional<py::array>& total) {
+                                 const Optional& total) {
     const Op op("embedding_backward");
     if (V < 0) op.wrong("vocab_size", "no negative number, got " + std::to_string(V));
     const Ints tokens = op.ints("tokens", tokens_, "(B, T)", shape_of(tokens_), 0, V);
@@ -402,11 +403,11 @@ static Floats softmax_backward(const py::array& dy_, const py::array& y_) {
 struct AttentionInputs {
     const Op op;
     Strided q, k, v, prefix_k, prefix_v;
-    Ints start, prefix;
+    Ints start, gap, prefix;
     Attention x;
 
     AttentionInputs(const char* name, const py::array& q_, const py::array& k_, const py::array& v_,
-                    const std::optional<py::array>& start_)
+                    const Optional& start_, const Optional& gap_ = {})
         : op(name),
           q(op.strided("q", q_, "(B, H, T, D)", {ANY, ANY, ANY, ANY})),
           k(op.strided("k", k_, "(B, G, S, D)", {q.shape(0), ANY, ANY, q.shape(3)})),
@@ -416,8 +417,10 @@ struct AttentionInputs {
             op.wrong("k", "G dividing H = " + std::to_string(H) + ", got G = " + std::to_string(G));
         constexpr long LIMIT = std::numeric_limits<int32_t>::max();
         if (start_) start = op.ints("start", *start_, "(B, T)", {B, T}, -LIMIT, LIMIT);
-        x = {B,          H,        G,        T,        k.shape(2),
-             q.shape(3), heads(q), heads(k), heads(v), start_ ? start.data() : nullptr};
+        if (gap_) gap = op.ints("gap", *gap_, "(B, T, 2)", {B, T, 2}, -LIMIT, LIMIT);
+        const int32_t *starts = start_ ? start.data() : nullptr,
+                      *gaps = gap_ ? gap.data() : nullptr;
+        x = {B, H, G, T, k.shape(2), q.shape(3), heads(q), heads(k), heads(v), starts, gaps};
     }
     void stand_after(const py::array& k_, const py::array& v_, const py::array& rows) {
         prefix_k = op.strided("prefix_k", k_, "(P, G, S, D)", {ANY, x.G, ANY, x.D});
@@ -438,13 +441,13 @@ struct AttentionInputs {
 };
 
 static py::tuple attention_forward(const py::array& q, const py::array& k, const py::array& v,
-                                   const std::optional<py::array>& start) {
-    return AttentionInputs("attention_forward", q, k, v, start).forward();
+                                   const Optional& start, const Optional& gap) {
+    return AttentionInputs("attention_forward", q, k, v, start, gap).forward();
 }
 
 static py::object prefix_attention(const py::array& q, const py::array& k, const py::array& v,
                                    const py::array& prefix_k, const py::array& prefix_v,
-                                   const py::array& prefix, const std::optional<py::array>& start) {
+                                   const py::array& prefix, const Optional& start) {
     AttentionInputs in("prefix_attention", q, k, v, start);
     in.stand_after(prefix_k, prefix_v, prefix);
     return in.forward()[0];
@@ -452,8 +455,9 @@ static py::object prefix_attention(const py::array& q, const py::array& k, const
 
 static py::tuple attention_backward(const py::array& dout_, const py::array& q, const py::array& k,
                                     const py::array& v, const py::array& out_,
-                                    const py::array& lse_, const std::optional<py::array>& start) {
-    const AttentionInputs in("attention_backward", q, k, v, start);
+                                    const py::array& lse_, const Optional& start,
+                                    const Optional& gap) {
+    const AttentionInputs in("attention_backward", q, k, v, start, gap);
     const Attention& x = in.x;
     const Strided dout = in.op.strided("dout", dout_, "(B, H, T, D)", shape_of(in.q));
     const Strided out = in.op.strided("out", out_, "(B, H, T, D)", shape_of(in.q));
@@ -705,11 +709,12 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("rope_backward", &rope_backward, "dy"_a, "cos"_a, "sin"_a, "positions"_a);
     m.def("softmax_forward", &softmax_forward, "x"_a);
     m.def("softmax_backward", &softmax_backward, "dy"_a, "y"_a);
-    m.def("attention_forward", &attention_forward, "q"_a, "k"_a, "v"_a, "start"_a = py::none());
+    m.def("attention_forward", &attention_forward, "q"_a, "k"_a, "v"_a, "start"_a = py::none(),
+          "gap"_a = py::none());
     m.def("prefix_attention", &prefix_attention, "q"_a, "k"_a, "v"_a, "prefix_k"_a, "prefix_v"_a,
           "prefix"_a, "start"_a = py::none());
     m.def("attention_backward", &attention_backward, "dout"_a, "q"_a, "k"_a, "v"_a, "out"_a,
-          "lse"_a, "start"_a = py::none());
+          "lse"_a, "start"_a = py::none(), "gap"_a = py::none());
     m.def("swiglu_forward", &swiglu_forward, "gate"_a, "up"_a);
     m.def("swiglu_backward", &swiglu_backward, "dy"_a, "gate"_a, "up"_a);
     m.def("gelu_forward", &gelu_forward, "x"_a, "approximate"_a = true);

@@ -38,8 +38,8 @@ struct Heads {
 struct Attention {  // what attention reads in both directions
     long B, H, G, T, S, D;
     Heads q, k, v;
-    const int32_t* start;  // (B, T), or null
-    long shared = 0;       // of the S keys of row b, the first so many are not in k and v ...
+    const int32_t *start, *gap;  // (B, T), (B, T, 2), or null
+    long shared = 0;             // of the S keys of row b, the first so many are not in k and v ...
     Heads prefix_k = {}, prefix_v = {};
     const int32_t* prefix = nullptr;  // ... but in row prefix[b] of these: (B)
 };

@@ -22,8 +22,8 @@
 // rows then hit 32 different banks. D is the head size rounded up to 32, 64, 128 or 256, filled
 // with zeros; R shrinks as D grows, so that all tiles fit into 99 KB.
 //
-// Query t stands at key position t + S - T and sees the keys from start[b, t] to there. Tiles that
-// no query of a block sees are skipped. Long tiles begin first.
+// Query t stands at key position t + S - T and sees the keys from start[b, t] to there, without its
+// gap. Tiles that no query of a block sees are skipped. Long tiles begin first.
 #include "heads.cuh"
 
 namespace flash {
@@ -122,7 +122,7 @@ DEVICE void write(const float (&x)[R][D / 16], const float (&scale)[R], float* o
 }
 
 template <int D, int R>
-DEVICE void forward(Shape s, Heads q, Heads k, Heads v, const int* start, float* out, float* lse) {
+DEVICE void forward(Shape s, Heads q, Heads k, Heads v, Sight sight, float* out, float* lse) {
     constexpr int TILE = Tile<D, R>::SIZE, FLOATS = TILE * Tile<D, R>::ROW;
     DYNAMIC_SHARED(memory);
     float *queries = memory, *keys = queries + FLOATS, *weights = keys + FLOATS;
@@ -135,7 +135,9 @@ DEVICE void forward(Shape s, Heads q, Heads k, Heads v, const int* start, float*
     for (int i = 0; i < R; ++i) top[i] = -INF, total[i] = 0;
 
     bring<D, R>(queries, q.at(b, h, first), q.t, s.T - first, s.D);
-    for (int j = first_key(start, b, s.T, first, TILE); j < end; j += TILE) {
+    const Window seen = window(sight, b, s.T, first, TILE);
+    for (int j = seen.from; j < end; j += TILE) {
+        if (seen.misses(j, TILE)) continue;
         bring<D, R>(keys, k.at(b, g, j), k.t, s.S - j, s.D);
         __syncthreads();
         float p[R][R];
@@ -146,7 +148,7 @@ DEVICE void forward(Shape s, Heads q, Heads k, Heads v, const int* start, float*
             float highest = top[i], sum = 0;
 #pragma unroll
             for (int n = 0; n < R; ++n) {
-                p[i][n] = visible(s, start, b, t, j + tx + 16 * n) ? p[i][n] * scale : -INF;
+                p[i][n] = visible(s, sight, b, t, j + tx + 16 * n) ? p[i][n] * scale : -INF;
                 highest = fmaxf(highest, p[i][n]);
             }
             highest = over_warp<Max, 16>(highest);
@@ -175,7 +177,7 @@ DEVICE void forward(Shape s, Heads q, Heads k, Heads v, const int* start, float*
 
 template <int D, int R>
 DEVICE void backward_q(Shape s, Heads dout, Heads q, Heads k, Heads v, const float* lse,
-                       const float* delta, const int* start, float* dq) {
+                       const float* delta, Sight sight, float* dq) {
     constexpr int TILE = Tile<D, R>::SIZE, FLOATS = TILE * Tile<D, R>::ROW;
     DYNAMIC_SHARED(memory);
     float *queries = memory, *douts = queries + FLOATS, *keys = douts + FLOATS,
@@ -190,7 +192,9 @@ DEVICE void backward_q(Shape s, Heads dout, Heads q, Heads k, Heads v, const flo
 
     bring<D, R>(queries, q.at(b, h, first), q.t, s.T - first, s.D);
     bring<D, R>(douts, dout.at(b, h, first), dout.t, s.T - first, s.D);
-    for (int j = first_key(start, b, s.T, first, TILE); j < end; j += TILE) {
+    const Window seen = window(sight, b, s.T, first, TILE);
+    for (int j = seen.from; j < end; j += TILE) {
+        if (seen.misses(j, TILE)) continue;
         bring<D, R>(keys, k.at(b, g, j), k.t, s.S - j, s.D);
         bring<D, R>(values, v.at(b, g, j), v.t, s.S - j, s.D);
         __syncthreads();
@@ -202,7 +206,7 @@ DEVICE void backward_q(Shape s, Heads dout, Heads q, Heads k, Heads v, const flo
             const int t = first + ty * R + i;
 #pragma unroll
             for (int n = 0; n < R; ++n)
-                p[i][n] = visible(s, start, b, t, j + tx + 16 * n)
+                p[i][n] = visible(s, sight, b, t, j + tx + 16 * n)
                               ? expf(p[i][n] * scale - finite(lse[of_head + t])) *
                                     (dp[i][n] - delta[of_head + t]) * scale
                               : 0;
@@ -217,7 +221,7 @@ DEVICE void backward_q(Shape s, Heads dout, Heads q, Heads k, Heads v, const flo
 
 template <int D, int R>
 DEVICE void backward_kv(Shape s, Heads dout, Heads q, Heads k, Heads v, const float* lse,
-                        const float* delta, const int* start, float* dk, float* dv) {
+                        const float* delta, Sight sight, float* dk, float* dv) {
     constexpr int TILE = Tile<D, R>::SIZE, FLOATS = TILE * Tile<D, R>::ROW;
     DYNAMIC_SHARED(memory);
     float *queries = memory, *douts = queries + FLOATS, *keys = douts + FLOATS,
@@ -232,7 +236,7 @@ DEVICE void backward_kv(Shape s, Heads dout, Heads q, Heads k, Heads v, const fl
     bring<D, R>(values, v.at(b, g, first), v.t, s.S - first, s.D);
     for (int h = g * group; h < (g + 1) * group; ++h)
         for (int t0 = earliest; t0 < s.T; t0 += TILE) {
-            if (first_key(start, b, s.T, t0, TILE) >= first + TILE) continue;
+            if (window(sight, b, s.T, t0, TILE).misses(first, TILE)) continue;
             bring<D, R>(queries, q.at(b, h, t0), q.t, s.T - t0, s.D);
             bring<D, R>(douts, dout.at(b, h, t0), dout.t, s.T - t0, s.D);
             __syncthreads();
@@ -246,7 +250,7 @@ DEVICE void backward_kv(Shape s, Heads dout, Heads q, Heads k, Heads v, const fl
                 const float total = t < s.T ? finite(lse[at]) : 0, along = t < s.T ? delta[at] : 0;
 #pragma unroll
                 for (int i = 0; i < R; ++i) {
-                    const bool seen = visible(s, start, b, t, first + ty * R + i);
+                    const bool seen = visible(s, sight, b, t, first + ty * R + i);
                     p[i][n] = seen ? expf(p[i][n] * scale - total) : 0;
                     dp[i][n] = seen ? p[i][n] * (dp[i][n] - along) * scale : 0;
                 }
@@ -275,22 +279,23 @@ KERNEL attention_delta(HEADS(dout), HEADS(out), float* delta, i64 T, i64 D) {
 }
 
 // grid (query tiles, H, B), for dk and dv (key tiles, G, B)
-#define ATTENTION(SIZE, R)                                                                         \
-    KERNEL __launch_bounds__(flash::THREADS) attention_forward_##SIZE(                             \
-        HEADS(q), HEADS(k), HEADS(v), const int* start, float* out, float* lse, SHAPE) {           \
-        flash::forward<SIZE, R>(AS_SHAPE, AS_HEADS(q), AS_HEADS(k), AS_HEADS(v), start, out, lse); \
-    }                                                                                              \
-    KERNEL __launch_bounds__(flash::THREADS)                                                       \
-        attention_backward_q_##SIZE(HEADS(dout), HEADS(q), HEADS(k), HEADS(v), const float* lse,   \
-                                    const float* delta, const int* start, float* dq, SHAPE) {      \
-        flash::backward_q<SIZE, R>(AS_SHAPE, AS_HEADS(dout), AS_HEADS(q), AS_HEADS(k),             \
-                                   AS_HEADS(v), lse, delta, start, dq);                            \
-    }                                                                                              \
-    KERNEL __launch_bounds__(flash::THREADS) attention_backward_kv_##SIZE(                         \
-        HEADS(dout), HEADS(q), HEADS(k), HEADS(v), const float* lse, const float* delta,           \
-        const int* start, float* dk, float* dv, SHAPE) {                                           \
-        flash::backward_kv<SIZE, R>(AS_SHAPE, AS_HEADS(dout), AS_HEADS(q), AS_HEADS(k),            \
-                                    AS_HEADS(v), lse, delta, start, dk, dv);                       \
+#define ATTENTION(SIZE, R)                                                                        \
+    KERNEL __launch_bounds__(flash::THREADS) attention_forward_##SIZE(                            \
+        HEADS(q), HEADS(k), HEADS(v), SIGHT, float* out, float* lse, SHAPE) {                     \
+        flash::forward<SIZE, R>(AS_SHAPE, AS_HEADS(q), AS_HEADS(k), AS_HEADS(v), AS_SIGHT, out,   \
+                                lse);                                                             \
+    }                                                                                             \
+    KERNEL __launch_bounds__(flash::THREADS)                                                      \
+        attention_backward_q_##SIZE(HEADS(dout), HEADS(q), HEADS(k), HEADS(v), const float* lse,  \
+                                    const float* delta, SIGHT, float* dq, SHAPE) {                \
+        flash::backward_q<SIZE, R>(AS_SHAPE, AS_HEADS(dout), AS_HEADS(q), AS_HEADS(k),            \
+                                   AS_HEADS(v), lse, delta, AS_SIGHT, dq);                        \
+    }                                                                                             \
+    KERNEL __launch_bounds__(flash::THREADS)                                                      \
+        attention_backward_kv_##SIZE(HEADS(dout), HEADS(q), HEADS(k), HEADS(v), const float* lse, \
+                                     const float* delta, SIGHT, float* dk, float* dv, SHAPE) {    \
+        flash::backward_kv<SIZE, R>(AS_SHAPE, AS_HEADS(dout), AS_HEADS(q), AS_HEADS(k),           \
+                                    AS_HEADS(v), lse, delta, AS_SIGHT, dk, dv);                   \
     }
 
 ATTENTION(32, 4)

@@ -84,7 +84,7 @@ DEVICE void accumulate(const float (&w)[N / 8][4], const unsigned* x, float (&ou
     const unsigned* right = x + lane_t() * PAIR + lane_g();
 #pragma unroll
     for (int k = 0; k < N / 16; ++k) {
-        const float(&low)[4] = w[2 * k], (&high)[4] = w[2 * k + 1];
+        const float (&low)[4] = w[2 * k], (&high)[4] = w[2 * k + 1];
         const unsigned left[4] = {packed(low[0], low[1]), packed(low[2], low[3]),
                                   packed(high[0], high[1]), packed(high[2], high[3])};
 #pragma unroll
@@ -112,7 +112,7 @@ DEVICE void write(const float (&x)[D / 8][4], float scale_g, float scale_g8, flo
 }
 
 template <int D, int N>
-DEVICE void forward(Shape s, Heads q, Heads k, Heads v, const int* start, float* out, float* lse) {
+DEVICE void forward(Shape s, Heads q, Heads k, Heads v, Sight sight, float* out, float* lse) {
     DYNAMIC_SHARED(memory);
     unsigned *queries = (unsigned*)memory, *keys = queries + Tile<D, ROWS>::ROWS_SIZE,
              *values = keys + Tile<D, N>::ROWS_SIZE;
@@ -123,7 +123,9 @@ DEVICE void forward(Shape s, Heads q, Heads k, Heads v, const int* start, float*
     float top[2] = {-INF, -INF}, total[2] = {0, 0}, o[D / 8][4] = {};
 
     bring_rows<D, ROWS>(queries, {q.at(b, h, first), q.t, s.T - first, s.D});
-    for (int j = first_key(start, b, s.T, first, ROWS); j < end; j += N) {
+    const Window seen = window(sight, b, s.T, first, ROWS);
+    for (int j = seen.from; j < end; j += N) {
+        if (seen.misses(j, N)) continue;
         bring_rows<D, N>(keys, {k.at(b, g, j), k.t, s.S - j, s.D});
         bring_pairs<D, N>(values, {v.at(b, g, j), v.t, s.S - j, s.D});
         __syncthreads();
@@ -137,7 +139,7 @@ DEVICE void forward(Shape s, Heads q, Heads k, Heads v, const int* start, float*
             for (int i = 0; i < N / 4; ++i) {
                 float& x = p[i / 2][2 * half + i % 2];
                 const int key = j + 8 * (i / 2) + 2 * lane_t() + i % 2;
-                x = visible(s, start, b, t, key) ? x * scale : -INF;
+                x = visible(s, sight, b, t, key) ? x * scale : -INF;
                 highest = fmaxf(highest, x);
             }
             highest = over_warp<Max, 4>(highest);
@@ -166,7 +168,7 @@ DEVICE void forward(Shape s, Heads q, Heads k, Heads v, const int* start, float*
 
 template <int D, int N>
 DEVICE void backward_q(Shape s, Heads dout, Heads q, Heads k, Heads v, const float* lse,
-                       const float* delta, const int* start, float* dq) {
+                       const float* delta, Sight sight, float* dq) {
     DYNAMIC_SHARED(memory);
     unsigned *queries = (unsigned*)memory, *douts = queries + Tile<D, ROWS>::ROWS_SIZE,
              *keys = douts + Tile<D, ROWS>::ROWS_SIZE, *values = keys + Tile<D, N>::ROWS_SIZE,
@@ -184,7 +186,9 @@ DEVICE void backward_q(Shape s, Heads dout, Heads q, Heads k, Heads v, const flo
     }
     bring_rows<D, ROWS>(queries, {q.at(b, h, first), q.t, s.T - first, s.D});
     bring_rows<D, ROWS>(douts, {dout.at(b, h, first), dout.t, s.T - first, s.D});
-    for (int j = first_key(start, b, s.T, first, ROWS); j < end; j += N) {
+    const Window seen = window(sight, b, s.T, first, ROWS);
+    for (int j = seen.from; j < end; j += N) {
+        if (seen.misses(j, N)) continue;
         const Matrix key_rows = {k.at(b, g, j), k.t, s.S - j, s.D};
         bring_rows<D, N>(keys, key_rows);
         bring_pairs<D, N>(key_pairs, key_rows);
@@ -198,7 +202,7 @@ DEVICE void backward_q(Shape s, Heads dout, Heads q, Heads k, Heads v, const flo
             const int n = i / 4, e = i % 4, half = e / 2;
             const int t = first + warp_row() + lane_g() + 8 * half;
             const int key = j + 8 * n + 2 * lane_t() + e % 2;
-            p[n][e] = visible(s, start, b, t, key)
+            p[n][e] = visible(s, sight, b, t, key)
                           ? expf(p[n][e] * scale - totals[half]) * (dp[n][e] - along[half]) * scale
                           : 0;
         }
@@ -210,7 +214,7 @@ DEVICE void backward_q(Shape s, Heads dout, Heads q, Heads k, Heads v, const flo
 
 template <int D, int N>
 DEVICE void backward_kv(Shape s, Heads dout, Heads q, Heads k, Heads v, const float* lse,
-                        const float* delta, const int* start, float* dk, float* dv) {
+                        const float* delta, Sight sight, float* dk, float* dv) {
     DYNAMIC_SHARED(memory);
     unsigned *keys = (unsigned*)memory, *values = keys + Tile<D, ROWS>::ROWS_SIZE,
              *queries = values + Tile<D, ROWS>::ROWS_SIZE, *douts = queries + Tile<D, N>::ROWS_SIZE,
@@ -225,7 +229,7 @@ DEVICE void backward_kv(Shape s, Heads dout, Heads q, Heads k, Heads v, const fl
     bring_rows<D, ROWS>(values, {v.at(b, g, first), v.t, s.S - first, s.D});
     for (int h = g * group; h < (g + 1) * group; ++h)
         for (int t0 = earliest; t0 < s.T; t0 += N) {
-            if (first_key(start, b, s.T, t0, N) >= first + ROWS) continue;
+            if (window(sight, b, s.T, t0, N).misses(first, ROWS)) continue;
             const Matrix query_rows = {q.at(b, h, t0), q.t, s.T - t0, s.D};
             const Matrix dout_rows = {dout.at(b, h, t0), dout.t, s.T - t0, s.D};
             bring_rows<D, N>(queries, query_rows);
@@ -242,7 +246,7 @@ DEVICE void backward_kv(Shape s, Heads dout, Heads q, Heads k, Heads v, const fl
                 const int t = t0 + 8 * n + 2 * lane_t() + e % 2;
                 const int key = first + warp_row() + lane_g() + 8 * (e / 2);
                 const i64 at = ((i64)b * s.H + h) * s.T + t;
-                const bool seen = visible(s, start, b, t, key);
+                const bool seen = visible(s, sight, b, t, key);
                 p[n][e] = seen ? expf(p[n][e] * scale - finite(lse[at])) : 0;
                 dp[n][e] = seen ? p[n][e] * (dp[n][e] - delta[at]) * scale : 0;
             }
@@ -256,23 +260,23 @@ DEVICE void backward_kv(Shape s, Heads dout, Heads q, Heads k, Heads v, const fl
 }  // namespace tensor
 
 // grid (tiles of 64 queries, H, B), for dk and dv (tiles of 64 keys, G, B)
-#define ATTENTION_BFLOAT16(SIZE, N)                                                           \
-    KERNEL __launch_bounds__(tensor::THREADS) attention_forward_bfloat16_##SIZE(              \
-        HEADS(q), HEADS(k), HEADS(v), const int* start, float* out, float* lse, SHAPE) {      \
-        tensor::forward<SIZE, N>(AS_SHAPE, AS_HEADS(q), AS_HEADS(k), AS_HEADS(v), start, out, \
-                                 lse);                                                        \
-    }                                                                                         \
-    KERNEL __launch_bounds__(tensor::THREADS) attention_backward_q_bfloat16_##SIZE(           \
-        HEADS(dout), HEADS(q), HEADS(k), HEADS(v), const float* lse, const float* delta,      \
-        const int* start, float* dq, SHAPE) {                                                 \
-        tensor::backward_q<SIZE, N>(AS_SHAPE, AS_HEADS(dout), AS_HEADS(q), AS_HEADS(k),       \
-                                    AS_HEADS(v), lse, delta, start, dq);                      \
-    }                                                                                         \
-    KERNEL __launch_bounds__(tensor::THREADS) attention_backward_kv_bfloat16_##SIZE(          \
-        HEADS(dout), HEADS(q), HEADS(k), HEADS(v), const float* lse, const float* delta,      \
-        const int* start, float* dk, float* dv, SHAPE) {                                      \
-        tensor::backward_kv<SIZE, N>(AS_SHAPE, AS_HEADS(dout), AS_HEADS(q), AS_HEADS(k),      \
-                                     AS_HEADS(v), lse, delta, start, dk, dv);                 \
+#define ATTENTION_BFLOAT16(SIZE, N)                                                              \
+    KERNEL __launch_bounds__(tensor::THREADS) attention_forward_bfloat16_##SIZE(                 \
+        HEADS(q), HEADS(k), HEADS(v), SIGHT, float* out, float* lse, SHAPE) {                    \
+        tensor::forward<SIZE, N>(AS_SHAPE, AS_HEADS(q), AS_HEADS(k), AS_HEADS(v), AS_SIGHT, out, \
+                                 lse);                                                           \
+    }                                                                                            \
+    KERNEL __launch_bounds__(tensor::THREADS) attention_backward_q_bfloat16_##SIZE(              \
+        HEADS(dout), HEADS(q), HEADS(k), HEADS(v), const float* lse, const float* delta, SIGHT,  \
+        float* dq, SHAPE) {                                                                      \
+        tensor::backward_q<SIZE, N>(AS_SHAPE, AS_HEADS(dout), AS_HEADS(q), AS_HEADS(k),          \
+                                    AS_HEADS(v), lse, delta, AS_SIGHT, dq);                      \
+    }                                                                                            \
+    KERNEL __launch_bounds__(tensor::THREADS) attention_backward_kv_bfloat16_##SIZE(             \
+        HEADS(dout), HEADS(q), HEADS(k), HEADS(v), const float* lse, const float* delta, SIGHT,  \
+        float* dk, float* dv, SHAPE) {                                                           \
+        tensor::backward_kv<SIZE, N>(AS_SHAPE, AS_HEADS(dout), AS_HEADS(q), AS_HEADS(k),         \
+                                     AS_HEADS(v), lse, delta, AS_SIGHT, dk, dv);                 \
     }
 
 ATTENTION_BFLOAT16(64, 64)

@@ -20,14 +20,38 @@ struct Shape {
 DEVICE int larger(int a, int b) { return a > b ? a : b; }
 DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 
-// The first key that any of the queries first .. first + size sees; start may be null.
-DEVICE int first_key(const int* start, int b, int T, int first, int size) {
-    if (!start) return 0;
-    int key = start[b * T + first];
-    for (int t = first + 1; t < smaller(first + size, T); ++t) key = smaller(key, start[b * T + t]);
-    return larger(key, 0);
+// Query t sees the keys from start[b, t] to its limit, without gap[b, t, 0] .. gap[b, t, 1] - 1.
+struct Sight {
+    const int *start, *gap;  // (B, T), (B, T, 2); either may be null
+};
+#define SIGHT const int *start, const int *gap
+#define AS_SIGHT {start, gap}
+
+struct Window {  // of a tile of queries: what none of them sees is before `from`, or in the gap
+    int from, gap_from, gap_to;
+    __device__ bool misses(int key, int size) const {
+        return key + size <= from || (gap_from <= key && key + size <= gap_to);
+    }
+};
+DEVICE Window window(const Sight& sight, int b, int T, int first, int size) {
+    const i64 begin = (i64)b * T + first, end = (i64)b * T + smaller(first + size, T);
+    Window w = {0, 0, 0};
+    if (sight.start) {
+        w.from = sight.start[begin];
+        for (i64 t = begin + 1; t < end; ++t) w.from = smaller(w.from, sight.start[t]);
+        w.from = larger(w.from, 0);
+    }
+    if (sight.gap) {
+        w.gap_from = sight.gap[2 * begin], w.gap_to = sight.gap[2 * begin + 1];
+        for (i64 t = begin + 1; t < end; ++t)
+            w.gap_from = larger(w.gap_from, sight.gap[2 * t]),
+            w.gap_to = smaller(w.gap_to, sight.gap[2 * t + 1]);
+    }
+    return w;
 }
 
-DEVICE bool visible(const Shape& s, const int* start, int b, int t, int key) {
-    return t < s.T && key <= s.limit(t) && key < s.S && (!start || key >= start[b * s.T + t]);
+DEVICE bool visible(const Shape& s, const Sight& sight, int b, int t, int key) {
+    const i64 at = (i64)b * s.T + t;
+    return t < s.T && key <= s.limit(t) && key < s.S && (!sight.start || key >= sight.start[at]) &&
+           (!sight.gap || key < sight.gap[2 * at] || key >= sight.gap[2 * at + 1]);
 }

@@ -10,16 +10,16 @@ INT32_MAX = 2**31 - 1
 class Attention:
     """The three functions of CONTRACT; Kernels has the rest."""
 
-    def attention_forward(self, q, k, v, start=None):
+    def attention_forward(self, q, k, v, start=None, gap=None):
         args = Arguments(self, "attention_forward")
-        q, k, v, start, (H, G, T, S, D) = self.attention_inputs(args, q, k, v, start)
+        q, k, v, sight, (H, G, T, S, D) = self.attention_inputs(args, q, k, v, start, gap)
         B = q[0].shape[0]
         out, lse = self.empty_heads(B, H, T, D), self.empty((B, H, T))
-        arguments = (*q, *k, *v, start, out, lse, H, G, T, S, D)
+        arguments = (*q, *k, *v, *sight, out, lse, H, G, T, S, D)
         self.launch_attention("forward", (2, 1, 1, 1), (T, H, B), *arguments)
         return out, lse
 
-    def attention_inputs(self, args, q, k, v, start):
+    def attention_inputs(self, args, q, k, v, start, gap=None):
         q = args.heads("q", q)
         B, H, T, D = q[0].shape
         k = args.heads("k", k, "(B, G, S, D)", (B, None, None, D))
@@ -31,7 +31,9 @@ class Attention:
             args.wrong("q", f"a head size D of at most 256, got {D}")
         if start is not None:
             start, _ = args.ints("start", start, "(B, T)", (B, T), -INT32_MAX)
-        return q, k, v, start, (H, G, T, S, D)
+        if gap is not None:
+            gap, _ = args.ints("gap", gap, "(B, T, 2)", (B, T, 2), -INT32_MAX)
+        return q, k, v, (start, gap), (H, G, T, S, D)
 
     def launch_attention(self, name, tiles, grid, *arguments) -> None:
         """grid: tokens that blocks share, heads, rows of the batch; D is the last argument."""
@@ -40,9 +42,9 @@ class Attention:
         grid = (up(grid[0], tile), *grid[1:])
         self.launch(f"attention_{name}_{ending}", grid, *arguments, block=block, shared=shared)
 
-    def attention_backward(self, dout, q, k, v, out, lse, start=None):
+    def attention_backward(self, dout, q, k, v, out, lse, start=None, gap=None):
         args = Arguments(self, "attention_backward")
-        q, k, v, start, shape = self.attention_inputs(args, q, k, v, start)
+        q, k, v, sight, shape = self.attention_inputs(args, q, k, v, start, gap)
         (B, H, T, D), (_, G, S, _) = q[0].shape, k[0].shape
         dout = args.heads("dout", dout, shape=q[0].shape)
         out = args.heads("out", out, shape=q[0].shape)
@@ -51,7 +53,7 @@ class Attention:
         self.launch("attention_delta", (up(T, WARPS), H, B), *dout, *out, delta, T, D)
         dq = self.empty_heads(B, H, T, D)
         dk, dv = self.empty_heads(B, G, S, D), self.empty_heads(B, G, S, D)
-        inputs = (*dout, *q, *k, *v, lse, delta, start)
+        inputs = (*dout, *q, *k, *v, lse, delta, *sight)
         self.launch_attention("backward_q", (4, 2, 2, 1), (T, H, B), *inputs, dq, *shape)
         self.launch_attention("backward_kv", (4, 2, 2, 2), (S, G, B), *inputs, dk, dv, *shape)
         return dq, dk, dv

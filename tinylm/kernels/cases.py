@@ -107,6 +107,14 @@ def documents(B, T, *starts):
     return np.tile(np.maximum.accumulate(begins), (B, 1))
 
 
+def answers(B, T, end, *begins):
+    """gap (B, T, 2) of rows in which answers to a prompt that ends at `end` begin at these tokens."""
+    gap = np.zeros((B, T, 2), np.int32)
+    for begin in begins:
+        gap[:, begin:] = end, begin
+    return gap
+
+
 def masked(d, shape, below, every=3):
     """Targets, of which each `every`-th is −1."""
     targets = d.ints(0, below, *shape)
@@ -160,6 +168,10 @@ CASES = [
     Case("attention", "grouped heads", lambda d: d.attention(2, 6, 2, 37, 37, 18)),
     Case("attention", "documents", lambda d: d.attention(2, 2, 2, 150, 150, 16, start=documents(2, 150, 3, 70, 140))),
     Case("attention", "left padding", lambda d: d.attention(3, 2, 1, 20, 90, 16, start=np.tile([[0], [75], [90]], 20).astype(np.int32))),
+    Case("attention", "answers to a prompt", lambda d: d.attention(2, 2, 2, 150, 150, 16, start=documents(2, 150, 3), gap=answers(2, 150, 40, 40, 61, 130))),
+    Case("attention", "answers to a prompt, wide gaps", lambda d: d.attention(1, 4, 2, 301, 301, 12, gap=answers(1, 301, 21, 149, 297))),
+    Case("attention", "a gap for one query", lambda d: d.attention(3, 2, 1, 1, 50, 8, gap=np.int32([[[3, 20]], [[0, 50]], [[9, 2]]]))),
+    Case("attention", "gaps that hide all", lambda d: d.attention(3, 2, 1, 20, 90, 16, start=np.tile([[0], [75], [20]], 20).astype(np.int32), gap=np.repeat(np.int32([[[0, 90]], [[-9, 99]], [[70, 88]]]), 20, 1))),
     Case("attention", "overflow", lambda d: d.attention(1, 2, 1, 33, 40, 16, q=d.huge(1, 2, 33, 16), k=d.signs(1, 1, 40, 16)), False, 100),
     Case("attention", "wide head", lambda d: d.attention(1, 1, 1, 66, 66, 256), False),
     Case("attention", "large", lambda d: d.attention(1, 3, 3, 256, 256, 64), False),

@@ -125,15 +125,17 @@ def softmax_backward(dy, y):
     return y * (dy - np.sum(dy * y, -1, keepdims=True))
 
 
-def attention_forward(q, k, v, start=None):
+def attention_forward(q, k, v, start=None, gap=None):
     """softmax(q kᵀ / √D) v, causal, grouped.  arXiv 1706.03762, 2305.13245, 2205.14135
 
     q (B, H, T, D); k, v (B, G, S, D) with G dividing H -> out (B, H, T, D), lse (B, H, T).
     Query t stands at key position t + S − T and sees the keys start[b, t] .. t + S − T.
     start (B, T) of int32, default 0: the first key of the query's document, or of its real tokens
-    in a padded row. A query that sees no key gives out 0 and lse −inf.
+    in a padded row. gap (B, T, 2) of int32, default empty: it does not see gap[b, t, 0] ..
+    gap[b, t, 1] − 1 either, as of other answers to the same prompt. A query that sees no key gives
+    out 0 and lse −inf.
     """
-    scores = _scores(q, k, start)
+    scores = _scores(q, k, start, gap)
     top = _finite(scores.max(-1, keepdims=True))
     with np.errstate(divide="ignore"):  # log 0 = −inf is meant
         lse = top + np.log(np.exp(scores - top).sum(-1, keepdims=True))
@@ -141,10 +143,10 @@ def attention_forward(q, k, v, start=None):
     return p @ _repeat_heads(v, q.shape[1]), lse[..., 0]
 
 
-def attention_backward(dout, q, k, v, out, lse, start=None):
+def attention_backward(dout, q, k, v, out, lse, start=None, gap=None):
     """-> dq (B, H, T, D), dk, dv (B, G, S, D)."""
     B, G, S, D = k.shape
-    p = np.exp(_scores(q, k, start) - _finite(lse[..., None]))  # (B, H, T, S)
+    p = np.exp(_scores(q, k, start, gap) - _finite(lse[..., None]))  # (B, H, T, S)
     dp = dout @ _repeat_heads(v, q.shape[1]).swapaxes(-1, -2)
     ds = p * (dp - (dout * out).sum(-1, keepdims=True)) / D**0.5
     dq = ds @ _repeat_heads(k, q.shape[1])
@@ -163,13 +165,15 @@ def prefix_attention(q, k, v, prefix_k, prefix_v, prefix, start=None):
     return attention_forward(q, k, v, start)[0]
 
 
-def _scores(q, k, start):
+def _scores(q, k, start, gap):
     """q kᵀ / √D with −inf where the query must not look.  (B, H, T, S)"""
     B, H, T, D = q.shape
     S = k.shape[2]
     first = np.zeros((B, T), np.int32) if start is None else start
     key, last = np.arange(S), np.arange(T) + S - T
     visible = (key <= last[:, None]) & (key >= first[..., None])  # (B, T, S)
+    if gap is not None:
+        visible &= (key < gap[..., :1]) | (key >= gap[..., 1:])
     scores = q @ _repeat_heads(k, H).swapaxes(-1, -2) / D**0.5
     return np.where(visible[:, None], scores, -np.inf)
 

@@ -302,7 +302,7 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
     def loss(self, batch: Answers) -> Tensor:
         nll, batch.nll = batch.nll, None  # a later update asks a model that has moved
         if nll is None:
-            nll = self.model.loss(batch.tokens, batch.targets, batch.start, even=False)
+            nll = self.model.loss(batch.tokens, batch.targets, batch.start, False, batch.gap)
         return surrogate(nll, batch.old_logp, batch.advantages)
 
     def evaluate(self, final: bool) -> dict:
