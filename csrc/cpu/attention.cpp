@@ -15,8 +15,8 @@
 // Every query sees a window of keys [from, to): `to` is the causal limit, `from` its document's
 // start. It may have a gap, as between a prompt and the second answer to it. Blocks outside all
 // windows or in every gap are skipped, blocks inside all windows that meet no gap need no mask.
-// Along the diagonal, keys come STEP at a time, and only to the queries after them. One task is one
-// key/value head, or forward, where heads are few, some of its blocks: no sum is shared.
+// Along the diagonal, keys come `step` at a time, and only to the queries after them. One task is
+// one key/value head, or forward, where heads are few, some of its blocks: no sum is shared.
 //
 // A row's keys may begin with those of a prefix that other rows share (arXiv 2402.05099). One after
 // another they read it from cache: the same sums, to the bit, as if each had a copy of its own.
@@ -30,7 +30,7 @@
 #include "block.h"
 
 namespace ISA {
-constexpr long BQ = 64, BK = 64, STEP = 16;
+constexpr long BQ = 64, BK = 64;
 constexpr long FEW = W / 2;  // so few queries, as in generation, are answered one by one
 
 INLINE float* at(const Heads& x, long b, long h, long t) {
@@ -73,13 +73,15 @@ struct Range {  // of keys: from .. to - 1
 struct Queries {
     const Attention& x;
     long b, g, first, rows;            // rows first .. first + rows of the group's (H/G) T
+    long step;                         // keys that a product takes at once
     long lanes;                        // rows, up to whole vectors
     int32_t from[BQ], to[BQ];          // the window of each row; empty for the lanes beyond `rows`
     int32_t gap_from[BQ], gap_to[BQ];  // what the row does not see of it
     Range any, all;                    // the union of the windows, and their intersection
     Range any_gap, all_gap;            // of the gaps
 
-    Queries(const Attention& x, long b, long g, long first) : x(x), b(b), g(g), first(first) {
+    Queries(const Attention& x, long b, long g, long first, long step)
+        : x(x), b(b), g(g), first(first), step(step) {
         const long T = x.T, S = x.S;
         rows = min(BQ, x.H / x.G * T - first);
         lanes = round_up(rows, W);
@@ -102,12 +104,12 @@ struct Queries {
     long at_lse(long r) const { return (b * x.H + head(r)) * x.T + token(r); }
 
     // From j on, the first key that is worth a look.
-    long next(long j) const { return all_gap.holds(j) ? max(j, all_gap.to / STEP * STEP) : j; }
+    long next(long j) const { return all_gap.holds(j) ? max(j, all_gap.to / step * step) : j; }
     // How many keys to take from j on.
     long keys(long j) const {
-        const long n = j + STEP > all.to ? STEP : min(BK, (all.to - j) / STEP * STEP);
+        const long n = j + step > all.to ? step : min(BK, (all.to - j) / step * step);
         const long gap = all_gap.from < all_gap.to && j < all_gap.from ? all_gap.from - j : BK;
-        return min(any.to - j, min(n, round_up(gap, STEP)));
+        return min(any.to - j, min(n, round_up(gap, step)));
     }
     // Whole vectors of lanes at the front that see no key from j on.
     long blind(long j) const {
@@ -258,6 +260,9 @@ static void forward_row(const Queries& q, long r, const Rows& k, const Rows& v, 
 }
 
 template <class Word>
+constexpr long step = max(16, Word::GROUP* Word::PER_WORD);
+
+template <class Word>
 static void forward(const Attention& x, const Heads& out, float* lse, int threads) {
     const long G = x.G, S = x.S, D = x.D, rows = x.H / G * x.T;
     const long blocks = up(rows, BQ), parts = min(blocks, up(4 * threads, x.B * G));
@@ -267,20 +272,22 @@ static void forward(const Attention& x, const Heads& out, float* lse, int thread
     Scratch scratch(threads * each);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long task = 0; task < tasks; ++task) {
+        [[maybe_unused]] const typename Word::Unit unit{};
         const long part = task % parts, g = task / parts % G, b = task / parts / G;
         float* mine = scratch.data + THREAD_INDEX * each;
         const Rows k = rows_of(x, x.k, x.prefix_k, b, g), v = rows_of(x, x.v, x.prefix_v, b, g);
         if (few) {
             const long then = min(task + THREAD_COUNT, tasks - 1);
             const Rows next = rows_of(x, x.k, x.prefix_k, then / G, then % G);
-            const Queries queries(x, b, g, 0);
+            const Queries queries(x, b, g, 0, W);
             for (long r = 0; r < rows; ++r) forward_row(queries, r, k, v, next, out, lse, mine);
         } else {
             float *words = mine + each - 2 * size, *whole = words - 2 * S * D;
             const Matrix keys = along<Word>(joined(k, S, D, whole), S, D, words),
                          values = across<Word>(joined(v, S, D, whole + S * D), S, D, words + size);
             for (long block = part; block < blocks; block += parts)
-                forward_block<Word>(Queries(x, b, g, block * BQ), keys, values, out, lse, mine);
+                forward_block<Word>(Queries(x, b, g, block * BQ, step<Word>), keys, values, out,
+                                    lse, mine);
         }
     }
 }
@@ -379,6 +386,7 @@ static void backward(const Attention& x, const Heads& dout, const Heads& out, co
     Scratch scratch(threads * each);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long task = 0; task < x.B * x.G; ++task) {
+        [[maybe_unused]] const typename Word::Unit unit{};
         const long b = task / x.G, g = task % x.G;
         const Matrix k = {at(x.k, b, g, 0), x.k.t}, v = {at(x.v, b, g, 0), x.v.t};
         float *mine = scratch.data + THREAD_INDEX * each, *words = mine + each - 3 * size,
@@ -389,7 +397,7 @@ static void backward(const Attention& x, const Heads& dout, const Heads& out, co
                      keys_across = across<Word>(k, S, D, words + 2 * size);
         const Gradients head = {dout, out, lse, keys, values, keys_across, dq, sums, sums + size};
         for (long first = 0; first < x.H / x.G * x.T; first += BQ)
-            backward_block<Word>(Queries(x, b, g, first), head, mine);
+            backward_block<Word>(Queries(x, b, g, first, step<Word>), head, mine);
         for (long s = 0; s < S; ++s) {
             memcpy(at(dk, b, g, s), head.dk + s * ld, D * sizeof(float));
             memcpy(at(dv, b, g, s), head.dv + s * ld, D * sizeof(float));

@@ -99,4 +99,62 @@ static void block_product(long m, long n, long depth, Matrix a, Matrix b, Target
     if constexpr (V > 1)
         if (n > 0) block_product<Word, V - 1>(m, n, depth, a, b, c);
 }
+
+#if defined(__AMX_BF16__)
+// The same on tiles. What does not fill them is copied first: a transposed A, a last row or group.
+constexpr long STRIP = 2 * W, DEEPEST = 8 * Tiles::GROUP;
+
+// dst (STRIP, DEEPEST) = the rows and the depth of A that are there, and zeros
+static void fill_tiles(Matrix a, long rows, long depth, float* dst) {
+    for (long i = 0; i < rows; i += W)
+        for (long w = 0; w < depth; w += W) {
+            vf v[W];
+            if (a.step == 1) {
+                for (long r = 0; r < W; ++r)
+                    v[r] = load_n(a.row(i + r) + w, i + r < rows ? depth - w : 0);
+            } else {
+                for (long r = 0; r < W; ++r)
+                    v[r] = load_n(a.row(i) + (w + r) * a.step, w + r < depth ? rows - i : 0);
+                transpose(v);
+            }
+            for (long r = 0; r < W; ++r) store(dst + (i + r) * DEEPEST + w, v[r]);
+        }
+}
+static void copy_rows(const float* src, long ld_src, long rows, long n, float* dst, long ld_dst) {
+    for (long i = 0; i < rows; ++i) memcpy(dst + i * ld_dst, src + i * ld_src, n * sizeof(float));
+}
+
+template <>
+void block_product<Tiles>(long m, long n, long depth, Matrix a, Matrix b, Target c) {
+    constexpr long GROUP = Tiles::GROUP;
+    if (depth > DEEPEST) {
+        block_product<Tiles>(m, n, DEEPEST, a, b, c);
+        a.data += DEEPEST * a.step, c.add = true;
+        return block_product<Tiles>(m, n, depth - DEEPEST, a, b.from(DEEPEST), c);
+    }
+    const long whole = depth / GROUP * GROUP, rest = depth - whole;
+    alignas(64) float strip[STRIP * DEEPEST], last[GROUP * STRIP] = {}, sums[STRIP * STRIP];
+    for (long i = 0; i < m; i += STRIP) {
+        const long rows = min(STRIP, m - i);
+        const bool fills = rows % W == 0, copied = a.step != 1 || !fills || rest > 0;
+        if (copied) fill_tiles(a.from(i), rows, depth, strip);
+        const float* left = copied ? strip : a.row(i);
+        const long lda = copied ? DEEPEST : a.ld;
+        for (long j = 0; j < n; j += STRIP) {
+            const long columns = min(STRIP, n - j);
+            float* to = fills ? c.row(i) + j : sums;
+            const long ld = fills ? c.ld : STRIP;
+            if (!fills && c.add) copy_rows(c.row(i) + j, c.ld, rows, columns, sums, STRIP);
+            multiply_tiles_for(rows, columns, whole, left, lda, GROUP, b.data + j, b.ld, to, ld,
+                               c.add);
+            if (rest > 0) {
+                copy_rows(b.row(whole) + j, b.ld, rest, columns, last, STRIP);
+                multiply_tiles_for(rows, columns, rest, left + whole, lda, GROUP, last, STRIP, to,
+                                   ld, true);
+            }
+            if (!fills) copy_rows(sums, STRIP, rows, columns, c.row(i) + j, c.ld);
+        }
+    }
+}
+#endif
 }  // namespace ISA

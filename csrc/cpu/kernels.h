@@ -52,6 +52,7 @@ struct AdamW {
 
 struct Kernels {
     const char* name;
+    bool bfloat16;                // whether it has such products
     double (*peak)(int threads);  // multiply-adds on registers only; returns how many operations
     float (*read)(const float* x, long n, int threads);  // returns the sum
     void (*copy)(const float* x, float* y, long n, int threads);
@@ -123,4 +124,5 @@ struct Kernels {
     double (*sum_squares)(const float* x, long n, int threads);
 };
 
-extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_avx512bf16;
+extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512, kernels_avx512bf16,
+    kernels_amx;

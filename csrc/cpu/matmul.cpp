@@ -61,7 +61,7 @@ INLINE long panel_size(int P, long words) { return round_up(P * words + W, 16); 
 template <class Word, int P>
 static void pack_along_k(const float* src, long ld, long count, long depth, float* dst) {
     constexpr long K = Word::PER_WORD, ROWS = P < W ? P : W;
-    const long words = up(depth, K), stride = panel_size(P, words);
+    const long words = words_of<Word>(depth), stride = panel_size(P, words);
     for (long row = 0; row < count; row += P, dst += stride)
         for (long w = 0; w < words; w += W)
             for (long g = 0; g < P; g += W) {
@@ -86,7 +86,7 @@ template <class Word, int P>
 static void pack_across_k(const float* src, long ld, long count, long depth, float* dst, long first,
                           long words) {
     constexpr long K = Word::PER_WORD;
-    const long stride = panel_size(P, words), end = first + up(depth, K);
+    const long stride = panel_size(P, words), end = first + words_of<Word>(depth);
     for (long w = first; w < end; ++w, src += K * ld, depth -= K)
         for (long row = 0, panel = 0; row < count; row += P, ++panel) {
             float* d = dst + panel * stride + w * P;
@@ -156,6 +156,71 @@ INLINE void tile_of(long rows, long columns, const Fetch* share, Args... args) {
     }
 }
 
+template <class Word>
+struct MicroKernel {                 // how operands are packed and multiplied
+    static constexpr int ROWS = MR;  // to a panel of A
+    static constexpr Blocking blocking = ISA::blocking;
+
+    static void pack_along(const float* a, long ld, long count, long depth, float* dst) {
+        pack_along_k<Word, MR>(a, ld, count, depth, dst);
+    }
+    static void pack_across(const float* a, long ld, long count, long depth, float* dst) {
+        pack_across_k<Word, MR>(a, ld, count, depth, dst, 0, words_of<Word>(depth));
+    }
+    static void multiply(long rows, long columns, const Fetch* share, long words, const float* a,
+                         const float* b, float* c, long ldc, const float* bias, bool add) {
+        tile_of<Word>(rows, columns, share, words, a, b, c, ldc, columns, bias, add);
+    }
+};
+#if defined(__AMX_BF16__)
+// 32 rows to a panel of A, which for each group of words has its rows one after another.
+template <>
+struct MicroKernel<Tiles> {
+    static constexpr int ROWS = 2 * W, GROUP = Tiles::GROUP;
+    static constexpr Blocking blocking = {256, 128, 3072};
+    static_assert(NR == 2 * W && GROUP == W);
+
+    static void pack_along(const float* a, long ld, long count, long depth, float* dst) {
+        const long words = words_of<Tiles>(depth), stride = panel_size(ROWS, words);
+        for (long row = 0; row < count; row += ROWS, dst += stride)
+            for (long w = 0; w < words; w += GROUP)
+                for (long i = 0; i < ROWS; ++i) {
+                    const long left = row + i < count ? depth - 2 * w : 0;
+                    store(dst + w * ROWS + i * W,
+                          load_along<Tiles>(a + (row + i) * ld + 2 * w, left));
+                }
+    }
+    static void pack_across(const float* a, long ld, long count, long depth, float* dst) {
+        const long words = words_of<Tiles>(depth), stride = panel_size(ROWS, words);
+        for (long row = 0; row < count; row += ROWS, dst += stride)
+            for (long w = 0; w < words; w += GROUP)
+                for (long g = 0; g < ROWS; g += W) {
+                    const float* from = a + 2 * w * ld + row + g;
+                    vf r[W];
+                    UNROLL for (int i = 0; i < W; ++i) r[i] = load_across<Tiles>(
+                        from + 2 * i * ld, ld, count - row - g, depth - 2 * (w + i));
+                    transpose(r);
+                    UNROLL for (int i = 0; i < W; ++i) store(dst + w * ROWS + (g + i) * W, r[i]);
+                }
+    }
+    static void multiply(long rows, long columns, const Fetch*, long words, const float* a,
+                         const float* b, float* c, long ldc, const float* bias, bool add) {
+        alignas(64) float sums[ROWS * NR];
+        for (long i = 0; i < rows; ++i)
+            for (long j = 0; j < columns; j += W) __builtin_prefetch(c + i * ldc + j, 1);
+        multiply_tiles_for(rows, columns, words, a, W, ROWS * W, b, NR, sums, NR, false);
+        for (long j = 0; j < columns; j += W) {
+            const long n = columns - j;
+            const vf base = bias ? load_n(bias + j, n) : vf{};
+            for (long i = 0; i < rows; ++i) {
+                float* p = c + i * ldc + j;
+                store_n(p, load(sums + i * NR + j) + (add ? load_n(p, n) : base), n);
+            }
+        }
+    }
+};
+#endif
+
 // ---- one block of columns and depth ------------------------------------------------------------
 
 struct Plan {  // from the shape alone
@@ -165,12 +230,16 @@ struct Plan {  // from the shape alone
                  // a time
     bool fetch;  // what is packed next, in time: blocks of A, and panels of a B that is large
 };
-static Plan plan_for(const Product& p, long per_word) {
+template <class Word>
+static Plan plan_for(const Product& p) {
+    using Micro = MicroKernel<Word>;
+    constexpr Blocking blocking = Micro::blocking;
+    constexpr long per_word = Word::PER_WORD;
     const long K = max(p.K, 1), M = max(p.M, 1), N = max(p.N, 1);
     Plan plan;
-    plan.kc = round_up(up(K, up(K, blocking.kc * per_word)), 16);
+    plan.kc = round_up(up(K, up(K, blocking.kc * per_word)), max(16, Word::GROUP * per_word));
     plan.nc = round_up(up(N, up(N, blocking.nc)), NR);
-    plan.mc = round_up(up(M, max(up(M, blocking.mc), 14)), MR);
+    plan.mc = round_up(up(M, max(up(M, blocking.mc), 14)), Micro::ROWS);
     plan.row_blocks = up(M, plan.mc);
     const long panels = plan.nc / NR;
     const bool small = M * plan.kc / per_word <= 1 << 18;
@@ -181,14 +250,16 @@ static Plan plan_for(const Product& p, long per_word) {
 
 template <class Word>
 struct Block {
+    using Micro = MicroKernel<Word>;
+    static constexpr long ROWS = Micro::ROWS;
     const Product& p;
     const Plan plan;
     float *packed_a, *packed_b;
     long n0, nc, k0, kc;  // columns n0 .. n0 + nc, depth k0 .. k0 + kc
 
-    long words() const { return up(kc, Word::PER_WORD); }
+    long words() const { return words_of<Word>(kc); }
     long rows(long m) const { return min(plan.mc, p.M - m * plan.mc); }  // of row block m
-    long a_size() const { return plan.mc / MR * panel_size(MR, words()); }
+    long a_size() const { return plan.mc / ROWS * panel_size(ROWS, words()); }
 
     const float* a_from(long m) const {  // where row block m begins
         const long m0 = m * plan.mc;
@@ -200,9 +271,9 @@ struct Block {
 
     void pack_rows(long m, float* dst) const {
         if (p.transpose_a)
-            pack_across_k<Word, MR>(a_from(m), p.lda, rows(m), kc, dst, 0, words());
+            Micro::pack_across(a_from(m), p.lda, rows(m), kc, dst);
         else
-            pack_along_k<Word, MR>(a_from(m), p.lda, rows(m), kc, dst);
+            Micro::pack_along(a_from(m), p.lda, rows(m), kc, dst);
     }
 
     // Columns n .. n + count of this block's B, depth k .. k + depth of it, into their panels.
@@ -227,7 +298,7 @@ struct Block {
 
     // Where panel j of this block lies in the whole of B, packed once: by depth, then by columns.
     long packed_at(long j) const {
-        const long all = up(p.N, NR), words_before = up(plan.kc, Word::PER_WORD);
+        const long all = up(p.N, NR), words_before = words_of<Word>(plan.kc);
         return k0 / plan.kc * all * panel_size(NR, words_before) +
                (n0 / NR + j) * panel_size(NR, words());
     }
@@ -255,19 +326,19 @@ struct Block {
     template <class Next>
     void multiply(long m, const float* a, long j, long count, const float* b, Next next) const {
         for (const long end = j + count; j < end; ++j, b += panel_size(NR, words()))
-            for (long i = 0; i < rows(m); i += MR) {
+            for (long i = 0; i < rows(m); i += ROWS) {
                 const long n = j * NR, columns = min(NR, nc - n);
-                const Fetch share = plan.fetch ? next(i / MR, j) : Fetch{b};
-                tile_of<Word>(min(MR, rows(m) - i), columns, plan.fetch ? &share : nullptr, words(),
-                              a + i / MR * panel_size(MR, words()), b,
-                              p.C + (m * plan.mc + i) * p.ldc + n0 + n, p.ldc, columns,
-                              p.bias && k0 == 0 ? p.bias + n0 + n : nullptr, p.add || k0 > 0);
+                const Fetch share = plan.fetch ? next(i / ROWS, j) : Fetch{b};
+                Micro::multiply(min(ROWS, rows(m) - i), columns, plan.fetch ? &share : nullptr,
+                                words(), a + i / ROWS * panel_size(ROWS, words()), b,
+                                p.C + (m * plan.mc + i) * p.ldc + n0 + n, p.ldc,
+                                p.bias && k0 == 0 ? p.bias + n0 + n : nullptr, p.add || k0 > 0);
             }
     }
 
     void run() const {  // by every thread of the team
         const long panels = up(nc, NR), b_size = panel_size(NR, words());
-        const long tiles = plan.mc / MR;  // of a row block, in one panel
+        const long tiles = plan.mc / ROWS;  // of a row block, in one panel
         if (plan.own_b) {
 #pragma omp for schedule(dynamic)
             for (long m = 0; m < plan.row_blocks; ++m) pack_rows(m, packed_a + m * a_size());
@@ -302,29 +373,33 @@ struct Block {
 
 template <class Word>
 static void multiply(const Product& p, int threads) {
-    const Plan plan = plan_for(p, Word::PER_WORD);
-    const long words = up(plan.kc, Word::PER_WORD);
+    using Micro = MicroKernel<Word>;
+    const Plan plan = plan_for<Word>(p);
+    const long words = words_of<Word>(plan.kc);
     const long a_blocks = plan.own_b ? plan.row_blocks : threads;
-    Scratch a(a_blocks * (plan.mc / MR) * panel_size(MR, words));
+    Scratch a(a_blocks * (plan.mc / Micro::ROWS) * panel_size(Micro::ROWS, words));
     Scratch b((plan.own_b ? threads * plan.own_b : plan.nc / NR) * panel_size(NR, words));
 #pragma omp parallel num_threads(threads)
-    for (long n0 = 0; n0 < p.N; n0 += plan.nc)
-        for (long k0 = 0; k0 == 0 || k0 < p.K; k0 += plan.kc) {  // once where K is 0: writes zeros
-            const long nc = min(plan.nc, p.N - n0), kc = min(plan.kc, p.K - k0);
-            Block<Word>{p, plan, a.data, b.data, n0, nc, k0, kc}.run();
-        }
+    {
+        [[maybe_unused]] const typename Word::Unit unit{};
+        for (long n0 = 0; n0 < p.N; n0 += plan.nc)
+            for (long k0 = 0; k0 == 0 || k0 < p.K; k0 += plan.kc) {  // once if K is 0: writes zeros
+                const long nc = min(plan.nc, p.N - n0), kc = min(plan.kc, p.K - k0);
+                Block<Word>{p, plan, a.data, b.data, n0, nc, k0, kc}.run();
+            }
+    }
 }
 
 template <class Word>
 static long packed_size_of(const Product& p) {
-    const Plan plan = plan_for(p, Word::PER_WORD);
+    const Plan plan = plan_for<Word>(p);
     const long last = max(p.K - 1, 0) / plan.kc * plan.kc;  // where the last block of depth begins
     return Block<Word>{p, plan, nullptr, nullptr, 0, p.N, last, p.K - last}.packed_at(up(p.N, NR));
 }
 
 template <class Word>
 static void pack_whole(const Product& p, float* packed, int threads) {
-    const Plan plan = plan_for(p, Word::PER_WORD);
+    const Plan plan = plan_for<Word>(p);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long n = 0; n < p.N; n += NR)
         for (long k0 = 0; k0 < p.K; k0 += plan.kc) {

@@ -11,6 +11,11 @@
 #include <vector>
 #if defined(__linux__)
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__)
+#include <cpuid.h>
 #endif
 #include "kernels.h"
 #include "pool.h"
@@ -26,6 +31,19 @@ void give_scratch(float* p, size_t floats) { pool.give(p, floats * sizeof(float)
 
 // ---- instruction set ---------------------------------------------------------------------------
 
+// Whether the processor has tiles, and Linux lets this process use their 8 KB a thread.
+static bool have_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+    unsigned a, b, c, features = 0;
+    constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24;
+    constexpr long ASK_FOR_STATE = 0x1023, TILE_DATA = 18;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &features) && (features & BF16) &&
+           (features & TILE) && syscall(SYS_arch_prctl, ASK_FOR_STATE, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+
 static bool runs_here(const std::string& isa) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -33,7 +51,9 @@ static bool runs_here(const std::string& isa) {
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (isa == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (isa == "avx512") return avx512;
-    if (isa == "avx512bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    if (isa == "avx512bf16") return bf16;
+    if (isa == "amx") return bf16 && have_tiles();
 #endif
     return isa == "baseline";
 }
@@ -41,6 +61,9 @@ static bool runs_here(const std::string& isa) {
 static std::vector<const Kernels*> supported() {  // best first
     std::vector<const Kernels*> found;
     for (const Kernels* k : {
+#ifdef HAVE_AMX
+             &kernels_amx,
+#endif
 #ifdef HAVE_AVX512BF16
              &kernels_avx512bf16,
 #endif
@@ -90,7 +113,7 @@ static void set_products(const std::string& dtype) {
     if (dtype != "float32" && dtype != "bfloat16")
         throw std::invalid_argument("[set_products] dtype: expected float32 or bfloat16, got " +
                                     dtype);
-    if (dtype == "bfloat16" && std::string(kernels().name) != "avx512bf16")
+    if (dtype == "bfloat16" && !kernels().bfloat16)
         throw std::invalid_argument(
             "[set_products] bfloat16 needs the instruction set avx512bf16; in use is " +
             std::string(kernels().name));

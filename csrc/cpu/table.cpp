@@ -18,6 +18,11 @@
 
 extern const Kernels JOIN(kernels_, ISA) = {
     STRING(ISA),
+#if defined(__AVX512BF16__)
+    true,
+#else
+    false,
+#endif
     ISA::peak,
     ISA::read,
     ISA::copy,

@@ -2,13 +2,15 @@
 //
 // A word is one float32, or two neighbours in bfloat16: a vector of words times a vector of words
 // is then twice the multiply-adds. The neighbours are those over which a product sums: they lie
-// along a row of a matrix, or across its rows. Rounding happens here and nowhere else.
+// along a row of a matrix, or across its rows. Rounding happens here and nowhere else. Products
+// take GROUP words of depth at once: one, or 16 on the unit of amx.h.
 #pragma once
 #include "simd.h"
 
 namespace ISA {
 struct Float32 {
-    static constexpr int PER_WORD = 1;
+    static constexpr int PER_WORD = 1, GROUP = 1;
+    struct Unit {};
     INLINE vf broadcast(const float* word) { return splat(*word); }
     INLINE vf dot(vf sum, vf a, vf b) { return sum + a * b; }  // -ffp-contract: one fused operation
     INLINE vf along(const vf (&x)[1]) { return x[0]; }
@@ -17,7 +19,8 @@ struct Float32 {
 
 #if defined(__AVX512BF16__)
 struct BFloat16 {
-    static constexpr int PER_WORD = 2;
+    static constexpr int PER_WORD = 2, GROUP = 1;
+    struct Unit {};
     INLINE vf broadcast(const float* word) { return (vf)_mm512_set1_epi32(*(const int*)word); }
     INLINE vf dot(vf sum, vf a, vf b) {
         return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
@@ -36,6 +39,12 @@ struct BFloat16 {
 };
 #endif
 
+// What a depth takes: whole groups, of which what is beyond the depth is zero.
+template <class Word>
+INLINE long words_of(long depth) {
+    return round_up(up(depth, Word::PER_WORD), Word::GROUP);
+}
+
 // Up to W words of the first n floats of a row, or of as many rows (of `depth` that are left).
 template <class Word>
 INLINE vf load_along(const float* p, long n) {
@@ -50,10 +59,18 @@ INLINE vf load_across(const float* p, long ld, long n, long depth) {
     return Word::across(x);
 }
 
-// f(Float32{}) or f(BFloat16{}): what the user asked for.
+}  // namespace ISA
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#endif
+
+namespace ISA {
+// f(Float32{}), or one in bfloat16: what the user asked for.
 template <class F>
 INLINE auto in_words(F f) {
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+    if (bfloat16_products) return f(Tiles{});
+#elif defined(__AVX512BF16__)
     if (bfloat16_products) return f(BFloat16{});
 #endif
     return f(Float32{});
