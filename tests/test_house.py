@@ -86,7 +86,7 @@ def test_ops_hold_no_numpy():
 def test_the_compiled_extensions_are_here_and_in_use():
     """Without them every speed that we promise is gone: this fails, and never skips."""
     assert backend.name == "cpu"
-    assert _cpu.isa() in {"baseline", "avx2", "avx512", "avx512bf16"}
+    assert _cpu.isa() in {"baseline", "avx2", "avx512", "avx512bf16", "amx"}
     assert _bpe.__file__.endswith((".so", ".pyd"))
 
 

@@ -74,24 +74,30 @@ def test_parity_never_passes_nan():
 
 # ---- bfloat16 ----------------------------------------------------------------------------------
 
-needs_bfloat16 = pytest.mark.skipif(
-    DEFAULT_ISA not in ("avx512bf16", "amx"), reason="the instruction set in use has no bfloat16"
-)
+BFLOAT16 = [isa for isa in _cpu.isas() if isa in ("avx512bf16", "amx")]
+every_bfloat16 = pytest.mark.parametrize("isa", BFLOAT16)
 
 
-@needs_bfloat16
+def in_bfloat16(isa):
+    _cpu.use_isa(isa)
+    _cpu.set_products("bfloat16")
+
+
+@every_bfloat16
 @pytest.mark.parametrize("transpose_a", [False, True])
 @pytest.mark.parametrize("transpose_b", [False, True])
 @pytest.mark.parametrize(
     "shape", [(17, 1, 1), (100, 7, 5), (33, 67, 65), (130, 2000, 310), (4001, 40, 70)], ids=str
 )
-def test_bfloat16_products_round_their_operands_and_nothing_else(shape, transpose_a, transpose_b):
+def test_bfloat16_products_round_their_operands_and_nothing_else(
+    shape, transpose_a, transpose_b, isa
+):
     M, K, N = shape
     draw = Draw(0)
     a, b = draw(M, K).astype(bfloat16), draw(K, N).astype(bfloat16)
     noise = np.float32(1 + 2.0**-10)  # less than half a step of bfloat16: rounded away
     x, y = np.float32(a) * noise, np.float32(b) * noise
-    _cpu.set_products("bfloat16")
+    in_bfloat16(isa)
     x, y = x.T.copy() if transpose_a else x, y.T.copy() if transpose_b else y
     results = []
     for n in (1, 2, 3):
@@ -104,10 +110,10 @@ def test_bfloat16_products_round_their_operands_and_nothing_else(shape, transpos
 ROUNDED = [c for c in CASES if ("linear" in c.op or c.op == "attention") and c.slack == 1]
 
 
-@needs_bfloat16
+@every_bfloat16
 @pytest.mark.parametrize("case", ROUNDED, ids=str)
-def test_bfloat16_is_close_to_the_reference_on_any_number_of_threads(case):
-    _cpu.set_products("bfloat16")
+def test_bfloat16_is_close_to_the_reference_on_any_number_of_threads(case, isa):
+    in_bfloat16(isa)
     assert cases.parity_error(_cpu, case) <= cases.TOLERANCE["bfloat16"]
     _cpu.set_threads(1)
     expected = run(_cpu, case)
@@ -116,12 +122,21 @@ def test_bfloat16_is_close_to_the_reference_on_any_number_of_threads(case):
         assert same_bits(expected, run(_cpu, case)), f"{n} threads"
 
 
-@needs_bfloat16
-def test_bfloat16_attention_differs_from_float32():
+@every_bfloat16
+def test_bfloat16_attention_differs_from_float32(isa):
     (case,) = [c for c in CASES if str(c) == "attention: large"]
     exact = run(_cpu, case)
-    _cpu.set_products("bfloat16")
+    in_bfloat16(isa)
     assert not any(same_bits({k: exact[k]}, {k: x}) for k, x in run(_cpu, case).items())
+
+
+@every_bfloat16
+def test_bfloat16_attention_has_heads_of_any_width(isa):
+    in_bfloat16(isa)
+    for D in (1, 2, 31, 33, 96, 257, 300):
+        arguments = lambda d, D=D: d.attention(1, 2, 1, 37, 41, D)
+        case = cases.Case("attention", f"{D} wide", arguments)
+        assert cases.parity_error(_cpu, case) <= cases.TOLERANCE["bfloat16"], D
 
 
 def test_bfloat16_is_refused_where_the_processor_lacks_it():
@@ -174,11 +189,11 @@ def test_weights_that_are_packed_once_change_no_bit(shape, transposed, isa):
                 assert np.array_equal(expected, _cpu.linear_forward(x, weight, bias, transposed))
 
 
-@needs_bfloat16
-def test_one_row_by_packed_weights_has_operands_in_bfloat16():
+@every_bfloat16
+def test_one_row_by_packed_weights_has_operands_in_bfloat16(isa):
     draw = Draw(0)
     x, weight = draw(1, 384).astype(np.float32), draw(1024, 384).astype(np.float32)
-    _cpu.set_products("bfloat16")
+    in_bfloat16(isa)
     with _cpu.PackedWeights(1):
         y = _cpu.linear_forward(x, weight)
     rounded = np.float64(x.astype(bfloat16)) @ np.float64(weight.astype(bfloat16)).T

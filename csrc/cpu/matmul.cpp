@@ -120,6 +120,8 @@ template <class Word, int R, int V, bool FETCH>
 static void tile(long words, const float* a, const float* b, float* c, long ldc, long columns,
                  const float* bias, bool add, const Fetch* share) {
     Fetch next = FETCH ? *share : Fetch{b};
+    UNROLL for (int i = 0; i < R; ++i) UNROLL for (int j = 0; j < V; ++j)
+        __builtin_prefetch(c + i * ldc + j * W, 1);
     vf sums[R][V] = {};
     for (long k = 0; k < words; ++k, a += MR, b += NR) {
         if (FETCH) Fetch::step(next);
@@ -177,7 +179,7 @@ struct MicroKernel {                 // how operands are packed and multiplied
 template <>
 struct MicroKernel<Tiles> {
     static constexpr int ROWS = 2 * W, GROUP = Tiles::GROUP;
-    static constexpr Blocking blocking = {256, 128, 3072};
+    static constexpr Blocking blocking = ISA::blocking;
     static_assert(NR == 2 * W && GROUP == W);
 
     static void pack_along(const float* a, long ld, long count, long depth, float* dst) {
@@ -339,10 +341,11 @@ struct Block {
     void run() const {  // by every thread of the team
         const long panels = up(nc, NR), b_size = panel_size(NR, words());
         const long tiles = plan.mc / ROWS;  // of a row block, in one panel
+        const long team = THREAD_COUNT, me = THREAD_INDEX;
         if (plan.own_b) {
 #pragma omp for schedule(dynamic)
             for (long m = 0; m < plan.row_blocks; ++m) pack_rows(m, packed_a + m * a_size());
-            float* mine = packed_b + THREAD_INDEX * plan.own_b * b_size;
+            float* mine = packed_b + me * plan.own_b * b_size;
 #pragma omp for schedule(dynamic)
             for (long j = 0; j < panels; j += plan.own_b) {
                 const long count = min(plan.own_b, panels - j);
@@ -350,7 +353,7 @@ struct Block {
                 if (!p.packed) pack_columns(j * NR, min(count * NR, nc - j * NR), 0, kc, mine);
                 for (long m = 0; m < plan.row_blocks; ++m)
                     multiply(m, packed_a + m * a_size(), j, count, b, [&](long i, long j) {
-                        return share_of_panel(m * tiles + i, j + THREAD_COUNT * plan.own_b);
+                        return share_of_panel(m * tiles + i, j + team * plan.own_b);
                     });
             }
         } else {
@@ -359,13 +362,12 @@ struct Block {
 #pragma omp for schedule(dynamic)
                 for (long t = 0; t < b_tasks(); ++t) pack_b(t);
             }
-            float* mine = packed_a + THREAD_INDEX * a_size();
+            float* mine = packed_a + me * a_size();
 #pragma omp for schedule(dynamic)
             for (long m = 0; m < plan.row_blocks; ++m) {
                 pack_rows(m, mine);
-                multiply(m, mine, 0, panels, b, [&](long i, long j) {
-                    return share_of_rows(j * tiles + i, m + THREAD_COUNT);
-                });
+                multiply(m, mine, 0, panels, b,
+                         [&](long i, long j) { return share_of_rows(j * tiles + i, m + team); });
             }
         }
     }
