@@ -1,10 +1,9 @@
 // amx.h - bfloat16 on a unit that multiplies whole matrices: AMX, in Xeons since 2023.
 //
-//        16 words            16 columns          16 columns
-//        ┌───────┐           ┌───────┐           ┌───────┐
-//   16   │   A   │    x  16  │   B   │    ->     │   C   │  16   one instruction, 8,192
-//   multiply-adds: rows └───────┘     words └───────┘           └───────┘  rows  16 times what two
-//   vectors do
+//         16 words              16 columns           16 columns
+//         ┌───────┐             ┌───────┐            ┌───────┐
+//      16 │   A   │    x     16 │   B   │     ->  16 │   C   │      8,192 multiply-adds at once,
+//    rows └───────┘       words └───────┘       rows └───────┘      where two vectors do 32
 //
 // A core has eight such registers, tiles: four hold 32 x 32 sums, two A and two B. A is in words
 // along its rows and B in words across them, as in all products here (word.h); depth comes in
@@ -16,8 +15,8 @@
 #include "word.h"
 
 namespace ISA {
-// GCC is not told what a tile's instructions read: what stands before this is in memory by then.
-INLINE void finish_stores() { asm volatile("" ::: "memory"); }
+// GCC is not told what these instructions read: what is stored before this is in memory by then.
+INLINE void finish_stores(const void* p) { asm volatile("" ::"r"(p) : "memory"); }
 
 struct Tiles : BFloat16 {
     static constexpr int GROUP = 16;
@@ -28,7 +27,7 @@ struct Tiles : BFloat16 {
                 uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
                 uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
             } layout;
-            asm volatile("" ::"r"(&layout) : "memory");
+            finish_stores(&layout);
             _tile_loadconfig(&layout);
         }
         ~Unit() { _tile_release(); }
@@ -41,7 +40,7 @@ template <int R, int V>
 static void multiply_tiles(long words, const float* a, long lda, long a_group, const float* b,
                            long ldb, float* c, long ldc, bool add) {
     constexpr long BYTES = sizeof(float);
-    finish_stores();
+    finish_stores(a);
     if (add) {
         _tile_loadd(0, c, ldc * BYTES);
         if constexpr (V > 1) _tile_loadd(1, c + W, ldc * BYTES);

@@ -158,8 +158,9 @@ INLINE void tile_of(long rows, long columns, const Fetch* share, Args... args) {
     }
 }
 
+// How operands are packed and multiplied: by vectors.
 template <class Word>
-struct MicroKernel {                 // how operands are packed and multiplied
+struct MicroKernel {
     static constexpr int ROWS = MR;  // to a panel of A
     static constexpr Blocking blocking = ISA::blocking;
 
@@ -174,8 +175,9 @@ struct MicroKernel {                 // how operands are packed and multiplied
         tile_of<Word>(rows, columns, share, words, a, b, c, ldc, columns, bias, add);
     }
 };
+
 #if defined(__AMX_BF16__)
-// 32 rows to a panel of A, which for each group of words has its rows one after another.
+// By tiles. A panel of A has, for each group of words, its rows one after another.
 template <>
 struct MicroKernel<Tiles> {
     static constexpr int ROWS = 2 * W, GROUP = Tiles::GROUP;
