@@ -116,16 +116,21 @@ struct Fetch {
     }
 };
 
+constexpr long AHEAD = 8;  // words of depth by which B, which L1 does not hold whole, is asked for
+
 template <class Word, int R, int V, bool FETCH>
 static void tile(long words, const float* a, const float* b, float* c, long ldc, long columns,
                  const float* bias, bool add, const Fetch* share) {
     Fetch next = FETCH ? *share : Fetch{b};
-    UNROLL for (int i = 0; i < R; ++i) UNROLL for (int j = 0; j < V; ++j)
-        __builtin_prefetch(c + i * ldc + j * W, 1);
+    if (words >= 256) {  // in time for the end; shorter sums do not gain
+        UNROLL for (int i = 0; i < R; ++i) UNROLL for (int j = 0; j < V; ++j)
+            __builtin_prefetch(c + i * ldc + j * W, 1);
+    }
     vf sums[R][V] = {};
     for (long k = 0; k < words; ++k, a += MR, b += NR) {
         if (FETCH) Fetch::step(next);
         vf bk[V];
+        UNROLL for (int j = 0; j < V; ++j) __builtin_prefetch(b + AHEAD * NR + j * W);
         UNROLL for (int j = 0; j < V; ++j) bk[j] = load(b + j * W);
         UNROLL for (int i = 0; i < R; ++i) {
             const vf ai = Word::broadcast(a + i);
