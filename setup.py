@@ -80,7 +80,7 @@ class BuildExtensions(build_ext):
 
     def compile_table(self, name: str, flags: list[str]) -> str | None:
         """Compile csrc/cpu/table.cpp for one instruction set; returns the object's path, or None
-        where the compiler is too old for it."""
+        where it does not compile, as with an older compiler."""
         try:
             (built,) = self.compiler.compile(
                 ["csrc/cpu/table.cpp"],
@@ -92,7 +92,7 @@ class BuildExtensions(build_ext):
         except CompileError:
             if name == "baseline":
                 raise
-            print(f"tinylm: this compiler does not know {name}: left out", file=sys.stderr)
+            print(f"tinylm: {name} did not compile here: left out", file=sys.stderr)
             return None
         return built
 

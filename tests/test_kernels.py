@@ -387,6 +387,7 @@ heads = np.ones((2, 4, 5, 8), np.float32)
         (ValueError, "[attention_forward] k: expected (B, G, S, D) = (2, any, any, 8), got (2, 4, 5, 7)", lambda: _cpu.attention_forward(heads, heads[..., :7], heads)),
         (ValueError, "[attention_forward] v: expected (B, G, S, D) = (2, 2, 5, 8), got (2, 4, 5, 8)", lambda: _cpu.attention_forward(heads, heads[:, :2], heads)),
         (ValueError, "[attention_forward] k: expected G dividing H = 4, got G = 3", lambda: _cpu.attention_forward(heads, heads[:, :3], heads[:, :3])),
+        (ValueError, "[attention_forward] gap: expected (B, T, 2) = (2, 5, 2), got (2, 5)", lambda: _cpu.attention_forward(heads, heads, heads, None, np.zeros((2, 5), np.int32))),
         (ValueError, "[prefix_attention] prefix_k: expected (P, G, S, D) = (any, 2, any, 8), got (2, 4, 5, 8)", lambda: _cpu.prefix_attention(heads, heads[:, :2], heads[:, :2], heads, heads, np.array([0, 1]))),
         (ValueError, "[prefix_attention] prefix: expected values in [0, 2), got 2", lambda: _cpu.prefix_attention(heads, heads, heads, heads, heads, np.array([0, 2]))),
         (ValueError, "[embedding_forward] tokens: expected values in [0, 2), got 2", lambda: _cpu.embedding_forward(np.array([0, 2]), f32)),

@@ -56,7 +56,7 @@ class Answers(Batch):
 
     @classmethod
     def of_state(cls, state: dict, length: int) -> Answers:
-        pending = zip(KEPT.items(), state["pending"])
+        pending = zip(KEPT.items(), state["pending"], strict=True)
         made = {name: numpy.array(x, kind) for (name, kind), x in pending}
         for name in ("old_logp", "advantages"):
             made[name] = backend.asarray(made[name])

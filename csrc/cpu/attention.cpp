@@ -260,7 +260,7 @@ static void forward_row(const Queries& q, long r, const Rows& k, const Rows& v, 
 }
 
 template <class Word>
-constexpr long step = max(16, Word::GROUP* Word::PER_WORD);
+constexpr long step = Word::GROUP == 1 ? 16 : 32;  // whole groups of words
 
 template <class Word>
 static void forward(const Attention& x, const Heads& out, float* lse, int threads) {

@@ -41,8 +41,8 @@ typedef float vf __attribute__((vector_size(LANES * 4)));
 typedef int32_t vi __attribute__((vector_size(LANES * 4)));
 constexpr float INF = __builtin_inff();
 
-INLINE constexpr long min(long a, long b) { return a < b ? a : b; }
-INLINE constexpr long max(long a, long b) { return a > b ? a : b; }
+INLINE long min(long a, long b) { return a < b ? a : b; }
+INLINE long max(long a, long b) { return a > b ? a : b; }
 INLINE long up(long a, long b) { return (a + b - 1) / b; }     // a / b, rounded up
 INLINE long round_up(long a, long b) { return up(a, b) * b; }  // a, up to a multiple of b
 
