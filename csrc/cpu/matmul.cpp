@@ -167,7 +167,6 @@ INLINE void tile_of(long rows, long columns, const Fetch* share, Args... args) {
 template <class Word>
 struct MicroKernel {
     static constexpr int ROWS = MR;  // to a panel of A
-    static constexpr Blocking blocking = ISA::blocking;
 
     static void pack_along(const float* a, long ld, long count, long depth, float* dst) {
         pack_along_k<Word, MR>(a, ld, count, depth, dst);
@@ -186,7 +185,6 @@ struct MicroKernel {
 template <>
 struct MicroKernel<Tiles> {
     static constexpr int ROWS = 2 * W, GROUP = Tiles::GROUP;
-    static constexpr Blocking blocking = ISA::blocking;
     static_assert(NR == 2 * W && GROUP == W);
 
     static void pack_along(const float* a, long ld, long count, long depth, float* dst) {
@@ -241,14 +239,12 @@ struct Plan {  // from the shape alone
 };
 template <class Word>
 static Plan plan_for(const Product& p) {
-    using Micro = MicroKernel<Word>;
-    constexpr Blocking blocking = Micro::blocking;
     constexpr long per_word = Word::PER_WORD;
     const long K = max(p.K, 1), M = max(p.M, 1), N = max(p.N, 1);
     Plan plan;
     plan.kc = round_up(up(K, up(K, blocking.kc * per_word)), max(16, Word::GROUP * per_word));
     plan.nc = round_up(up(N, up(N, blocking.nc)), NR);
-    plan.mc = round_up(up(M, max(up(M, blocking.mc), 14)), Micro::ROWS);
+    plan.mc = round_up(up(M, max(up(M, blocking.mc), 14)), MicroKernel<Word>::ROWS);
     plan.row_blocks = up(M, plan.mc);
     const long panels = plan.nc / NR;
     const bool small = M * plan.kc / per_word <= 1 << 18;
