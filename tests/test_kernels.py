@@ -53,6 +53,33 @@ def test_parity_with_reference(case, isa):
     assert cases.parity_error(_cpu, case) <= cases.TOLERANCE["float32"] * case.slack
 
 
+@every_isa
+@pytest.mark.parametrize("transpose_a", [False, True])
+@pytest.mark.parametrize("transpose_b", [False, True])
+@pytest.mark.parametrize("shape", [(257, 67, 97), (130, 2000, 310), (4001, 40, 70)], ids=str)
+def test_a_float32_product_keeps_all_bits_of_its_operands(shape, transpose_a, transpose_b, isa):
+    M, K, N = shape
+    draw = Draw(0)
+    x = np.float32(draw(M, K) * 2.0 ** draw.ints(-30, 30, M, K))
+    y, eye = np.float32(draw(K, N)), np.eye(K, N, dtype=np.float32)
+
+    def multiply(a, b):
+        a, b = a.T.copy() if transpose_a else a, b.T.copy() if transpose_b else b
+        return _cpu.matmul(a, b, transpose_a, transpose_b)
+
+    _cpu.use_isa(isa)
+    whole = multiply(x, eye)  # sums of one term
+    assert np.array_equal(whole[:, :K], x[:, :N]) and not whole[:, K:].any()
+    assert np.array_equal(multiply(eye.T, x.T), whole.T)
+    results = []
+    for n in (1, 2, 3):
+        _cpu.set_threads(n)
+        results.append(multiply(x, y))
+    assert all(result.tobytes() == results[0].tobytes() for result in results)
+    error = results[0] - np.float64(x) @ y
+    assert np.sqrt(np.mean((error / (np.abs(np.float64(x)) @ np.abs(y))) ** 2)) <= 2.0**-23
+
+
 @every_case
 def test_reference_keeps_float32(case):
     for name, result in run(reference, case).items():

@@ -34,50 +34,109 @@ struct Tiles : BFloat16 {
     };
 };
 
-// C (16 R, 16 V) = A B, or C += A B. Rows are lda, ldb and ldc floats apart; the next group of A
-// begins a_group floats after the last one.
-template <int R, int V>
-static void multiply_tiles(long words, const float* a, long lda, long a_group, const float* b,
-                           long ldb, float* c, long ldc, bool add) {
-    constexpr long BYTES = sizeof(float);
-    finish_stores(a);
-    if (add) {
-        _tile_loadd(0, c, ldc * BYTES);
-        if constexpr (V > 1) _tile_loadd(1, c + W, ldc * BYTES);
-        if constexpr (R > 1) _tile_loadd(2, c + W * ldc, ldc * BYTES);
-        if constexpr (R > 1 && V > 1) _tile_loadd(3, c + W * ldc + W, ldc * BYTES);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+// float32 on the same unit. A number is the sum of three in bfloat16: itself rounded, what that
+// left over rounded, and the rest, which is all of its 24 bits. Of the nine products of such sums
+// six count; the others are below 2^-24 of the whole. Their sum is made in fewer roundings than a
+// chain of multiply-adds and is half as far from the exact one (Henry, Tang and Heinecke, arXiv
+// 1904.06376). Infinity becomes NaN, and numbers below 1e-33 lose bits, which become denormal.
+struct Thirds : Tiles {
+    static constexpr int PARTS = 3;
+    INLINE vf take_part(vf& x) {
+        const vf part = (vf)(((vi)x + 0x8000) & -0x10000);
+        x -= part;
+        return part;
     }
-    for (long w = 0; w < words; w += Tiles::GROUP, a += a_group, b += Tiles::GROUP * ldb) {
-        _tile_loadd(6, b, ldb * BYTES);
-        _tile_loadd(4, a, lda * BYTES);
+    INLINE vf along(vf (&x)[2]) {
+        const vf parts[2] = {take_part(x[0]), take_part(x[1])};
+        return BFloat16::along(parts);
+    }
+    INLINE vf across(vf (&x)[2]) {
+        typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
+        const vu low = (vu)take_part(x[0]), high = (vu)take_part(x[1]);
+        return (vf)(low >> 16 | high);
+    }
+};
+
+struct TileProduct {  // C = from + A B, at most 32 x 32
+    long words;
+    const float* a;
+    long lda, a_group;  // floats to the next row, and to a group's next part or the next group
+    const float* b;
+    long ldb;
+    float* c;
+    long ldc;
+    const float* from;  // may be C
+    long ld_from;
+    Fetch next = {from};
+};
+
+template <class Word, int R, int V>  // C is (16 R, 16 V)
+static void multiply_tiles(TileProduct p) {
+    constexpr long BYTES = sizeof(float), GROUP = Word::GROUP, PARTS = Word::PARTS;
+    const long b_group = GROUP * p.ldb;
+    finish_stores(p.a);
+    _tile_loadd(0, p.from, p.ld_from * BYTES);
+    if constexpr (V > 1) _tile_loadd(1, p.from + W, p.ld_from * BYTES);
+    if constexpr (R > 1) _tile_loadd(2, p.from + W * p.ld_from, p.ld_from * BYTES);
+    if constexpr (R > 1 && V > 1) _tile_loadd(3, p.from + W * p.ld_from + W, p.ld_from * BYTES);
+    const auto load_a = [&](int part) {
+        const float* a = p.a + part * p.a_group;
+        _tile_loadd(4, a, p.lda * BYTES);
+        if constexpr (R > 1) _tile_loadd(5, a + W * p.lda, p.lda * BYTES);
+    };
+    const auto load_b = [&](int part) {
+        const float* b = p.b + part * b_group;
+        _tile_loadd(6, b, p.ldb * BYTES);
+        if constexpr (V > 1) _tile_loadd(7, b + W, p.ldb * BYTES);
+    };
+    // Meanwhile, of three parts, a share of the next group and a line of what comes later.
+    const auto fetch = [&](int turn) {
+        if (PARTS == 1) return;
+        UNROLL for (int i = 0; i < 4; ++i) {
+            const long line = (4 * turn + i) * LINE;
+            __builtin_prefetch(p.a + PARTS * p.a_group + line);
+            __builtin_prefetch(p.b + PARTS * b_group + line);
+        }
+        Fetch::step<2>(p.next);
+    };
+    const auto multiply = [&](int turn) {
         _tile_dpbf16ps(0, 4, 6);
-        if constexpr (V > 1) {
-            _tile_loadd(7, b + W, ldb * BYTES);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-        if constexpr (R > 1) {
-            _tile_loadd(5, a + W * lda, lda * BYTES);
-            _tile_dpbf16ps(2, 5, 6);
-        }
+        fetch(4 * turn);
+        if constexpr (V > 1) _tile_dpbf16ps(1, 4, 7);
+        fetch(4 * turn + 1);
+        if constexpr (R > 1) _tile_dpbf16ps(2, 5, 6);
+        fetch(4 * turn + 2);
         if constexpr (R > 1 && V > 1) _tile_dpbf16ps(3, 5, 7);
+        fetch(4 * turn + 3);
+    };
+    const long rows = up(R * W * GROUP, max(p.words, 1));  // of C, asked for with each group
+    for (long w = 0, row = 0; w < p.words; w += GROUP) {
+        for (const long end = min(R * W, row + rows); row < end; ++row)
+            UNROLL for (int j = 0; j < V; ++j) __builtin_prefetch(p.c + row * p.ldc + j * W, 1);
+        load_b(PARTS - 1), load_a(0), multiply(0);
+        if constexpr (PARTS == 3) {
+            load_b(1), multiply(1);
+            load_a(1), multiply(2);
+            load_b(0), multiply(3);
+            load_a(2), multiply(4);
+            load_a(0), multiply(5);
+        }
+        p.a += PARTS * p.a_group, p.b += PARTS * b_group;
     }
-    _tile_stored(0, c, ldc * BYTES);
-    if constexpr (V > 1) _tile_stored(1, c + W, ldc * BYTES);
-    if constexpr (R > 1) _tile_stored(2, c + W * ldc, ldc * BYTES);
-    if constexpr (R > 1 && V > 1) _tile_stored(3, c + W * ldc + W, ldc * BYTES);
+    _tile_stored(0, p.c, p.ldc * BYTES);
+    if constexpr (V > 1) _tile_stored(1, p.c + W, p.ldc * BYTES);
+    if constexpr (R > 1) _tile_stored(2, p.c + W * p.ldc, p.ldc * BYTES);
+    if constexpr (R > 1 && V > 1) _tile_stored(3, p.c + W * p.ldc + W, p.ldc * BYTES);
 }
 
-// Of 32 x 32 sums, the tiles that `rows` and `columns` need.
-template <class... Args>
-INLINE void multiply_tiles_for(long rows, long columns, Args... args) {
+// Only the tiles that `rows` and `columns` of 32 need.
+template <class Word>
+INLINE void multiply_tiles_for(long rows, long columns, const TileProduct& p) {
     if (rows > W)
-        (columns > W ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)(args...);
+        (columns > W ? multiply_tiles<Word, 2, 2> : multiply_tiles<Word, 2, 1>)(p);
     else
-        (columns > W ? multiply_tiles<1, 2> : multiply_tiles<1, 1>)(args...);
+        (columns > W ? multiply_tiles<Word, 1, 2> : multiply_tiles<Word, 1, 1>)(p);
 }
+
+constexpr float ZEROS[2 * W] = {};  // as rows that are 0 floats apart
 }  // namespace ISA

@@ -220,7 +220,7 @@ class PackedWeights {
         py::array weight;  // so that nobody else gets its memory
         Floats packed;
     };
-    using Key = std::tuple<const float*, long, long, bool>;
+    using Key = std::tuple<const float*, long, long, bool, long>;
     std::map<Key, Kept> kept;
     const Kernels* const isa = &kernels();
     const bool bfloat16 = bfloat16_products, pays;
@@ -229,9 +229,10 @@ class PackedWeights {
     const float* find(const Product& p, const py::array& weight) {
         const bool same_kind = isa == &kernels() && bfloat16 == bfloat16_products;
         if (!pays || !same_kind || weight.data() != p.B || p.N == 0 || p.K == 0) return nullptr;
-        Kept& found = kept[{p.B, p.N, p.K, p.transpose_b}];
+        const long size = isa->packed_size(p);  // larger where float32 is split, for many rows
+        Kept& found = kept[{p.B, p.N, p.K, p.transpose_b, size}];
         if (found.packed.size() == 0) {
-            found = {weight, empty({isa->packed_size(p)})};
+            found = {weight, empty({size})};
             run(isa->pack, p, pointer(found.packed), threads_for(1.0 * p.N * p.K));
         }
         return pointer(found.packed);

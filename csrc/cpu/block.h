@@ -27,7 +27,8 @@ static Matrix along(Matrix x, long rows, long n, float* copy) {
     for (long r = 0; r < rows; ++r)
         for (long w = 0; w < ld; w += W) {
             const long d = w * Word::PER_WORD;
-            store(copy + r * ld + w, load_along<Word>(x.row(r) + d, n - d));
+            load_along<Word>(x.row(r) + d, n - d,
+                             [&](int, vf words) { store(copy + r * ld + w, words); });
         }
     return {copy, ld};
 }
@@ -38,8 +39,9 @@ static Matrix across(Matrix x, long rows, long n, float* copy) {
     const long ld = round_up(n, W);
     for (long r = 0; r < rows; r += Word::PER_WORD)
         for (long d = 0; d < ld; d += W)
-            store(copy + r / Word::PER_WORD * ld + d,
-                  load_across<Word>(x.row(r) + d, x.ld, n - d, rows - r));
+            load_across<Word>(x.row(r) + d, x.ld, n - d, rows - r, [&](int, vf words) {
+                store(copy + r / Word::PER_WORD * ld + d, words);
+            });
     return {copy, ld};
 }
 
@@ -145,12 +147,13 @@ void block_product<Tiles>(long m, long n, long depth, Matrix a, Matrix b, Target
             float* to = fills ? c.row(i) + j : sums;
             const long ld = fills ? c.ld : STRIP;
             if (!fills && c.add) copy_rows(c.row(i) + j, c.ld, rows, columns, sums, STRIP);
-            multiply_tiles_for(rows, columns, whole, left, lda, GROUP, b.data + j, b.ld, to, ld,
-                               c.add);
+            multiply_tiles_for<Tiles>(rows, columns,
+                                      {whole, left, lda, GROUP, b.data + j, b.ld, to, ld,
+                                       c.add ? to : ZEROS, c.add ? ld : 0});
             if (rest > 0) {
                 copy_rows(b.row(whole) + j, b.ld, rest, columns, last, STRIP);
-                multiply_tiles_for(rows, columns, rest, left + whole, lda, GROUP, last, STRIP, to,
-                                   ld, true);
+                multiply_tiles_for<Tiles>(
+                    rows, columns, {rest, left + whole, lda, GROUP, last, STRIP, to, ld, to, ld});
             }
             if (!fills) copy_rows(sums, STRIP, rows, columns, c.row(i) + j, c.ld);
         }

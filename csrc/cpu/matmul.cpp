@@ -27,7 +27,9 @@
 // and kc depends on K alone: neither the tiles nor the threads change a bit.
 //
 // A word (word.h) is 32 bits of depth: one float32, or two neighbours along k in bfloat16. For
-// bfloat16 operands are rounded while they are packed, and everything else stays as it is.
+// bfloat16 operands are rounded while they are packed, and everything else stays as it is. Where
+// there are tiles, float32 is split into three parts as it is packed, and faster by 1.4 to 1.8 than
+// by vectors (two threads of a Xeon, products of a model).
 //
 // 4,096 x 384 x 1,536 on two threads of a Zen 4: 92 / 91 % of the float32 peak, forward / backward.
 #include "word.h"
@@ -54,30 +56,40 @@ static_assert(MR <= W, "pack() writes a panel of A as one vector per word");
 // ---- packing: `count` rows of op(A), or columns of op(B), and `depth` values of k --------------
 // Panels are P wide and word-major: word w of row r of a panel lies at w * P + r. Stores are W wide
 // even where P is not: the next word overwrites the surplus, and the gap after a panel takes the
-// last.
+// last. Of words in parts, a group has all first parts, then all second ones, then all third ones.
 
-INLINE long panel_size(int P, long words) { return round_up(P * words + W, 16); }
+template <class Word>
+INLINE long panel_size(int P, long words) {
+    return round_up(P * words * Word::PARTS + W, 16);
+}
+template <class Word>
+INLINE long place(long word, int part) {  // of a word's part in its panel, counted in words
+    constexpr long GROUP = Word::GROUP;
+    return (word / GROUP * Word::PARTS + part) * GROUP + word % GROUP;
+}
 
 template <class Word, int P>
 static void pack_along_k(const float* src, long ld, long count, long depth, float* dst) {
-    constexpr long K = Word::PER_WORD, ROWS = P < W ? P : W;
-    const long words = words_of<Word>(depth), stride = panel_size(P, words);
+    constexpr long K = Word::PER_WORD, ROWS = P < W ? P : W, PARTS = Word::PARTS;
+    const long words = words_of<Word>(depth), stride = panel_size<Word>(P, words);
     for (long row = 0; row < count; row += P, dst += stride)
         for (long w = 0; w < words; w += W)
             for (long g = 0; g < P; g += W) {
                 const float* s = src + (row + g) * ld + w * K;
                 const long left = depth - w * K, rows = min(ROWS, count - row - g);
-                vf r[W];
+                vf r[PARTS][W] = {};
                 if (rows == ROWS && left >= W * K) {
-                    UNROLL for (int i = 0; i < W; ++i) r[i] =
-                        i < ROWS ? load_along<Word>(s + i * ld, W * K) : vf{};
+                    UNROLL for (int i = 0; i < ROWS; ++i) load_along<Word>(
+                        s + i * ld, W * K, [&](int part, vf v) { r[part][i] = v; });
                 } else {
-                    for (int i = 0; i < W; ++i)
-                        r[i] = i < rows ? load_along<Word>(s + i * ld, left) : vf{};
+                    for (int i = 0; i < rows; ++i)
+                        load_along<Word>(s + i * ld, left, [&](int part, vf v) { r[part][i] = v; });
                 }
-                transpose(r);
-                float* d = dst + w * P + g;
-                for (long i = 0; i < min(W, words - w); ++i) store(d + i * P, r[i]);
+                for (int part = 0; part < PARTS; ++part) {
+                    transpose(r[part]);
+                    float* d = dst + place<Word>(w, part) * P + g;
+                    for (long i = 0; i < min(W, words - w); ++i) store(d + i * P, r[part][i]);
+                }
             }
 }
 
@@ -86,35 +98,21 @@ template <class Word, int P>
 static void pack_across_k(const float* src, long ld, long count, long depth, float* dst, long first,
                           long words) {
     constexpr long K = Word::PER_WORD;
-    const long stride = panel_size(P, words), end = first + words_of<Word>(depth);
+    const long stride = panel_size<Word>(P, words), end = first + words_of<Word>(depth);
     for (long w = first; w < end; ++w, src += K * ld, depth -= K)
         for (long row = 0, panel = 0; row < count; row += P, ++panel) {
-            float* d = dst + panel * stride + w * P;
-            UNROLL for (long g = 0; g < P; g += W) {
-                const vf x = load_across<Word>(src + row + g, ld, count - row - g, depth);
-                if (P % W == 0 || w < end - 1)
-                    store(d + g, x);
-                else  // the next word may be another thread's, and written already
-                    store_n(d + g, x, P - g);
-            }
+            UNROLL for (long g = 0; g < P; g += W)
+                load_across<Word>(src + row + g, ld, count - row - g, depth, [&](int part, vf x) {
+                    float* d = dst + panel * stride + place<Word>(w, part) * P + g;
+                    if (P % W == 0 || w < end - 1)
+                        store(d, x);
+                    else  // the next word may be another thread's, and written already
+                        store_n(d, x, P - g);
+                });
         }
 }
 
 // ---- the micro-kernel: R rows and V vectors of C -----------------------------------------------
-
-// What a tile fetches from memory while it multiplies, a line for each word of depth, because it
-// will be packed next: `lines` lines of one stored row after another.
-constexpr long LINE = 16;  // floats
-struct Fetch {
-    const float* at;
-    long line = 0, lines = 1, gap = -LINE;  // by default it stays where it is
-
-    INLINE void step(Fetch& f) {
-        __builtin_prefetch(f.at);
-        f.at += LINE;
-        if (++f.line == f.lines) f.line = 0, f.at += f.gap;
-    }
-};
 
 constexpr long AHEAD = 8;  // words of depth by which B, which L1 does not hold whole, is asked for
 
@@ -128,7 +126,7 @@ static void tile(long words, const float* a, const float* b, float* c, long ldc,
     }
     vf sums[R][V] = {};
     for (long k = 0; k < words; ++k, a += MR, b += NR) {
-        if (FETCH) Fetch::step(next);
+        if (FETCH) Fetch::step<1>(next);
         vf bk[V];
         UNROLL for (int j = 0; j < V; ++j) __builtin_prefetch(b + AHEAD * NR + j * W);
         UNROLL for (int j = 0; j < V; ++j) bk[j] = load(b + j * W);
@@ -166,7 +164,9 @@ INLINE void tile_of(long rows, long columns, const Fetch* share, Args... args) {
 // How operands are packed and multiplied: by vectors.
 template <class Word>
 struct MicroKernel {
-    static constexpr int ROWS = MR;  // to a panel of A
+    static constexpr long ROWS = MR;    // to a panel of A
+    static constexpr long BLOCKS = 14;  // of rows, at least
+    static constexpr bool TILES = false;
 
     static void pack_along(const float* a, long ld, long count, long depth, float* dst) {
         pack_along_k<Word, MR>(a, ld, count, depth, dst);
@@ -182,50 +182,61 @@ struct MicroKernel {
 
 #if defined(__AMX_BF16__)
 // By tiles. A panel of A has, for each group of words, its rows one after another.
-template <>
-struct MicroKernel<Tiles> {
-    static constexpr int ROWS = 2 * W, GROUP = Tiles::GROUP;
+template <class Word>
+struct TileKernel {
+    static constexpr long ROWS = 2 * W, BLOCKS = 8, GROUP = Word::GROUP, PARTS = Word::PARTS;
+    static constexpr bool TILES = true;
     static_assert(NR == 2 * W && GROUP == W);
 
     static void pack_along(const float* a, long ld, long count, long depth, float* dst) {
-        const long words = words_of<Tiles>(depth), stride = panel_size(ROWS, words);
+        const long words = words_of<Word>(depth), stride = panel_size<Word>(ROWS, words);
         for (long row = 0; row < count; row += ROWS, dst += stride)
             for (long w = 0; w < words; w += GROUP)
                 for (long i = 0; i < ROWS; ++i) {
                     const long left = row + i < count ? depth - 2 * w : 0;
-                    store(dst + w * ROWS + i * W,
-                          load_along<Tiles>(a + (row + i) * ld + 2 * w, left));
+                    load_along<Word>(a + (row + i) * ld + 2 * w, left, [&](int part, vf words) {
+                        store(dst + place<Word>(w, part) * ROWS + i * W, words);
+                    });
                 }
     }
     static void pack_across(const float* a, long ld, long count, long depth, float* dst) {
-        const long words = words_of<Tiles>(depth), stride = panel_size(ROWS, words);
+        const long words = words_of<Word>(depth), stride = panel_size<Word>(ROWS, words);
         for (long row = 0; row < count; row += ROWS, dst += stride)
             for (long w = 0; w < words; w += GROUP)
                 for (long g = 0; g < ROWS; g += W) {
                     const float* from = a + 2 * w * ld + row + g;
-                    vf r[W];
-                    UNROLL for (int i = 0; i < W; ++i) r[i] = load_across<Tiles>(
-                        from + 2 * i * ld, ld, count - row - g, depth - 2 * (w + i));
-                    transpose(r);
-                    UNROLL for (int i = 0; i < W; ++i) store(dst + w * ROWS + (g + i) * W, r[i]);
+                    vf r[PARTS][W];
+                    UNROLL for (int i = 0; i < W; ++i) load_across<Word>(
+                        from + 2 * i * ld, ld, count - row - g, depth - 2 * (w + i),
+                        [&](int part, vf words) { r[part][i] = words; });
+                    for (int part = 0; part < PARTS; ++part) {
+                        transpose(r[part]);
+                        float* d = dst + place<Word>(w, part) * ROWS + g * W;
+                        UNROLL for (int i = 0; i < W; ++i) store(d + i * W, r[part][i]);
+                    }
                 }
     }
-    static void multiply(long rows, long columns, const Fetch*, long words, const float* a,
+    static void multiply(long rows, long columns, const Fetch* share, long words, const float* a,
                          const float* b, float* c, long ldc, const float* bias, bool add) {
-        alignas(64) float sums[ROWS * NR];
-        for (long i = 0; i < rows; ++i)
-            for (long j = 0; j < columns; j += W) __builtin_prefetch(c + i * ldc + j, 1);
-        multiply_tiles_for(rows, columns, words, a, W, ROWS * W, b, NR, sums, NR, false);
-        for (long j = 0; j < columns; j += W) {
-            const long n = columns - j;
-            const vf base = bias ? load_n(bias + j, n) : vf{};
-            for (long i = 0; i < rows; ++i) {
-                float* p = c + i * ldc + j;
-                store_n(p, load(sums + i * NR + j) + (add ? load_n(p, n) : base), n);
-            }
+        const Fetch next = share ? *share : Fetch{b};
+        if (rows % W == 0 && columns % W == 0) {
+            const float* from = add ? c : bias ? bias : ZEROS;
+            multiply_tiles_for<Word>(
+                rows, columns, {words, a, W, ROWS * W, b, NR, c, ldc, from, add ? ldc : 0, next});
+            return;
         }
+        float sums[ROWS * NR] = {};
+        for (long i = 0; i < rows && (add || bias); ++i)
+            memcpy(sums + i * NR, add ? c + i * ldc : bias, columns * sizeof(float));
+        multiply_tiles_for<Word>(rows, columns,
+                                 {words, a, W, ROWS * W, b, NR, sums, NR, sums, NR, next});
+        for (long i = 0; i < rows; ++i) memcpy(c + i * ldc, sums + i * NR, columns * sizeof(float));
     }
 };
+template <>
+struct MicroKernel<Tiles> : TileKernel<Tiles> {};
+template <>
+struct MicroKernel<Thirds> : TileKernel<Thirds> {};
 #endif
 
 // ---- one block of columns and depth ------------------------------------------------------------
@@ -235,21 +246,27 @@ struct Plan {  // from the shape alone
     long own_b;  // 0: B is packed once for all, and each thread packs blocks of rows for itself.
                  // Else A, which fits in L2, is packed once, and each thread so many panels of B at
                  // a time
-    bool fetch;  // what is packed next, in time: blocks of A, and panels of a B that is large
+    bool fetch;  // what is needed next, in time: for vectors, what will be packed, blocks of A and
+                 // panels of a B that is large; for tiles, which take less long, packed panels of B
 };
 template <class Word>
 static Plan plan_for(const Product& p) {
-    constexpr long per_word = Word::PER_WORD;
+    using Micro = MicroKernel<Word>;
+    const long values = max(1, Word::PER_WORD / Word::PARTS);  // of depth, to a packed word
     const long K = max(p.K, 1), M = max(p.M, 1), N = max(p.N, 1);
     Plan plan;
-    plan.kc = round_up(up(K, up(K, blocking.kc * per_word)), max(16, Word::GROUP * per_word));
+    plan.kc = round_up(up(K, up(K, blocking.kc * values)), max(16, Word::GROUP * Word::PER_WORD));
     plan.nc = round_up(up(N, up(N, blocking.nc)), NR);
-    plan.mc = round_up(up(M, max(up(M, blocking.mc), 14)), MicroKernel<Word>::ROWS);
+    plan.mc = round_up(up(M, max(up(M, blocking.mc), Micro::BLOCKS)), Micro::ROWS);
     plan.row_blocks = up(M, plan.mc);
-    const long panels = plan.nc / NR;
-    const bool small = M * plan.kc / per_word <= 1 << 18;
-    plan.own_b = small && panels >= 12 ? max(1, min(3, panels / 16)) : 0;
-    plan.fetch = plan.own_b ? !p.packed && N * K >= 1 << 17 : true;
+    constexpr long L2 = Micro::TILES ? 1 << 19 : 1 << 18;  // in words
+    const long panels = plan.nc / NR, packed = words_of<Word>(plan.kc) * Word::PARTS;
+    const bool wide = panels >= 12 && (!Micro::TILES || N > 2 * M);
+    plan.own_b = wide && M * packed <= L2 ? max(1, min(3, panels / 16)) : 0;
+    if (Micro::TILES)
+        plan.fetch = !plan.own_b && plan.nc * packed > L2 / 2;
+    else
+        plan.fetch = plan.own_b ? !p.packed && N * K >= 1 << 17 : true;
     return plan;
 }
 
@@ -264,7 +281,7 @@ struct Block {
 
     long words() const { return words_of<Word>(kc); }
     long rows(long m) const { return min(plan.mc, p.M - m * plan.mc); }  // of row block m
-    long a_size() const { return plan.mc / ROWS * panel_size(ROWS, words()); }
+    long a_size() const { return plan.mc / ROWS * panel_size<Word>(ROWS, words()); }
 
     const float* a_from(long m) const {  // where row block m begins
         const long m0 = m * plan.mc;
@@ -296,7 +313,7 @@ struct Block {
         const long n = task * COLUMNS, k = task * DEPTH;
         if (p.transpose_b)
             pack_columns(n, min(COLUMNS, nc - n), 0, kc,
-                         packed_b + n / NR * panel_size(NR, words()));
+                         packed_b + n / NR * panel_size<Word>(NR, words()));
         else
             pack_columns(0, nc, k, min(DEPTH, kc - k), packed_b);
     }
@@ -304,8 +321,8 @@ struct Block {
     // Where panel j of this block lies in the whole of B, packed once: by depth, then by columns.
     long packed_at(long j) const {
         const long all = up(p.N, NR), words_before = words_of<Word>(plan.kc);
-        return k0 / plan.kc * all * panel_size(NR, words_before) +
-               (n0 / NR + j) * panel_size(NR, words());
+        return k0 / plan.kc * all * panel_size<Word>(NR, words_before) +
+               (n0 / NR + j) * panel_size<Word>(NR, words());
     }
 
     // The share that tile i fetches of `rows` stored rows, `length` floats of each.
@@ -326,23 +343,29 @@ struct Block {
                              : share(i, b_from(n, 0), p.ldb, kc, columns);
     }
 
+    Fetch share_of_packed(long i, const float* panel) const {
+        constexpr long LINES = 24;  // that multiply_tiles() fetches with each group
+        const long at = i * LINES * LINE * (words() / Word::GROUP);
+        return at < panel_size<Word>(NR, words()) ? Fetch{panel + at, 0, 1, 0} : Fetch{panel};
+    }
+
     // Row block m times `count` panels of B, of which the first is number j of this block.
     // next(i, j) is the share of tile i of panel j.
     template <class Next>
     void multiply(long m, const float* a, long j, long count, const float* b, Next next) const {
-        for (const long end = j + count; j < end; ++j, b += panel_size(NR, words()))
+        for (const long end = j + count; j < end; ++j, b += panel_size<Word>(NR, words()))
             for (long i = 0; i < rows(m); i += ROWS) {
                 const long n = j * NR, columns = min(NR, nc - n);
                 const Fetch share = plan.fetch ? next(i / ROWS, j) : Fetch{b};
                 Micro::multiply(min(ROWS, rows(m) - i), columns, plan.fetch ? &share : nullptr,
-                                words(), a + i / ROWS * panel_size(ROWS, words()), b,
+                                words(), a + i / ROWS * panel_size<Word>(ROWS, words()), b,
                                 p.C + (m * plan.mc + i) * p.ldc + n0 + n, p.ldc,
                                 p.bias && k0 == 0 ? p.bias + n0 + n : nullptr, p.add || k0 > 0);
             }
     }
 
     void run() const {  // by every thread of the team
-        const long panels = up(nc, NR), b_size = panel_size(NR, words());
+        const long panels = up(nc, NR), b_size = panel_size<Word>(NR, words());
         const long tiles = plan.mc / ROWS;  // of a row block, in one panel
         const long team = THREAD_COUNT, me = THREAD_INDEX;
         if (plan.own_b) {
@@ -369,8 +392,10 @@ struct Block {
 #pragma omp for schedule(dynamic)
             for (long m = 0; m < plan.row_blocks; ++m) {
                 pack_rows(m, mine);
-                multiply(m, mine, 0, panels, b,
-                         [&](long i, long j) { return share_of_rows(j * tiles + i, m + team); });
+                multiply(m, mine, 0, panels, b, [&](long i, long j) {
+                    return Micro::TILES ? share_of_packed(i, b + (j + 1) * b_size)
+                                        : share_of_rows(j * tiles + i, m + team);
+                });
             }
         }
     }
@@ -382,8 +407,8 @@ static void multiply(const Product& p, int threads) {
     const Plan plan = plan_for<Word>(p);
     const long words = words_of<Word>(plan.kc);
     const long a_blocks = plan.own_b ? plan.row_blocks : threads;
-    Scratch a(a_blocks * (plan.mc / Micro::ROWS) * panel_size(Micro::ROWS, words));
-    Scratch b((plan.own_b ? threads * plan.own_b : plan.nc / NR) * panel_size(NR, words));
+    Scratch a(a_blocks * (plan.mc / Micro::ROWS) * panel_size<Word>(Micro::ROWS, words));
+    Scratch b((plan.own_b ? threads * plan.own_b : plan.nc / NR) * panel_size<Word>(NR, words));
 #pragma omp parallel num_threads(threads)
     {
         [[maybe_unused]] const typename Word::Unit unit{};
@@ -494,11 +519,21 @@ static void few_rows_by_sums(const Product& p, int threads) {
     }
 }
 
+// f(the word that p is multiplied in): for tiles float32 is split, which takes some rows to pay.
+template <class F>
+INLINE auto in_words_for([[maybe_unused]] const Product& p, F f) {
+#if defined(__AMX_BF16__)
+    const bool pays = p.M >= (p.transpose_a ? 128 : 32) && p.M * p.N * p.K >= 1 << 20;
+    if (pays && !bfloat16_products) return f(Thirds{});
+#endif
+    return in_words(f);
+}
+
 static void matmul(const Product& p, int threads) {
     const bool few = p.M <= FEW_ROWS && !p.transpose_a;
     if (few && !(p.packed && bfloat16_products))
         return p.transpose_b ? few_rows_by_dots(p, threads) : few_rows_by_sums(p, threads);
-    in_words([&](auto word) { multiply<decltype(word)>(p, threads); });
+    in_words_for(p, [&](auto word) { multiply<decltype(word)>(p, threads); });
 }
 
 // Each thread multiplies small matrices for itself (two threads of a Zen 4: 12 of 96 x 96 at 79 %
@@ -515,10 +550,10 @@ static void matmul_stack(const Product& first, long n, int threads) {
 }
 
 static long packed_size(const Product& p) {
-    return in_words([&](auto word) { return packed_size_of<decltype(word)>(p); });
+    return in_words_for(p, [&](auto word) { return packed_size_of<decltype(word)>(p); });
 }
 
 static void pack(const Product& p, float* packed, int threads) {
-    in_words([&](auto word) { pack_whole<decltype(word)>(p, packed, threads); });
+    in_words_for(p, [&](auto word) { pack_whole<decltype(word)>(p, packed, threads); });
 }
 }  // namespace ISA

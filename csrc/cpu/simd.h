@@ -40,6 +40,7 @@ constexpr long W = LANES;
 typedef float vf __attribute__((vector_size(LANES * 4)));
 typedef int32_t vi __attribute__((vector_size(LANES * 4)));
 constexpr float INF = __builtin_inff();
+constexpr long LINE = 16;  // floats to a line of the cache
 
 INLINE long min(long a, long b) { return a < b ? a : b; }
 INLINE long max(long a, long b) { return a > b ? a : b; }
@@ -203,6 +204,20 @@ INLINE vf sqrt(vf x) {
 }
 
 // ---- memory and loops --------------------------------------------------------------------------
+
+// What is fetched while something else is computed, a line at a time: `lines` lines of one stored
+// row after another.
+struct Fetch {
+    const float* at;
+    long line = 0, lines = 1, gap = -LINE;  // by default it stays where it is
+
+    template <int LEVEL>  // of cache
+    INLINE void step(Fetch& f) {
+        __builtin_prefetch(f.at, 0, 4 - LEVEL);
+        f.at += LINE;
+        if (++f.line == f.lines) f.line = 0, f.at += f.gap;
+    }
+};
 
 struct Scratch {  // memory for the duration of a call
     const size_t floats;

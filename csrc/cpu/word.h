@@ -3,13 +3,14 @@
 // A word is one float32, or two neighbours in bfloat16: a vector of words times a vector of words
 // is then twice the multiply-adds. The neighbours are those over which a product sums: they lie
 // along a row of a matrix, or across its rows. Rounding happens here and nowhere else. Products
-// take GROUP words of depth at once: one, or 16 on the unit of amx.h.
+// take GROUP words of depth at once: one, or 16 on the unit of amx.h, where a word can also have
+// three PARTS, whose sum is two neighbours in float32.
 #pragma once
 #include "simd.h"
 
 namespace ISA {
 struct Float32 {
-    static constexpr int PER_WORD = 1, GROUP = 1;
+    static constexpr int PER_WORD = 1, GROUP = 1, PARTS = 1;
     struct Unit {};
     INLINE vf broadcast(const float* word) { return splat(*word); }
     INLINE vf dot(vf sum, vf a, vf b) { return sum + a * b; }  // -ffp-contract: one fused operation
@@ -19,7 +20,7 @@ struct Float32 {
 
 #if defined(__AVX512BF16__)
 struct BFloat16 {
-    static constexpr int PER_WORD = 2, GROUP = 1;
+    static constexpr int PER_WORD = 2, GROUP = 1, PARTS = 1;
     struct Unit {};
     INLINE vf broadcast(const float* word) { return (vf)_mm512_set1_epi32(*(const int*)word); }
     INLINE vf dot(vf sum, vf a, vf b) {
@@ -45,18 +46,19 @@ INLINE long words_of(long depth) {
     return round_up(up(depth, Word::PER_WORD), Word::GROUP);
 }
 
-// Up to W words of the first n floats of a row, or of as many rows (of `depth` that are left).
-template <class Word>
-INLINE vf load_along(const float* p, long n) {
+// Up to W words of the first n floats of a row, or of as many rows (of `depth` that are left), for
+// to(part, words).
+template <class Word, class To>
+INLINE void load_along(const float* p, long n, To to) {
     vf x[Word::PER_WORD];
     UNROLL for (int i = 0; i < Word::PER_WORD; ++i) x[i] = load_n(p + i * W, n - i * W);
-    return Word::along(x);
+    UNROLL for (int part = 0; part < Word::PARTS; ++part) to(part, Word::along(x));
 }
-template <class Word>
-INLINE vf load_across(const float* p, long ld, long n, long depth) {
+template <class Word, class To>
+INLINE void load_across(const float* p, long ld, long n, long depth, To to) {
     vf x[Word::PER_WORD];
     UNROLL for (int i = 0; i < Word::PER_WORD; ++i) x[i] = i < depth ? load_n(p + i * ld, n) : vf{};
-    return Word::across(x);
+    UNROLL for (int part = 0; part < Word::PARTS; ++part) to(part, Word::across(x));
 }
 
 }  // namespace ISA
