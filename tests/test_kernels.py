@@ -318,6 +318,23 @@ def test_heads_merge_without_a_copy():
         assert np.shares_memory(x, x.swapaxes(1, 2).reshape(2, 5, 24))
 
 
+def test_gradients_of_heads_lie_side_by_side_where_the_heads_do():
+    qkv, dout = (Draw(i)(2, 5, n).astype(np.float32) for i, n in enumerate((3 * 12, 12)))
+    heads = lambda x: x.reshape(2, 5, 3, 4).swapaxes(1, 2)
+    q, k, v = map(heads, np.split(qkv, 3, axis=-1))
+    out, lse = _cpu.attention_forward(q, k, v)
+    beside = _cpu.attention_backward(heads(dout), q, k, v, out, lse)
+    base = beside[0].base
+    assert base.shape == qkv.shape and all(x.base is base for x in beside)
+    apart = _cpu.attention_backward(heads(dout), *(x.copy() for x in (q, k, v)), out, lse)
+    assert all(x.base is not apart[0].base for x in apart[1:])
+    for x, want, columns in zip(beside, apart, np.split(base, 3, axis=-1)):
+        assert np.array_equal(x, want) and np.array_equal(heads(columns), want)
+    out, lse = _cpu.attention_forward(v, k, q)
+    turned = _cpu.attention_backward(heads(dout), v, k, q, out, lse)
+    assert all(x.base is not turned[0].base for x in turned[1:])
+
+
 def test_an_embedding_adds_to_what_is_there():
     dy, tokens = Draw(0)(2, 3, 5).astype(np.float32), np.array([[0, 2, 2], [3, 0, 2]])
     alone, total = _cpu.embedding_backward(dy, tokens, 7), np.ones((7, 5), np.float32)

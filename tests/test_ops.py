@@ -119,3 +119,14 @@ def test_the_compiled_backend_refuses_float64_by_name():
     backend.use("cpu")
     with pytest.raises(TypeError, match="float32"):
         ops.softmax(Tensor(numpy.zeros((2, 3))))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (0, 0, 2)])
+def test_gradients_of_parts_are_copied_unless_they_lie_side_by_side(order):
+    beside, seen = rng.standard_normal((4, 6)), []
+    x = Tensor(numpy.zeros((4, 6)), requires_grad=True)
+    y = Tensor.from_op(x.data, (x,), lambda dout: seen.append(dout) or (dout,))
+    gradients = tuple(beside[:, 2 * i : 2 * i + 2] for i in order)
+    Tensor.from_op(numpy.zeros(1), ops.split(y, 3), lambda dout: gradients).backward()
+    assert numpy.array_equal(x.grad, numpy.concatenate(gradients, -1))
+    assert (seen[0] is beside) == (order == (0, 1, 2))

@@ -120,6 +120,12 @@ def empty(shape: tuple[int, ...], dtype):
     return xp.empty(shape, dtype)
 
 
+def same(x, y) -> bool:
+    """Whether two arrays are the same bytes of memory, in the same order."""
+    interface = "__cuda_array_interface__" if name == "cuda" else "__array_interface__"
+    return getattr(x, interface) == getattr(y, interface)
+
+
 def copy(x):
     """x as a new C-contiguous array of the same kind."""
     y = empty(x.shape, x.dtype)

@@ -96,26 +96,27 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def split(x: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """Cut the last axis into equal parts, as views; their gradients are written side by side."""
+    """Cut the last axis into equal parts, as views; gradients that lie side by side stay there."""
     shape, dtype, width = x.shape, x.dtype, x.shape[-1] // parts
     places = [slice(i * width, (i + 1) * width) for i in range(parts)]
-    dx, missing = [], set(range(parts))
+    gradients = {}
 
     def part(i):
         def vjp(dout):
-            first = not dx
-            if first:
-                dx.append(backend.empty(shape, dtype))
-            dx[0][..., places[i]] = dout
-            missing.remove(i)
-            return (dx[0] if first else None,)
+            first = not gradients
+            gradients[i] = dout
+            return (dout if first else None,)  # so that the whole's turn comes, after all parts
 
         return Tensor.from_op(x.data[..., places[i]], (whole,), vjp)
 
-    def vjp(dout):  # when all parts have written to it
-        for i in missing:
-            dout[..., places[i]] = 0
-        return (dout,)
+    def vjp(dpart):
+        dx = dpart.base
+        beside = getattr(dx, "shape", None) == shape and len(gradients) == parts
+        if not beside or not all(backend.same(dx[..., places[i]], g) for i, g in gradients.items()):
+            dx = backend.empty(shape, dtype)
+            for i, place in enumerate(places):
+                dx[..., place] = gradients.get(i, 0)
+        return (dx,)
 
     whole = Tensor.from_op(x.data, (x,), vjp)
     return tuple(part(i) for i in range(parts))

@@ -46,12 +46,15 @@ static Floats empty(const Shape& shape) {
     return Floats(shape, static_cast<float*>(p), py::reinterpret_steal<py::object>(owner));
 }
 
-// (B, H, T, D), lying in memory as (B, T, H, D): merging the heads afterwards is free.
-static Strided empty_heads(long B, long H, long T, long D) {
-    Floats memory = empty({B, T, H, D});
+// (B, H, T, D): H heads of an array (B, T, width), of which `first` is the first one.
+static Strided heads_of(Floats rows, long first, long H, long D) {
+    const long B = rows.shape(0), T = rows.shape(1), width = rows.shape(2);
     const py::ssize_t f = sizeof(float);
-    return Strided({B, H, T, D}, {T * H * D * f, D * f, H * D * f, f}, memory.mutable_data(),
-                   memory);
+    return Strided({B, H, T, D}, {T * width * f, D * f, width * f, f},
+                   rows.mutable_data() + first * D, rows);
+}
+static Strided empty_heads(long B, long H, long T, long D) {  // merging them afterwards is free
+    return heads_of(empty({B, T, H * D}), 0, H, D);
 }
 
 // ---- shapes ------------------------------------------------------------------------------------
@@ -463,8 +466,19 @@ static py::tuple attention_backward(const py::array& dout_, const py::array& q, 
     const Strided dout = in.op.strided("dout", dout_, "(B, H, T, D)", shape_of(in.q));
     const Strided out = in.op.strided("out", out_, "(B, H, T, D)", shape_of(in.q));
     const Floats lse = in.op.floats("lse", lse_, "(B, H, T)", {x.B, x.H, x.T});
-    Strided dq = empty_heads(x.B, x.H, x.T, x.D), dk = empty_heads(x.B, x.G, x.S, x.D),
-            dv = empty_heads(x.B, x.G, x.S, x.D);
+    // Where q, k and v lie side by side, their gradients do.
+    const long width = (x.H + 2 * x.G) * x.D;
+    const bool beside = x.q.t == width && x.k.t == width && x.v.t == width && x.q.h == x.D &&
+                        x.k.data == x.q.data + x.H * x.D && x.v.data == x.k.data + x.G * x.D;
+    Strided dq, dk, dv;
+    if (beside && x.T == x.S) {
+        const Floats rows = empty({x.B, x.T, width});
+        dq = heads_of(rows, 0, x.H, x.D), dk = heads_of(rows, x.H, x.G, x.D);
+        dv = heads_of(rows, x.H + x.G, x.G, x.D);
+    } else {
+        dq = empty_heads(x.B, x.H, x.T, x.D), dk = empty_heads(x.B, x.G, x.S, x.D);
+        dv = empty_heads(x.B, x.G, x.S, x.D);
+    }
     run(kernels().attention_backward, x, heads(dout), heads(out), pointer(lse), heads(dq),
         heads(dk), heads(dv), in.workers());
     return py::make_tuple(dq, dk, dv);
