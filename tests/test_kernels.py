@@ -515,7 +515,7 @@ def test_a_child_of_fork_computes_the_same_bits():
 
 @pytest.mark.parametrize(
     ("asked", "expected"),
-    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
 )
 def test_threads_wait_asleep_unless_told_otherwise(asked, expected, tmp_path):
     ask = "import os, tinylm.kernels; print(os.environ.get('GOMP_SPINCOUNT'))"
