@@ -371,6 +371,24 @@ def test_nan_is_not_swallowed(case, isa):
 
 
 @every_isa
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF], ids=hex)
+def test_a_nan_of_any_bits_shows_in_a_product(bits, dtype, isa):
+    _cpu.use_isa(isa)
+    if dtype == "bfloat16" and isa not in BFLOAT16:
+        return
+    _cpu.set_products(dtype)
+    x, y = np.ones((130, 96), np.float32), np.ones((96, 100), np.float32)
+    x.view(np.uint32)[7, 5] = bits
+    for a, b in ((x, y), (y.T, x.T)):
+        for transpose_a, transpose_b in itertools.product((False, True), repeat=2):
+            left, right = a.T.copy() if transpose_a else a, b.T.copy() if transpose_b else b
+            c = _cpu.matmul(left, right, transpose_a, transpose_b)
+            c = c if a is x else c.T
+            assert np.isnan(c[7]).all() and np.isnan(c).sum() == 100
+
+
+@every_isa
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_one_bad_number_shows_in_its_row(bad, isa):
     _cpu.use_isa(isa)

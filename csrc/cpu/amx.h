@@ -41,18 +41,18 @@ struct Tiles : BFloat16 {
 // 1904.06376). Infinity becomes NaN, and numbers below 1e-33 lose bits, which become denormal.
 struct Thirds : Tiles {
     static constexpr int PARTS = 3;
-    INLINE vf take_part(vf& x) {
-        const vf part = (vf)(((vi)x + 0x8000) & -0x10000);
-        x -= part;
-        return part;
+    INLINE vf take(int part, vf& x) {  // the last one is exact, and a NaN of any bits stays one
+        const vf taken = (vf)(((vi)x + (part < PARTS - 1 ? 0x8000 : 0)) & -0x10000);
+        x -= taken;
+        return taken;
     }
-    INLINE vf along(vf (&x)[2]) {
-        const vf parts[2] = {take_part(x[0]), take_part(x[1])};
-        return BFloat16::along(parts);
+    INLINE vf along(vf (&x)[2], int part) {
+        const vf taken[2] = {take(part, x[0]), take(part, x[1])};
+        return BFloat16::along(taken);
     }
-    INLINE vf across(vf (&x)[2]) {
+    INLINE vf across(vf (&x)[2], int part) {
         typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
-        const vu low = (vu)take_part(x[0]), high = (vu)take_part(x[1]);
+        const vu low = (vu)take(part, x[0]), high = (vu)take(part, x[1]);
         return (vf)(low >> 16 | high);
     }
 };

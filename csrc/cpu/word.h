@@ -14,8 +14,8 @@ struct Float32 {
     struct Unit {};
     INLINE vf broadcast(const float* word) { return splat(*word); }
     INLINE vf dot(vf sum, vf a, vf b) { return sum + a * b; }  // -ffp-contract: one fused operation
-    INLINE vf along(const vf (&x)[1]) { return x[0]; }
-    INLINE vf across(const vf (&x)[1]) { return x[0]; }
+    INLINE vf along(const vf (&x)[1], int = 0) { return x[0]; }
+    INLINE vf across(const vf (&x)[1], int = 0) { return x[0]; }
 };
 
 #if defined(__AVX512BF16__)
@@ -26,10 +26,10 @@ struct BFloat16 {
     INLINE vf dot(vf sum, vf a, vf b) {
         return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
     }
-    INLINE vf along(const vf (&x)[2]) {  // 2 W floats of a row
+    INLINE vf along(const vf (&x)[2], int = 0) {  // 2 W floats of a row
         return (vf)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]);
     }
-    INLINE vf across(const vf (&x)[2]) {  // W floats of a row, and those below them
+    INLINE vf across(const vf (&x)[2], int = 0) {  // W floats of a row, and those below them
         return (vf)(widened(x[0]) | widened(x[1]) << 16);
     }
     INLINE vi
@@ -52,13 +52,13 @@ template <class Word, class To>
 INLINE void load_along(const float* p, long n, To to) {
     vf x[Word::PER_WORD];
     UNROLL for (int i = 0; i < Word::PER_WORD; ++i) x[i] = load_n(p + i * W, n - i * W);
-    UNROLL for (int part = 0; part < Word::PARTS; ++part) to(part, Word::along(x));
+    UNROLL for (int part = 0; part < Word::PARTS; ++part) to(part, Word::along(x, part));
 }
 template <class Word, class To>
 INLINE void load_across(const float* p, long ld, long n, long depth, To to) {
     vf x[Word::PER_WORD];
     UNROLL for (int i = 0; i < Word::PER_WORD; ++i) x[i] = i < depth ? load_n(p + i * ld, n) : vf{};
-    UNROLL for (int part = 0; part < Word::PARTS; ++part) to(part, Word::across(x));
+    UNROLL for (int part = 0; part < Word::PARTS; ++part) to(part, Word::across(x, part));
 }
 
 }  // namespace ISA
