@@ -122,9 +122,6 @@ static void fill_tiles(Matrix a, long rows, long depth, float* dst) {
             for (long r = 0; r < W; ++r) store(dst + (i + r) * DEEPEST + w, v[r]);
         }
 }
-static void copy_rows(const float* src, long ld_src, long rows, long n, float* dst, long ld_dst) {
-    for (long i = 0; i < rows; ++i) memcpy(dst + i * ld_dst, src + i * ld_src, n * sizeof(float));
-}
 
 template <>
 void block_product<Tiles>(long m, long n, long depth, Matrix a, Matrix b, Target c) {

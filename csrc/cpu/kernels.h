@@ -61,7 +61,8 @@ struct Kernels {
     void (*matmul)(const Product& product, int threads);
     // n of them of one shape: A, B and C of the next one lie behind those of the last one
     void (*matmul_stack)(const Product& first, long n, int threads);
-    // The whole of B packed once, for products for which it is of that many floats, and doing it
+    // Packing the whole of B once, for all products for which it becomes as many floats: how many,
+    // and doing it
     long (*packed_size)(const Product& product);
     void (*pack)(const Product& product, float* packed, int threads);
     void (*sum_rows)(const float* x, float* y, long N, long C, int threads);  // (N, C) -> (C)

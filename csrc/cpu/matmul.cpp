@@ -226,11 +226,10 @@ struct TileKernel {
             return;
         }
         float sums[ROWS * NR] = {};
-        for (long i = 0; i < rows && (add || bias); ++i)
-            memcpy(sums + i * NR, add ? c + i * ldc : bias, columns * sizeof(float));
+        if (add || bias) copy_rows(add ? c : bias, add ? ldc : 0, rows, columns, sums, NR);
         multiply_tiles_for<Word>(rows, columns,
                                  {words, a, W, ROWS * W, b, NR, sums, NR, sums, NR, next});
-        for (long i = 0; i < rows; ++i) memcpy(c + i * ldc, sums + i * NR, columns * sizeof(float));
+        copy_rows(sums, NR, rows, columns, c, ldc);
     }
 };
 template <>
