@@ -68,28 +68,38 @@ INLINE long place(long word, int part) {  // of a word's part in its panel, coun
     return (word / GROUP * Word::PARTS + part) * GROUP + word % GROUP;
 }
 
+// Up to W rows and W words of each.
+template <class Word, int ROWS, int P, bool WHOLE>
+INLINE void pack_square(const float* src, long ld, long rows, long depth, long words, float* dst) {
+    constexpr int PARTS = Word::PARTS;
+    constexpr long K = Word::PER_WORD;
+    vf r[PARTS][W] = {};
+    UNROLL for (int i = 0; i < ROWS; ++i) load_along<Word>(src + i * ld,
+                                                           WHOLE      ? W * K
+                                                           : i < rows ? depth
+                                                                      : 0,
+                                                           [&](int part, vf v) { r[part][i] = v; });
+    UNROLL for (int part = 0; part < PARTS; ++part) {
+        transpose(r[part]);
+        float* d = dst + place<Word>(0, part) * P;
+        UNROLL for (int i = 0; i < W; ++i) if (WHOLE || i < words) store(d + i * P, r[part][i]);
+    }
+}
+
 template <class Word, int P>
 static void pack_along_k(const float* src, long ld, long count, long depth, float* dst) {
-    constexpr long K = Word::PER_WORD, ROWS = P < W ? P : W, PARTS = Word::PARTS;
+    constexpr long K = Word::PER_WORD, ROWS = P < W ? P : W;
     const long words = words_of<Word>(depth), stride = panel_size<Word>(P, words);
     for (long row = 0; row < count; row += P, dst += stride)
         for (long w = 0; w < words; w += W)
             for (long g = 0; g < P; g += W) {
                 const float* s = src + (row + g) * ld + w * K;
-                const long left = depth - w * K, rows = min(ROWS, count - row - g);
-                vf r[PARTS][W] = {};
-                if (rows == ROWS && left >= W * K) {
-                    UNROLL for (int i = 0; i < ROWS; ++i) load_along<Word>(
-                        s + i * ld, W * K, [&](int part, vf v) { r[part][i] = v; });
-                } else {
-                    for (int i = 0; i < rows; ++i)
-                        load_along<Word>(s + i * ld, left, [&](int part, vf v) { r[part][i] = v; });
-                }
-                for (int part = 0; part < PARTS; ++part) {
-                    transpose(r[part]);
-                    float* d = dst + place<Word>(w, part) * P + g;
-                    for (long i = 0; i < min(W, words - w); ++i) store(d + i * P, r[part][i]);
-                }
+                float* d = dst + place<Word>(w, 0) * P + g;
+                const long rows = count - row - g, left = depth - w * K;
+                if (rows >= ROWS && left >= W * K)
+                    pack_square<Word, ROWS, P, true>(s, ld, rows, left, words - w, d);
+                else
+                    pack_square<Word, ROWS, P, false>(s, ld, rows, left, words - w, d);
             }
 }
 
