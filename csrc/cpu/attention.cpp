@@ -75,6 +75,7 @@ struct Queries {
     long b, g, first, rows;            // rows first .. first + rows of the group's (H/G) T
     long step;                         // keys that a product takes at once
     long lanes;                        // rows, up to whole vectors
+    int32_t head[BQ], token[BQ];       // of each row
     int32_t from[BQ], to[BQ];          // the window of each row; empty for the lanes beyond `rows`
     int32_t gap_from[BQ], gap_to[BQ];  // what the row does not see of it
     Range any, all;                    // the union of the windows, and their intersection
@@ -86,9 +87,11 @@ struct Queries {
         rows = min(BQ, x.H / x.G * T - first);
         lanes = round_up(rows, W);
         any = any_gap = {S, 0}, all = all_gap = {0, S};
+        long h = g * (x.H / x.G) + first / T, t = first % T;
         for (long r = 0; r < lanes; ++r) {
-            const long t = token(r), at = b * T + t;
+            const long at = b * T + t;
             const bool real = r < rows;
+            head[r] = h, token[r] = t;
             to[r] = real ? max(0, t + S - T + 1) : 0;
             from[r] = real && x.start ? max(0, x.start[at]) : 0;
             gap_from[r] = real && x.gap ? x.gap[2 * at] : 0;
@@ -96,12 +99,11 @@ struct Queries {
             const Range window = {from[r], to[r]}, gap = {gap_from[r], gap_to[r]};
             any.widen(window), all.narrow(window), any_gap.widen(gap);
             if (real) all_gap.narrow(gap);
+            if (++t == T) t = 0, ++h;
         }
     }
-    long head(long r) const { return g * (x.H / x.G) + (first + r) / x.T; }
-    long token(long r) const { return (first + r) % x.T; }
-    float* row(const Heads& heads, long r) const { return at(heads, b, head(r), token(r)); }
-    long at_lse(long r) const { return (b * x.H + head(r)) * x.T + token(r); }
+    float* row(const Heads& heads, long r) const { return at(heads, b, head[r], token[r]); }
+    long at_lse(long r) const { return (b * x.H + head[r]) * x.T + token[r]; }
 
     // From j on, the first key that is worth a look.
     long next(long j) const { return all_gap.holds(j) ? max(j, all_gap.to / step * step) : j; }
@@ -136,11 +138,11 @@ struct Queries {
 
 // dst (BQ, ld) = the rows of x times scale, zero beyond the head size and beyond the last row
 static void gather(const Queries& q, const Heads& x, float scale, float* dst, long ld) {
-    for (long r = 0; r < q.lanes; ++r)
-        for (long d = 0; d < ld; d += W) {
-            const vf v = r < q.rows ? load_n(q.row(x, r) + d, q.x.D - d) : vf{};
-            store(dst + r * ld + d, v * scale);
-        }
+    for (long r = 0; r < q.lanes; ++r) {
+        const float* from = q.row(x, r);
+        const long n = r < q.rows ? q.x.D : 0;
+        for (long d = 0; d < ld; d += W) store(dst + r * ld + d, load_n(from + d, n - d) * scale);
+    }
 }
 static void scatter(const Queries& q, const float* src, long ld, const Heads& x) {
     for (long r = 0; r < q.rows; ++r) memcpy(q.row(x, r), src + r * ld, q.x.D * sizeof(float));
@@ -349,9 +351,9 @@ static void backward_block(const Queries& q, const Gradients& x, float* scratch)
     gather(q, x.dout, 1, drows, ld);
     transpose_rows<Word>({drows, ld}, q.lanes, D, dot, BQ, copy);
     for (long r = 0; r < q.rows; ++r) {
+        const float* out = q.row(x.out, r);
         vf sums = {};
-        for (long d = 0; d < D; d += W)
-            sums += load_n(q.row(x.out, r) + d, D - d) * load(drows + r * ld + d);
+        for (long d = 0; d < D; d += W) sums += load_n(out + d, D - d) * load(drows + r * ld + d);
         delta[r] = sum(sums);
         lse[r] = x.lse[q.at_lse(r)];
         if (lse[r] == -INF) lse[r] = 0;  // a query that sees nothing: exp(-inf - 0) is 0
