@@ -322,8 +322,9 @@ static void score_gradients(long keys, long l, long lanes, const float* lse, con
             vf e[K][K], g[K][K], column[K];
             UNROLL for (int i = 0; i < K; ++i) UNROLL for (int j = 0; j < K; ++j) {
                 const long lane = v + j * W, at = (key + i) * BQ + lane;
-                e[i][j] = key + i < keys ? exp(load(p + at) - load(lse + lane)) : vf{};
-                g[i][j] = e[i][j] * (load(ds + at) - load(delta + lane));
+                const bool real = key + i < keys;  // else what lies there may be NaN
+                e[i][j] = real ? exp(load(p + at) - load(lse + lane)) : vf{};
+                g[i][j] = real ? e[i][j] * (load(ds + at) - load(delta + lane)) : vf{};
             }
             UNROLL for (int i = 0; i < K; ++i) {
                 store(p + (key + i) * BQ + v / K, Word::along(e[i]));
