@@ -696,7 +696,6 @@ PYBIND11_MODULE(_cpu, m) {
         "threads"_a, "Threads waiting for each other, again and again; returns how often.");
     m.def("empty", &empty, "shape"_a, "A float32 array from the pool, not initialised.");
     m.def("pool_bytes", [] { return pool.bytes(); }, "What the pool holds, in use and idle.");
-    m.def("pool_trim", [] { pool.trim(); }, "Hand all idle memory back to the system.");
 
     py::class_<PackedWeights>(m, "PackedWeights")
         .def(
