@@ -15,8 +15,14 @@
 // Threads pack blocks of A each for themselves, small enough that every one has several: what one
 // core has packed is slow for another one to read (768 x 128 x 128 on two cores of a Zen 4: 75 ->
 // 86 % of the peak in float32, 76 -> 160 in bfloat16). Where A fits in L2 whole and B is wide, it
-// is the other way round: A is packed once, and each thread packs its own panels of B (768 x 128 x
-// 512: 83 -> 90 %).
+// is the other way round: A comes whole, packed once, and each thread packs its own panels of B
+// (768 x 128 x 512: 83 -> 90 %).
+//
+// Best is not to pack. In float32 a tile takes A's numbers one at a time, wherever they lie, and so
+// A is packed only for many columns, or where its rows would meet in few sets of a cache; a small B
+// that is not transposed is taken as it lies too (two cores of a Zen 5, dW of 768 x 128 x 128: 69 ->
+// 85 % of the peak, and 46 -> 80 while the cores are slow to read from each other; of 16,384 x 384 x
+// 65: x1.18).
 //
 // Who multiplies by the same B again and again, as generation does by its weights, lets it be
 // packed whole and once (64 rows by weights out of cache, 384 x 1,024 and 1,024 x 384, one thread
@@ -125,36 +131,47 @@ static void pack_across_k(const float* src, long ld, long count, long depth, flo
 
 constexpr long AHEAD = 8;  // words of depth by which B, which L1 does not hold whole, is asked for
 
+struct Walk {  // word k of row i of A is a[i * row + k * step]; word k of B begins at b + k * ldb
+    long words, row, step, ldb, ldc;
+    bool add;  // to what C holds
+};
+
+// Whether operands are packed always, so that the compiler knows how they lie.
+template <class Word>
+constexpr bool PACKED = Word::PER_WORD > 1 || LANES < 8;
+
 template <class Word, int R, int V, bool FETCH>
-static void tile(long words, const float* a, const float* b, float* c, long ldc, long columns,
-                 const float* bias, bool add, const Fetch* share) {
+static void tile(const Walk& walk, const float* a, const float* b, float* c, long columns,
+                 const float* bias, const Fetch* share) {
+    const long words = walk.words, row = PACKED<Word> ? 1 : walk.row, ldc = walk.ldc;
+    const long step = PACKED<Word> ? MR : walk.step, ldb = PACKED<Word> ? NR : walk.ldb;
     Fetch next = FETCH ? *share : Fetch{b};
     if (words >= 256) {  // in time for the end; shorter sums do not gain
         UNROLL for (int i = 0; i < R; ++i) UNROLL for (int j = 0; j < V; ++j)
             __builtin_prefetch(c + i * ldc + j * W, 1);
     }
     vf sums[R][V] = {};
-    for (long k = 0; k < words; ++k, a += MR, b += NR) {
+    for (long k = 0; k < words; ++k, a += step, b += ldb) {
         if (FETCH) Fetch::step<1>(next);
         vf bk[V];
-        UNROLL for (int j = 0; j < V; ++j) __builtin_prefetch(b + AHEAD * NR + j * W);
+        UNROLL for (int j = 0; j < V; ++j) __builtin_prefetch(b + AHEAD * ldb + j * W);
         UNROLL for (int j = 0; j < V; ++j) bk[j] = load(b + j * W);
         UNROLL for (int i = 0; i < R; ++i) {
-            const vf ai = Word::broadcast(a + i);
+            const vf ai = Word::broadcast(a + i * row);
             UNROLL for (int j = 0; j < V; ++j) sums[i][j] = Word::dot(sums[i][j], ai, bk[j]);
         }
     }
     vf base[V];
     UNROLL for (int j = 0; j < V; ++j) base[j] =
         bias ? load_n(bias + j * W, columns - j * W) : vf{};
-    if (columns >= V * W && !add) {  // the common case without a branch: 3 % of a product
+    if (columns >= V * W && !walk.add) {  // the common case without a branch: 3 % of a product
         UNROLL for (int i = 0; i < R; ++i) UNROLL for (int j = 0; j < V; ++j)
             store(c + i * ldc + j * W, sums[i][j] + base[j]);
         return;
     }
     UNROLL for (int i = 0; i < R; ++i) UNROLL for (int j = 0; j < V; ++j) {
         float* p = c + i * ldc + j * W;
-        const vf before = add ? load_n(p, columns - j * W) : base[j];
+        const vf before = walk.add ? load_n(p, columns - j * W) : base[j];
         store_n(p, sums[i][j] + before, columns - j * W);
     }
 }
@@ -183,9 +200,9 @@ struct MicroKernel {
     static void pack_across(const float* a, long ld, long count, long depth, float* dst) {
         pack_across_k<Word, MR>(a, ld, count, depth, dst, 0, words_of<Word>(depth));
     }
-    static void multiply(long rows, long columns, const Fetch* share, long words, const float* a,
-                         const float* b, float* c, long ldc, const float* bias, bool add) {
-        tile_of<Word>(rows, columns, share, words, a, b, c, ldc, columns, bias, add);
+    INLINE void multiply(long rows, const Walk& walk, const float* a, const float* b, float* c,
+                         long columns, const float* bias, const Fetch* share) {
+        tile_of<Word>(rows, columns, share, walk, a, b, c, columns, bias);
     }
 };
 
@@ -225,8 +242,10 @@ struct TileKernel {
                     }
                 }
     }
-    static void multiply(long rows, long columns, const Fetch* share, long words, const float* a,
-                         const float* b, float* c, long ldc, const float* bias, bool add) {
+    static void multiply(long rows, const Walk& walk, const float* a, const float* b, float* c,
+                         long columns, const float* bias, const Fetch* share) {
+        const long words = walk.words, ldc = walk.ldc;
+        const bool add = walk.add;
         const Fetch next = share ? *share : Fetch{b};
         if (rows % W == 0 && columns % W == 0) {
             const float* from = add ? c : bias ? bias : ZEROS;
@@ -249,11 +268,12 @@ struct MicroKernel<Thirds> : TileKernel<Thirds> {};
 
 // ---- one block of columns and depth ------------------------------------------------------------
 
-struct Plan {  // from the shape alone
+struct Plan {  // from the shape alone, and from how far rows are apart
     long kc, mc, nc, row_blocks;
-    long own_b;  // 0: B is packed once for all, and each thread packs blocks of rows for itself.
-                 // Else A, which fits in L2, is packed once, and each thread so many panels of B at
-                 // a time
+    bool pack_a, pack_b;  // or else it is multiplied as it lies
+    long own_b;  // 0: B is packed once for all, and each thread takes blocks of rows, and packs
+                 // them for itself. Else A, which fits in L2, is packed once, and each thread so
+                 // many panels of B at a time
     bool fetch;  // what is needed next, in time: for vectors, what will be packed, blocks of A and
                  // panels of a B that is large; for tiles, which take less long, packed panels of B
 };
@@ -271,6 +291,10 @@ static Plan plan_for(const Product& p) {
     const long panels = plan.nc / NR, packed = words_of<Word>(plan.kc) * Word::PARTS;
     const bool wide = panels >= 12 && (!Micro::TILES || N > 2 * M);
     plan.own_b = wide && M * packed <= L2 ? max(1, min(3, panels / 16)) : 0;
+    constexpr bool narrow = LANES < 16;  // so that a tile reads too little of each row
+    const bool in_few_sets = p.lda % (p.transpose_a ? 512 : 1024) == 0;  // of the caches
+    plan.pack_a = PACKED<Word> || N > 2048 || in_few_sets || (narrow && p.transpose_a);
+    plan.pack_b = PACKED<Word> || plan.kc * N > 1 << 17 || N % NR || narrow || p.transpose_b;
     if (Micro::TILES)
         plan.fetch = !plan.own_b && plan.nc * packed > L2 / 2;
     else
@@ -298,6 +322,8 @@ struct Block {
     const float* b_from(long n, long k) const {  // where column n begins, at depth k
         return p.B + (p.transpose_b ? (n0 + n) * p.ldb + k0 + k : (k0 + k) * p.ldb + n0 + n);
     }
+
+    bool packs_b() const { return plan.pack_b && !p.packed; }
 
     void pack_rows(long m, float* dst) const {
         if (p.transpose_a)
@@ -361,14 +387,21 @@ struct Block {
     // next(i, j) is the share of tile i of panel j.
     template <class Next>
     void multiply(long m, const float* a, long j, long count, const float* b, Next next) const {
-        for (const long end = j + count; j < end; ++j, b += panel_size<Word>(NR, words()))
-            for (long i = 0; i < rows(m); i += ROWS) {
-                const long n = j * NR, columns = min(NR, nc - n);
-                const Fetch share = plan.fetch ? next(i / ROWS, j) : Fetch{b};
-                Micro::multiply(min(ROWS, rows(m) - i), columns, plan.fetch ? &share : nullptr,
-                                words(), a + i / ROWS * panel_size<Word>(ROWS, words()), b,
-                                p.C + (m * plan.mc + i) * p.ldc + n0 + n, p.ldc,
-                                p.bias && k0 == 0 ? p.bias + n0 + n : nullptr, p.add || k0 > 0);
+        Walk walk = {words(), 1, ROWS, NR, p.ldc, p.add || k0 > 0};  // where both are packed
+        long next_a = panel_size<Word>(ROWS, words()), next_b = panel_size<Word>(NR, words());
+        if (!plan.pack_a) {
+            walk.row = p.transpose_a ? 1 : p.lda, walk.step = p.transpose_a ? p.lda : 1;
+            a = a_from(m), next_a = ROWS * walk.row;
+        }
+        if (!plan.pack_b && !p.packed) walk.ldb = p.ldb, b = b_from(j * NR, 0), next_b = NR;
+        for (const long end = j + count; j < end; ++j, b += next_b)
+            for (long i = 0; i < up(rows(m), ROWS); ++i) {
+                const long n = j * NR, row = i * ROWS;
+                const Fetch share = plan.fetch ? next(i, j) : Fetch{b};
+                Micro::multiply(min(ROWS, rows(m) - row), walk, a + i * next_a, b,
+                                p.C + (m * plan.mc + row) * p.ldc + n0 + n, min(NR, nc - n),
+                                p.bias && k0 == 0 ? p.bias + n0 + n : nullptr,
+                                plan.fetch ? &share : nullptr);
             }
     }
 
@@ -377,14 +410,16 @@ struct Block {
         const long tiles = plan.mc / ROWS;  // of a row block, in one panel
         const long team = THREAD_COUNT, me = THREAD_INDEX;
         if (plan.own_b) {
+            if (plan.pack_a) {
 #pragma omp for schedule(dynamic)
-            for (long m = 0; m < plan.row_blocks; ++m) pack_rows(m, packed_a + m * a_size());
+                for (long m = 0; m < plan.row_blocks; ++m) pack_rows(m, packed_a + m * a_size());
+            }
             float* mine = packed_b + me * plan.own_b * b_size;
 #pragma omp for schedule(dynamic)
             for (long j = 0; j < panels; j += plan.own_b) {
                 const long count = min(plan.own_b, panels - j);
                 const float* b = p.packed ? p.packed + packed_at(j) : mine;
-                if (!p.packed) pack_columns(j * NR, min(count * NR, nc - j * NR), 0, kc, mine);
+                if (packs_b()) pack_columns(j * NR, min(count * NR, nc - j * NR), 0, kc, mine);
                 for (long m = 0; m < plan.row_blocks; ++m)
                     multiply(m, packed_a + m * a_size(), j, count, b, [&](long i, long j) {
                         return share_of_panel(m * tiles + i, j + team * plan.own_b);
@@ -392,14 +427,14 @@ struct Block {
             }
         } else {
             const float* b = p.packed ? p.packed + packed_at(0) : packed_b;
-            if (!p.packed) {
+            if (packs_b()) {
 #pragma omp for schedule(dynamic)
                 for (long t = 0; t < b_tasks(); ++t) pack_b(t);
             }
             float* mine = packed_a + me * a_size();
 #pragma omp for schedule(dynamic)
             for (long m = 0; m < plan.row_blocks; ++m) {
-                pack_rows(m, mine);
+                if (plan.pack_a) pack_rows(m, mine);
                 multiply(m, mine, 0, panels, b, [&](long i, long j) {
                     return Micro::TILES ? share_of_packed(i, b + (j + 1) * b_size)
                                         : share_of_rows(j * tiles + i, m + team);
@@ -414,9 +449,12 @@ static void multiply(const Product& p, int threads) {
     using Micro = MicroKernel<Word>;
     const Plan plan = plan_for<Word>(p);
     const long words = words_of<Word>(plan.kc);
-    const long a_blocks = plan.own_b ? plan.row_blocks : threads;
+    const long a_blocks = !plan.pack_a ? 0 : plan.own_b ? plan.row_blocks : threads;
+    const long b_panels = !plan.pack_b || p.packed ? 0
+                          : plan.own_b             ? threads * plan.own_b
+                                                   : plan.nc / NR;
     Scratch a(a_blocks * (plan.mc / Micro::ROWS) * panel_size<Word>(Micro::ROWS, words));
-    Scratch b((plan.own_b ? threads * plan.own_b : plan.nc / NR) * panel_size<Word>(NR, words));
+    Scratch b(b_panels * panel_size<Word>(NR, words));
 #pragma omp parallel num_threads(threads)
     {
         [[maybe_unused]] const typename Word::Unit unit{};
