@@ -20,9 +20,9 @@
 //
 // Best is not to pack. In float32 a tile takes A's numbers one at a time, wherever they lie, and so
 // A is packed only for many columns, or where its rows would meet in few sets of a cache; a small B
-// that is not transposed is taken as it lies too (two cores of a Zen 5, dW of 768 x 128 x 128: 69 ->
-// 85 % of the peak, and 46 -> 80 while the cores are slow to read from each other; of 16,384 x 384 x
-// 65: x1.18).
+// that is not transposed is taken as it lies too (two cores of a Zen 5, dW of 768 x 128 x 128: 69
+// -> 85 % of the peak, and 46 -> 80 while the cores are slow to read from each other; of 16,384 x
+// 384 x 65: x1.18).
 //
 // Who multiplies by the same B again and again, as generation does by its weights, lets it be
 // packed whole and once (64 rows by weights out of cache, 384 x 1,024 and 1,024 x 384, one thread
@@ -268,17 +268,17 @@ struct MicroKernel<Thirds> : TileKernel<Thirds> {};
 
 // ---- one block of columns and depth ------------------------------------------------------------
 
-struct Plan {  // from the shape alone, and from how far rows are apart
+struct Plan {  // kc and nc from the shape alone, the rest from threads and strides too
     long kc, mc, nc, row_blocks;
     bool pack_a, pack_b;  // or else it is multiplied as it lies
     long own_b;  // 0: B is packed once for all, and each thread takes blocks of rows, and packs
-                 // them for itself. Else A, which fits in L2, is packed once, and each thread so
-                 // many panels of B at a time
+                 // them for itself. Else each thread takes so many panels of B at a time, and packs
+                 // them for itself, and all of A, which is packed once for all
     bool fetch;  // what is needed next, in time: for vectors, what will be packed, blocks of A and
                  // panels of a B that is large; for tiles, which take less long, packed panels of B
 };
 template <class Word>
-static Plan plan_for(const Product& p) {
+static Plan plan_for(const Product& p, int threads) {
     using Micro = MicroKernel<Word>;
     const long values = max(1, Word::PER_WORD / Word::PARTS);  // of depth, to a packed word
     const long K = max(p.K, 1), M = max(p.M, 1), N = max(p.N, 1);
@@ -287,14 +287,21 @@ static Plan plan_for(const Product& p) {
     plan.nc = round_up(up(N, up(N, blocking.nc)), NR);
     plan.mc = round_up(up(M, max(up(M, blocking.mc), Micro::BLOCKS)), Micro::ROWS);
     plan.row_blocks = up(M, plan.mc);
-    constexpr long L2 = Micro::TILES ? 1 << 19 : 1 << 18;  // in words
-    const long panels = plan.nc / NR, packed = words_of<Word>(plan.kc) * Word::PARTS;
-    const bool wide = panels >= 12 && (!Micro::TILES || N > 2 * M);
-    plan.own_b = wide && M * packed <= L2 ? max(1, min(3, panels / 16)) : 0;
+
     constexpr bool narrow = LANES < 16;  // so that a tile reads too little of each row
     const bool in_few_sets = p.lda % (p.transpose_a ? 512 : 1024) == 0;  // of the caches
     plan.pack_a = PACKED<Word> || N > 2048 || in_few_sets || (narrow && p.transpose_a);
     plan.pack_b = PACKED<Word> || plan.kc * N > 1 << 17 || N % NR || narrow || p.transpose_b;
+
+    constexpr long L2 = Micro::TILES ? 1 << 19 : 1 << 18;  // in words
+    const long panels = plan.nc / NR, packed = words_of<Word>(plan.kc) * Word::PARTS;
+    const long share = up(panels, threads);  // of the thread that has most
+    const long reach = plan.pack_a ? L2 : p.transpose_a ? 2 * L2 : 8 * L2;  // A, read by all
+    const bool by_panels = panels >= (plan.pack_a ? 12 : 4) && M * packed <= reach &&
+                           share * threads <= panels + panels / 16 && (!Micro::TILES || N > 2 * M);
+    plan.own_b = by_panels ? 3 : 0;
+    while (plan.own_b > 1 && up(up(panels, plan.own_b), threads) * plan.own_b > share) --plan.own_b;
+
     if (Micro::TILES)
         plan.fetch = !plan.own_b && plan.nc * packed > L2 / 2;
     else
@@ -447,7 +454,7 @@ struct Block {
 template <class Word>
 static void multiply(const Product& p, int threads) {
     using Micro = MicroKernel<Word>;
-    const Plan plan = plan_for<Word>(p);
+    const Plan plan = plan_for<Word>(p, threads);
     const long words = words_of<Word>(plan.kc);
     const long a_blocks = !plan.pack_a ? 0 : plan.own_b ? plan.row_blocks : threads;
     const long b_panels = !plan.pack_b || p.packed ? 0
@@ -468,14 +475,14 @@ static void multiply(const Product& p, int threads) {
 
 template <class Word>
 static long packed_size_of(const Product& p) {
-    const Plan plan = plan_for<Word>(p);
+    const Plan plan = plan_for<Word>(p, 1);
     const long last = max(p.K - 1, 0) / plan.kc * plan.kc;  // where the last block of depth begins
     return Block<Word>{p, plan, nullptr, nullptr, 0, p.N, last, p.K - last}.packed_at(up(p.N, NR));
 }
 
 template <class Word>
 static void pack_whole(const Product& p, float* packed, int threads) {
-    const Plan plan = plan_for<Word>(p);
+    const Plan plan = plan_for<Word>(p, 1);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long n = 0; n < p.N; n += NR)
         for (long k0 = 0; k0 < p.K; k0 += plan.kc) {
