@@ -22,7 +22,8 @@
 // A is packed only for many columns, or where its rows would meet in few sets of a cache; a small B
 // that is not transposed is taken as it lies too (two cores of a Zen 5, dW of 768 x 128 x 128: 69
 // -> 85 % of the peak, and 46 -> 80 while the cores are slow to read from each other; of 16,384 x
-// 384 x 65: x1.18).
+// 384 x 65: x1.18). Then threads take columns more often: from four panels on, if they divide
+// evenly, and where A is larger than L2.
 //
 // Who multiplies by the same B again and again, as generation does by its weights, lets it be
 // packed whole and once (64 rows by weights out of cache, 384 x 1,024 and 1,024 x 384, one thread
@@ -273,9 +274,9 @@ struct Plan {  // kc and nc from the shape alone, the rest from threads and stri
     bool pack_a, pack_b;  // or else it is multiplied as it lies
     long own_b;  // 0: B is packed once for all, and each thread takes blocks of rows, and packs
                  // them for itself. Else each thread takes so many panels of B at a time, and packs
-                 // them for itself, and all of A, which is packed once for all
-    bool fetch;  // what is needed next, in time: for vectors, what will be packed, blocks of A and
-                 // panels of a B that is large; for tiles, which take less long, packed panels of B
+                 // them for itself, and all of A, which is packed once for all (if they are packed)
+    bool fetch;  // what is needed next, in time: for vectors, as it lies, blocks of A and panels of
+                 // a B that is large; for tiles, which take less long, packed panels of B
 };
 template <class Word>
 static Plan plan_for(const Product& p, int threads) {
