@@ -352,6 +352,14 @@ def test_an_embedding_adds_to_what_is_there():
     assert np.array_equal(total, 1 + alone)
 
 
+def test_gradients_are_written_over_what_nobody_needs():
+    """A training step has no memory for both: of GPT-2's widest activations it saves one."""
+    x, dy, weight = (Draw(i)(6, 6).astype(np.float32) for i in range(3))
+    assert np.shares_memory(dy, _cpu.gelu_backward(dy, x, dx=dy))
+    assert np.shares_memory(dy, _cpu.swiglu_backward(dy, x, x, dgate=dy)[0])
+    assert np.shares_memory(x, _cpu.linear_backward(dy, x, weight, dx=x)[0])
+
+
 def test_integers_of_both_widths_mean_the_same():
     tokens, weight = np.array([[0, 2], [1, 2]]), np.ones((3, 4), np.float32).cumsum(0)
     for dtype in (np.int32, np.int64):

@@ -59,6 +59,15 @@ CASES = {
     "swiglu": (ops.swiglu, (B, T, C), (B, T, C)),
     "gelu": (ops.gelu, (B, T, C)),
     "gelu, exact": (lambda x: ops.gelu(x, False), (B, T, C)),
+    "gelu and swiglu of one gradient": (
+        lambda x, y: x + ops.gelu(x) + ops.swiglu(x, y) + y, (B, T, C), (B, T, C),
+    ),
+    "gelu of a gradient that lies apart": (
+        lambda x: ops.split_heads(ops.gelu(x), 2), (B, T, C),
+    ),
+    "linear of what is computed again, and read twice": (
+        lambda x, w: ops.linear(g := ops.gelu(x), w) * g, (B, T, C), (C, C),
+    ),
     "cross_entropy": (lambda x: ops.cross_entropy(x, TARGETS), (B, T, V)),
     "linear_cross_entropy": (
         lambda x, w: ops.linear_cross_entropy(x, w, TARGETS), (B, T, C), (V, C),

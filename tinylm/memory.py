@@ -33,7 +33,7 @@ def needed(
     tokens = rows * block_size
     # weights, gradients, at most two moments; what the layers keep; gradients on their way; a
     # logits block
-    on_their_way = 3 * c.n_inner + 3 * c.n_embd
+    on_their_way = 2 * c.n_inner + 3 * c.n_embd
     logits = min(tokens, 512) * c.vocab_size
     if backend.name == "cuda":  # and their bits in bfloat16; evaluations have memory of their own
         logits = 2 * 1.5 * min(tokens * c.vocab_size, LOGITS)

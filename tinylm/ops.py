@@ -141,11 +141,12 @@ def linear(
     """x Wᵀ + b.  x (..., C), weight (F, C), or (C, F) if transposed, bias (F) -> (..., F)."""
     b = None if bias is None else bias.data
     y = backend.kernels.linear_forward(x.data, weight.data, b, transposed)
-    kept = x.kept()
+    kept, computed_again, has_bias = x.kept(), x.again is not None, bias is not None
 
     def vjp(dy):
-        has_bias = bias is not None
-        grads = backend.kernels.linear_backward(dy, kept(), weight.data, transposed, has_bias)
+        x = kept()
+        dx = x if computed_again else None  # nobody else reads it: dx may be written there
+        grads = backend.kernels.linear_backward(dy, x, weight.data, transposed, has_bias, dx)
         return grads if has_bias else grads[:2]
 
     return Tensor.from_op(y, (x, weight) if bias is None else (x, weight, bias), vjp)
@@ -254,9 +255,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         return backend.kernels.swiglu_forward(g(), u())
 
     def vjp(dy):
-        return backend.kernels.swiglu_backward(dy, g(), u())
+        return backend.kernels.swiglu_backward(dy, g(), u(), dgate=dy)
 
-    return Tensor.from_op(forward(), (gate, up), vjp, forward)
+    return Tensor.from_op(forward(), (gate, up), vjp, forward, overwrites=True)
 
 
 def gelu(x: Tensor, approximate: bool = True) -> Tensor:
@@ -267,9 +268,9 @@ def gelu(x: Tensor, approximate: bool = True) -> Tensor:
         return backend.kernels.gelu_forward(kept(), approximate)
 
     def vjp(dy):
-        return (backend.kernels.gelu_backward(dy, kept(), approximate),)
+        return (backend.kernels.gelu_backward(dy, kept(), approximate, dx=dy),)
 
-    return Tensor.from_op(forward(), (x,), vjp, forward)
+    return Tensor.from_op(forward(), (x,), vjp, forward, overwrites=True)
 
 
 # ---- memory ------------------------------------------------------------------------------------

@@ -63,7 +63,9 @@ class FromNumPy:
         kernel = getattr(self.kernels, name)
 
         def call(**arguments):
-            there = {k: self.to_device(v) for k, v in arguments.items()}
+            # an array that is passed twice arrives as one: a gradient may be written over it
+            moved = {id(v): self.to_device(v) for v in arguments.values()}
+            there = {k: moved[id(v)] for k, v in arguments.items()}
             result = self.from_device(kernel(**there))
             if name == "adamw":
                 for k in ("param", "m", "v"):

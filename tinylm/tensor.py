@@ -45,20 +45,25 @@ class Node:
     vjp       maps the gradient of this node to a tuple with the gradient of each parent (None:
               that parent has none); the closure keeps what it needs alive. A leaf has no vjp
     grad      what a leaf has received so far, or, while backward runs, any node
+    owns      grad is its own memory: that of a leaf, and where the vjp writes over it
     """
 
-    __slots__ = ("grad", "index", "parents", "vjp")
+    __slots__ = ("grad", "index", "owns", "parents", "vjp")
 
-    def __init__(self, parents: tuple[Node | None, ...] = (), vjp: Callable | None = None):
+    def __init__(
+        self,
+        parents: tuple[Node | None, ...] = (),
+        vjp: Callable | None = None,
+        overwrites: bool = False,
+    ):
         self.parents, self.vjp, self.grad, self.index = parents, vjp, None, next(_clock)
+        self.owns = vjp is None or overwrites
 
     def receive(self, grad: Array, new: bool) -> None:
-        """Add to .grad. new: nobody else holds this array, so that the sum may be written to it.
-
-        A leaf's .grad is always its own memory.
-        """
+        """Add to .grad. new: nobody else holds this array, so that it may be written to."""
         if self.grad is None:
-            self.grad = grad if new or self.vjp is not None else grad.copy()
+            new = new and grad.flags.c_contiguous
+            self.grad = grad.copy() if self.owns and not new else grad
         elif new:
             grad += self.grad
             self.grad = grad
@@ -83,12 +88,21 @@ class Tensor:
 
     @classmethod
     def from_op(
-        cls, data: Array, parents: tuple[Tensor, ...], vjp: Callable, again: Callable | None = None
+        cls,
+        data: Array,
+        parents: tuple[Tensor, ...],
+        vjp: Callable,
+        again: Callable | None = None,
+        overwrites: bool = False,
     ) -> Tensor:
-        """The result of an op; recorded only if a parent asks for a gradient."""
+        """The result of an op; recorded only if a parent asks for a gradient.
+
+        overwrites: the vjp writes to the gradient that it is given.
+        """
         out = cls(data)
         if recording(*parents):
-            out.node, out.again = Node(tuple(p.node for p in parents), vjp), again
+            out.node = Node(tuple(p.node for p in parents), vjp, overwrites)
+            out.again = again
         return out
 
     def kept(self) -> Callable[[], Array]:

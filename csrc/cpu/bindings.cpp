@@ -147,6 +147,10 @@ public:
         if (!x.writeable()) wrong(arg, "a writable array");
         return Floats(x);
     }
+    // the array to write to that was given, or a new one
+    Floats place(const char* arg, const Optional& x, const Shape& shape) const {
+        return x ? in_place(arg, *x, shape) : empty(shape);
+    }
     // int32 or int64 of this shape with least <= value < limit
     Ints ints(const char* arg, const py::array& x, const char* letters, const Shape& shape,
               long least, long limit) const {
@@ -269,19 +273,20 @@ static Floats linear_forward(const py::array& x_, const py::array& weight_, cons
 }
 
 static py::tuple linear_backward(const py::array& dy_, const py::array& x_,
-                                 const py::array& weight_, bool transposed, bool has_bias) {
+                                 const py::array& weight_, bool transposed, bool has_bias,
+                                 const Optional& dx_) {
     const Op op("linear_backward");
     const Floats x = op.floats("x", x_),
                  dy = op.floats("dy", dy_, "(..., F)", with_last(leading(x), ANY));
     const long N = rows_of(x), C = last_of(x), F = last_of(dy);
     const Floats weight = check_weight(op, weight_, transposed, C, F);
-    Floats dx = empty(shape_of(x)), dweight = empty(shape_of(weight));
-    multiply({false, transposed, N, C, F, pointer(dy), F, pointer(weight), weight.shape(1),
-              pointer(dx), C});
+    Floats dx = op.place("dx", dx_, shape_of(x)), dweight = empty(shape_of(weight));
     if (transposed)
         multiply({true, false, C, F, N, pointer(x), C, pointer(dy), F, pointer(dweight), F});
     else
         multiply({true, false, F, C, N, pointer(dy), F, pointer(x), C, pointer(dweight), C});
+    multiply({false, transposed, N, C, F, pointer(dy), F, pointer(weight), weight.shape(1),
+              pointer(dx), C});
     if (!has_bias) return py::make_tuple(dx, dweight, py::none());
     Floats dbias = empty({F});
     run(kernels().sum_rows, pointer(dy), pointer(dbias), N, F, threads_for(N * F));
@@ -308,7 +313,7 @@ static Floats embedding_backward(const py::array& dy_, const py::array& tokens_,
     const Ints tokens = op.ints("tokens", tokens_, "(B, T)", shape_of(tokens_), 0, V);
     const Floats dy = op.floats("dy", dy_, "(B, T, C)", with_last(shape_of(tokens), ANY));
     const long N = tokens.size(), C = last_of(dy);
-    const Floats dweight = total ? op.in_place("total", *total, {V, C}) : empty({V, C});
+    const Floats dweight = op.place("total", total, {V, C});
     run(kernels().embedding_backward, pointer(dy), pointer(tokens), pointer(dweight),
         total.has_value(), N, V, C, threads_for((N + V) * C));
     return dweight;
@@ -504,13 +509,13 @@ static Floats swiglu_forward(const py::array& gate_, const py::array& up_) {
     return y;
 }
 
-static py::tuple swiglu_backward(const py::array& dy_, const py::array& gate_,
-                                 const py::array& up_) {
+static py::tuple swiglu_backward(const py::array& dy_, const py::array& gate_, const py::array& up_,
+                                 const Optional& dgate_) {
     const Op op("swiglu_backward");
     const Floats gate = op.floats("gate", gate_),
                  up = op.floats("up", up_, "the shape of gate", shape_of(gate));
     const Floats dy = op.floats("dy", dy_, "the shape of gate", shape_of(gate));
-    Floats dgate = empty(shape_of(gate)), dup = empty(shape_of(gate));
+    Floats dgate = op.place("dgate", dgate_, shape_of(gate)), dup = empty(shape_of(gate));
     run(kernels().swiglu_backward, pointer(dy), pointer(gate), pointer(up), pointer(dgate),
         pointer(dup), gate.size(), threads_for(gate.size()));
     return py::make_tuple(dgate, dup);
@@ -524,10 +529,11 @@ static Floats gelu_forward(const py::array& x_, bool approximate) {
     return y;
 }
 
-static Floats gelu_backward(const py::array& dy_, const py::array& x_, bool approximate) {
+static Floats gelu_backward(const py::array& dy_, const py::array& x_, bool approximate,
+                            const Optional& dx_) {
     const Op op("gelu_backward");
     const Floats x = op.floats("x", x_), dy = op.floats("dy", dy_, "the shape of x", shape_of(x));
-    Floats dx = empty(shape_of(x));
+    Floats dx = op.place("dx", dx_, shape_of(x));
     run(kernels().gelu_backward, pointer(dy), pointer(x), pointer(dx), x.size(), approximate,
         threads_for(x.size()));
     return dx;
@@ -710,7 +716,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("linear_forward", &linear_forward, "x"_a, "weight"_a, "bias"_a = py::none(),
           "transposed"_a = false);
     m.def("linear_backward", &linear_backward, "dy"_a, "x"_a, "weight"_a, "transposed"_a = false,
-          "has_bias"_a = false);
+          "has_bias"_a = false, "dx"_a = py::none());
     m.def("embedding_forward", &embedding_forward, "tokens"_a, "weight"_a);
     m.def("embedding_backward", &embedding_backward, "dy"_a, "tokens"_a, "vocab_size"_a,
           "total"_a = py::none());
@@ -730,9 +736,10 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("attention_backward", &attention_backward, "dout"_a, "q"_a, "k"_a, "v"_a, "out"_a,
           "lse"_a, "start"_a = py::none(), "gap"_a = py::none());
     m.def("swiglu_forward", &swiglu_forward, "gate"_a, "up"_a);
-    m.def("swiglu_backward", &swiglu_backward, "dy"_a, "gate"_a, "up"_a);
+    m.def("swiglu_backward", &swiglu_backward, "dy"_a, "gate"_a, "up"_a, "dgate"_a = py::none());
     m.def("gelu_forward", &gelu_forward, "x"_a, "approximate"_a = true);
-    m.def("gelu_backward", &gelu_backward, "dy"_a, "x"_a, "approximate"_a = true);
+    m.def("gelu_backward", &gelu_backward, "dy"_a, "x"_a, "approximate"_a = true,
+          "dx"_a = py::none());
     m.def("cross_entropy_forward", &cross_entropy_forward, "logits"_a, "targets"_a);
     m.def("cross_entropy_backward", &cross_entropy_backward, "dloss"_a, "logits"_a, "targets"_a,
           "lse"_a);

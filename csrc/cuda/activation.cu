@@ -21,9 +21,9 @@ KERNEL swiglu_backward(const float* dy, const float* gate, const float* up, floa
                        float* dup, i64 n) {
     const i64 i = thread_index();
     if (i >= n) return;
-    const float g = gate[i], s = sigmoid(g);
-    dgate[i] = dy[i] * up[i] * s * (1 + g * (1 - s));
-    dup[i] = dy[i] * g * s;
+    const float d = dy[i], g = gate[i], s = sigmoid(g);
+    dgate[i] = d * up[i] * s * (1 + g * (1 - s));
+    dup[i] = d * g * s;
 }
 
 constexpr float SQRT_2_OVER_PI = 0.7978845608f, SQRT_HALF = 0.7071067812f, CUBIC = 0.044715f;

@@ -20,16 +20,18 @@ TOLERANCE = {"float64": 1e-12, "float32": 3e-6, "bfloat16": 2e-2}
 
 
 class Op(NamedTuple):
-    """What a forward returns (the gradient enters at the first), and which arguments have gradients."""
+    """What a forward returns (the gradient enters at the first), which arguments have gradients, and
+    which argument of the backward the first of these may be written over."""
 
     returns: tuple[str, ...]
     inputs: tuple[str, ...] = ()
+    over: str = ""
 
 
 OPS = {
     "add": Op(("sum",)),
     "matmul": Op(("c",)),
-    "linear": Op(("y",), ("x", "weight", "bias")),
+    "linear": Op(("y",), ("x", "weight", "bias"), over="x"),
     "embedding": Op(("y",), ("weight",)),
     "rms_norm": Op(("y", "rstd"), ("x", "weight")),
     "layer_norm": Op(("y", "mean", "rstd"), ("x", "weight", "bias")),
@@ -37,8 +39,8 @@ OPS = {
     "softmax": Op(("y",), ("x",)),
     "attention": Op(("out", "lse"), ("q", "k", "v")),
     "prefix_attention": Op(("out",)),
-    "swiglu": Op(("y",), ("gate", "up")),
-    "gelu": Op(("y",), ("x",)),
+    "swiglu": Op(("y",), ("gate", "up"), over="dy"),
+    "gelu": Op(("y",), ("x",), over="dy"),
     "cross_entropy": Op(("loss", "lse"), ("logits",)),
     "linear_cross_entropy": Op(("loss", "lse"), ("x", "weight")),
     "linear_cross_entropy_with_gradients": Op(("loss", "lse", "dx", "dweight")),
@@ -232,16 +234,22 @@ def forward(kernels, case: Case, arguments: dict) -> dict:
     return dict(zip(names, results if isinstance(results, tuple) else (results,)))
 
 
-def backward(kernels, case: Case, arguments: dict, results: dict, dy) -> dict:
-    """Call the backward with what its signature asks for; -> gradients by name."""
-    known = arguments | results | {"d" + OPS[case.op].returns[0]: dy}
+def backward(kernels, case: Case, arguments: dict, results: dict, dy, over=False) -> dict:
+    """Call the backward with what its signature asks for; -> gradients by name.
+
+    over: let it write the first gradient over an argument, of which a copy is made.
+    """
+    op = OPS[case.op]
+    known = arguments | {name: results[name] for name in op.returns} | {"d" + op.returns[0]: dy}
+    if over:
+        known[op.over] = known["d" + op.inputs[0]] = known[op.over].copy()
     known |= {"has_bias": "bias" in arguments, "vocab_size": len(arguments.get("weight", ()))}
     wanted = inspect.signature(getattr(reference, case.op + "_backward")).parameters
     gradients = getattr(kernels, case.op + "_backward")(
         **{k: known[k] for k in wanted if k in known}
     )
     gradients = gradients if isinstance(gradients, tuple) else (gradients,)
-    pairs = zip(OPS[case.op].inputs, gradients)
+    pairs = zip(op.inputs, gradients)
     return {"d" + name: gradient for name, gradient in pairs if name in arguments}
 
 
@@ -275,12 +283,12 @@ def gradient_error(case: Case) -> float:
     return float(worst)
 
 
-def run(kernels, case: Case, dtype="float32") -> dict:
+def run(kernels, case: Case, dtype="float32", over=False) -> dict:
     """Results and gradients of a backend by name; its backward gets the reference's residuals."""
     arguments, expected, dy = prepared(case, dtype)
     results = forward(kernels, case, arguments)
     if OPS[case.op].inputs:
-        results |= backward(kernels, case, arguments, rounded(expected, dtype), dy)
+        results |= backward(kernels, case, arguments, rounded(expected, dtype), dy, over)
     return results
 
 
@@ -300,8 +308,8 @@ def parity_error(kernels, case: Case, dtype="float32") -> float:
     To be compared with TOLERANCE[dtype] * case.slack.
     """
     _, expected, _ = prepared(case, dtype)
-    results = run(kernels, case, dtype)
-    return max(distance(results[name], expected[name]) for name in results)
+    runs = [run(kernels, case, dtype, over) for over in {False, bool(OPS[case.op].over)}]
+    return max(distance(results[name], expected[name]) for results in runs for name in results)
 
 
 def calls(kernels, case: Case, dtype="float32") -> dict[str, Callable[[], object]]:

@@ -68,6 +68,10 @@ class Kernels(Attention):
     def empty(self, shape):
         return self.xp.empty(shape, "float32")
 
+    def place(self, args, arg: str, x, shape):
+        """The array to write to that was given, or a new one."""
+        return self.empty(shape) if x is None else args.in_place(arg, x, shape)
+
     def empty_heads(self, B: int, heads: int, tokens: int, D: int):
         """(B, heads, tokens, D), in memory (B, tokens, heads, D): merging heads is free."""
         return self.empty((B, tokens, heads, D)).swapaxes(1, 2)
@@ -171,17 +175,17 @@ class Kernels(Attention):
             return args.floats("weight", weight, "(C, F)", (C, F))
         return args.floats("weight", weight, "(F, C)", (F, C))
 
-    def linear_backward(self, dy, x, weight, transposed=False, has_bias=False):
+    def linear_backward(self, dy, x, weight, transposed=False, has_bias=False, dx=None):
         args = Arguments(self, "linear_backward")
         x = args.floats("x", x)
         dy = args.floats("dy", dy, "(..., F)", (*x.shape[:-1], None))
         weight = self.weight_of(args, weight, transposed, x.shape[-1], dy.shape[-1])
-        dx, dweight = self.empty(x.shape), self.empty(weight.shape)
+        dx, dweight = self.place(args, "dx", dx, x.shape), self.empty(weight.shape)
         dy, x = rows_of(dy), self.operand(rows_of(x))
         operand = self.operand(dy)
-        self.product(operand, weight, rows_of(dx), transpose_b=transposed)
         left, right = (x, operand) if transposed else (operand, x)
         self.product(left, right, dweight, transpose_a=True)
+        self.product(operand, weight, rows_of(dx), transpose_b=transposed)
         if not has_bias:
             return dx, dweight, None
         return dx, dweight, self.sum_shares("sum_rows", dy, N=dy.shape[0], C=dy.shape[1])
@@ -204,7 +208,7 @@ class Kernels(Attention):
         dy = args.floats("dy", dy, "(B, T, C)", (*tokens.shape, None))
         tokens, check = args.ints("tokens", tokens, "(B, T)", tokens.shape, 0)
         V, C, add = vocab_size, dy.shape[-1], int(total is not None)
-        dweight = args.in_place("total", total, (V, C)) if add else self.empty((V, C))
+        dweight = self.place(args, "total", total, (V, C))
         sizes = (tokens.size, V, C)
         self.launch("embedding_backward", (V,), dy, tokens, dweight, add, *sizes, *check)
         return dweight
@@ -300,12 +304,12 @@ class Kernels(Attention):
         self.each("swiglu_forward", gate, args.floats("up", up, "the shape of gate", gate.shape), y)
         return y
 
-    def swiglu_backward(self, dy, gate, up):
+    def swiglu_backward(self, dy, gate, up, dgate=None):
         args = Arguments(self, "swiglu_backward")
         gate = args.floats("gate", gate)
         up = args.floats("up", up, "the shape of gate", gate.shape)
         dy = args.floats("dy", dy, "the shape of gate", gate.shape)
-        dgate, dup = self.empty(gate.shape), self.empty(gate.shape)
+        dgate, dup = self.place(args, "dgate", dgate, gate.shape), self.empty(gate.shape)
         self.each("swiglu_backward", dy, gate, up, dgate, dup)
         return dgate, dup
 
@@ -315,10 +319,11 @@ class Kernels(Attention):
         self.each("gelu_forward", x, y, rest=(int(approximate),))
         return y
 
-    def gelu_backward(self, dy, x, approximate=True):
+    def gelu_backward(self, dy, x, approximate=True, dx=None):
         args = Arguments(self, "gelu_backward")
         x = args.floats("x", x)
-        dy, dx = args.floats("dy", dy, "the shape of x", x.shape), self.empty(x.shape)
+        dy = args.floats("dy", dy, "the shape of x", x.shape)
+        dx = self.place(args, "dx", dx, x.shape)
         self.each("gelu_backward", dy, x, dx, rest=(int(approximate),))
         return dx
 

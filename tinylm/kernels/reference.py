@@ -33,12 +33,15 @@ def linear_forward(x, weight, bias=None, transposed=False):
     return y if bias is None else y + bias
 
 
-def linear_backward(dy, x, weight, transposed=False, has_bias=False):
-    """-> dx (N, C), dweight (as stored), dbias (F) or None."""
-    dx = dy @ (weight.T if transposed else weight)
-    dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    dweight = x.T @ dy if transposed else dy.T @ x
-    return dx, dweight, dy.sum(0) if has_bias else None
+def linear_backward(dy, x, weight, transposed=False, has_bias=False, dx=None):
+    """-> dx (N, C), dweight (as stored), dbias (F) or None.
+
+    dx: where to write it, maybe x itself; the same of other gradients that are arguments.
+    """
+    rows, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    dweight = x.T @ rows if transposed else rows.T @ x
+    dx = np.matmul(dy, weight.T if transposed else weight, out=dx)
+    return dx, dweight, rows.sum(0) if has_bias else None
 
 
 def embedding_forward(tokens, weight):
@@ -196,10 +199,11 @@ def swiglu_forward(gate, up):
     return gate * _sigmoid(gate) * up
 
 
-def swiglu_backward(dy, gate, up):
-    """-> dgate, dup."""
+def swiglu_backward(dy, gate, up, dgate=None):
+    """-> dgate, which may be written over dy, dup."""
     s = _sigmoid(gate)
-    return dy * up * s * (1 + gate * (1 - s)), dy * gate * s
+    dup = dy * gate * s
+    return np.multiply(dy, up * s * (1 + gate * (1 - s)), out=dgate), dup
 
 
 def _sigmoid(x):
@@ -216,13 +220,16 @@ def gelu_forward(x, approximate=True):
     return 0.5 * x * (1 + np.tanh(SQRT_2_OVER_PI * (x + 0.044715 * x**3)))
 
 
-def gelu_backward(dy, x, approximate=True):
-    if not approximate:
+def gelu_backward(dy, x, approximate=True, dx=None):
+    """-> dx, which may be written over dy."""
+    if approximate:
+        t = np.tanh(SQRT_2_OVER_PI * (x + 0.044715 * x**3))
+        slope_u = SQRT_2_OVER_PI * (1 + 3 * 0.044715 * x * x)
+        slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * slope_u
+    else:
         density = np.exp(-0.5 * x * x) / (2 * np.pi) ** 0.5
-        return dy * (0.5 * (1 + _erf(x / 2**0.5)) + x * density)
-    t = np.tanh(SQRT_2_OVER_PI * (x + 0.044715 * x**3))
-    slope = SQRT_2_OVER_PI * (1 + 3 * 0.044715 * x * x)
-    return dy * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * slope)
+        slope = 0.5 * (1 + _erf(x / 2**0.5)) + x * density
+    return np.multiply(dy, slope, out=dx)
 
 
 def _erf(x):
