@@ -62,13 +62,13 @@ static void transpose_rows(Matrix x, long rows, long n, float* dst, long ld, flo
 // A tile of C stays in registers for the whole depth, which counts words; nothing is packed.
 
 #if LANES == 16
-constexpr int TILE_ROWS = 6, TILE_VECTORS = 4;
+constexpr int TILE_VECTORS = 4, TILE_ROWS[] = {0, 16, 8, 8, 6};  // by vectors
 #else
-constexpr int TILE_ROWS = 4, TILE_VECTORS = 2;
+constexpr int TILE_VECTORS = 2, TILE_ROWS[] = {0, 8, 6};
 #endif
 
 template <class Word, int R, int V>
-static void block_tile(long depth, Matrix a, Matrix b, Target c) {
+INLINE void block_tile(long depth, Matrix a, Matrix b, Target c) {
     vf sums[R][V];
     UNROLL for (int i = 0; i < R; ++i) UNROLL for (int j = 0; j < V; ++j) sums[i][j] =
         c.add ? load(c.row(i) + j * W) : vf{};
@@ -86,9 +86,9 @@ static void block_tile(long depth, Matrix a, Matrix b, Target c) {
 
 template <class Word, int V>
 static void block_columns(long m, long depth, Matrix a, Matrix b, Target c) {
+    constexpr int ROWS = TILE_ROWS[V];
     long i = 0;
-    for (; i + TILE_ROWS <= m; i += TILE_ROWS)
-        block_tile<Word, TILE_ROWS, V>(depth, a.from(i), b, c.from(i));
+    for (; i + ROWS <= m; i += ROWS) block_tile<Word, ROWS, V>(depth, a.from(i), b, c.from(i));
     for (; i + 4 <= m; i += 4) block_tile<Word, 4, V>(depth, a.from(i), b, c.from(i));
     for (; i < m; ++i) block_tile<Word, 1, V>(depth, a.from(i), b, c.from(i));
 }
