@@ -378,11 +378,12 @@ struct Block {
         return p.transpose_a ? share(i, a_from(m), p.lda, kc, rows(m))
                              : share(i, a_from(m), p.lda, rows(m), kc);
     }
-    Fetch share_of_panel(long i, long j) const {
-        const long n = j * NR, columns = min(NR, nc - n);
-        if (columns <= 0) return {p.B};
-        return p.transpose_b ? share(i, b_from(n, 0), p.ldb, columns, kc)
-                             : share(i, b_from(n, 0), p.ldb, kc, columns);
+    Fetch share_of_panel(long i, long j) const {  // after the last: of the next block of depth
+        const long panels = up(nc, NR), k = j < panels ? 0 : kc, n = (k ? j - panels : j) * NR;
+        const long columns = min(NR, nc - n), depth = min(kc, p.K - k0 - k);
+        if (columns <= 0 || depth <= 0) return {p.B};
+        return p.transpose_b ? share(i, b_from(n, k), p.ldb, columns, depth)
+                             : share(i, b_from(n, k), p.ldb, depth, columns);
     }
 
     Fetch share_of_packed(long i, const float* panel) const {
