@@ -59,6 +59,10 @@ static void cross_entropy_backward(const float* dloss, const float* logits, cons
 
 constexpr long LOSS_ROWS = 1024, LOSS_COLUMNS = 2048;  // a block of logits: 8 MB
 
+// Of rows of logits: an odd number of lines, so that they lie in all sets of a cache (V 2,048:
+// x1.05 to 1.3).
+INLINE long stride_of(long columns) { return (up(columns, LINE) | 1) * LINE; }
+
 // The rows that have a target, in order, as a matrix of their own (x itself where none is left
 // out).
 struct Counted {
@@ -82,7 +86,7 @@ static void linear_cross_entropy_forward(const float* x, const float* weight,
                                          const int32_t* targets, float* loss, float* lse, long N,
                                          long C, long V, int threads) {
     const Counted counted(x, targets, N, C);
-    const long ld = min(V, LOSS_COLUMNS);
+    const long width = min(V, LOSS_COLUMNS), ld = stride_of(width);
     Scratch block(LOSS_ROWS * ld), state(3 * LOSS_ROWS);
     float *logits = block.data, *top = state.data, *total = top + LOSS_ROWS,
           *picked = total + LOSS_ROWS;
@@ -91,8 +95,8 @@ static void linear_cross_entropy_forward(const float* x, const float* weight,
     for (long r0 = 0; r0 < counted.n; r0 += LOSS_ROWS) {
         const long rows = min(LOSS_ROWS, counted.n - r0);
         for (long i = 0; i < rows; ++i) top[i] = -INF, total[i] = 0;
-        for (long v0 = 0; v0 < V; v0 += ld) {
-            const long columns = min(ld, V - v0);
+        for (long v0 = 0; v0 < V; v0 += width) {
+            const long columns = min(width, V - v0);
             matmul({false, true, rows, columns, C, counted.x + r0 * C, C, weight + v0 * C, C,
                     logits, ld},
                    threads);
@@ -118,7 +122,7 @@ static void linear_cross_entropy_backward(const float* dloss, const float* x, co
                                           const int32_t* targets, const float* lse, float* dx,
                                           float* dweight, long N, long C, long V, int threads) {
     const Counted counted(x, targets, N, C);
-    const long ld = min(V, LOSS_COLUMNS);
+    const long width = min(V, LOSS_COLUMNS), ld = stride_of(width);
     const bool all = counted.n == N;
     Scratch block(LOSS_ROWS * ld), packed_dx(all ? 0 : LOSS_ROWS * C);
     float* logits = block.data;
@@ -128,8 +132,8 @@ static void linear_cross_entropy_backward(const float* dloss, const float* x, co
         const long rows = min(LOSS_ROWS, counted.n - r0);
         const float* x0 = counted.x + r0 * C;
         float* dx0 = all ? dx + r0 * C : packed_dx.data;
-        for (long v0 = 0; v0 < V; v0 += ld) {
-            const long columns = min(ld, V - v0);
+        for (long v0 = 0; v0 < V; v0 += width) {
+            const long columns = min(width, V - v0);
             const float* w = weight + v0 * C;
             matmul({false, true, rows, columns, C, x0, C, w, C, logits, ld}, threads);
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -176,7 +180,8 @@ static void linear_cross_entropy_with_gradients(const float* x, const float* wei
                                                 int threads) {
     const Counted counted(x, targets, N, C);
     const bool all = counted.n == N;
-    const long most = min(WHOLE_ROWS, max(1, counted.n)), ld = round_up(V, W);
+    const long most = min(WHOLE_ROWS, max(1, counted.n));
+    const long ld = stride_of(V);
     Scratch block(most * ld), packed_dx(all ? 0 : most * C);
     float* logits = block.data;
     if (counted.n == 0) memset(dweight, 0, V * C * sizeof(float));
