@@ -10,8 +10,9 @@ import pytest
 
 import tinylm
 from tinylm import ops
-from tinylm.answers import Answers, answer_batch
+from tinylm.answers import Answers
 from tinylm.chat import Row, turn, with_chat_tokens
+from tinylm.data import SharedPrompts
 from tinylm.errors import InputError
 from tinylm.estimators import RunningMean, advantages, rloo, surrogate
 from tinylm.judges import Group, Judge, verifier
@@ -359,7 +360,7 @@ def test_packing_changes_neither_the_loss_nor_the_drift_of_an_answer(tokenizer, 
         p.data = p.data * 1.1
     found, sizes = [], []
     for groups, width in ((single, 1), (single, 64), (shared, 1), (shared, 64)):
-        monkeypatch.setattr("tinylm.answers.ROW", width)
+        monkeypatch.setattr("tinylm.data.ROW", width)
         batch, drift = stage.look_again(groups)
         assert [x.tolist() for x in batch.by_answer(batch.targets)] == said[::2] + said[1::2]
         old = numpy.concatenate(batch.by_answer(batch.old_logp))
@@ -379,28 +380,27 @@ def test_packing_changes_neither_the_loss_nor_the_drift_of_an_answer(tokenizer, 
 
 def test_a_prompt_is_read_once_for_all_its_answers(tokenizer):
     end = tokenizer.special["<|end|>"]
-    groups = [
-        Group(None, [], prompt=[5, 6], ids=[[8, 9, end], [end], [8, end]]),
-        Group(None, [], prompt=[7], ids=[[10, end]]),
-    ]
-    batch = answer_batch(groups, end, most=32, length=3)
+    prompts = [([5, 6], [[8, 9, end], [end], [8, end]]), ([7], [[10, end]])]
+    batch = SharedPrompts.of(prompts, 32, end)
     assert batch.tokens.tolist() == [[5, 6, 8, 9, 6, 6, 8, 7, 10]]
     assert batch.targets.tolist() == [[-1, 8, 9, end, end, 8, end, 10, end]]
     assert batch.answer.tolist() == [[-1, 0, 0, 0, 1, 2, 2, 3, 3]]
     assert batch.start.tolist() == [[0, 0, 0, 0, 0, 0, 0, 7, 7]]
     assert batch.gap[..., 0].tolist() == [[0, 1, 1, 1, 1, 1, 1, 7, 7]]
     assert batch.gap[..., 1].tolist() == [[0, 1, 1, 1, 4, 5, 5, 7, 7]]
+    assert batch.ends.tolist() == [3, 4, 6, 8]
 
 
 def test_answers_that_exceed_the_context_together_are_cut_into_rows(tokenizer):
     end = tokenizer.special["<|end|>"]
-    groups = [Group(None, [], prompt=[5, 6], ids=[[8, 9, end], [end], [8, end]])]
-    batch = answer_batch(groups, end, most=5, length=3)
+    prompts = [([5, 6], [[8, 9, end], [end], [8, end]])]
+    batch = SharedPrompts.of(prompts, 5, end)
     assert batch.tokens.tolist() == [[5, 6, 8, 9, 6], [5, 6, 8, end, end]]
     assert batch.targets.tolist() == [[-1, 8, 9, end, end], [-1, 8, end, -1, -1]]
     assert batch.answer.tolist() == [[-1, 0, 0, 0, 1], [-1, 2, 2, -1, -1]]
     assert batch.gap[..., 1].tolist() == [[0, 1, 1, 1, 4], [0, 1, 1, 0, 0]]
-    assert answer_batch(groups, end, most=1, length=3).tokens.shape == (2, 4)  # it must fit
+    assert batch.ends.tolist() == [3, 4, 7]
+    assert SharedPrompts.of(prompts, 1, end).tokens.shape == (2, 4)  # it must fit
 
 
 def test_the_denominator_is_a_constant(tokenizer):

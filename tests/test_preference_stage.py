@@ -13,14 +13,13 @@ from tinylm.checkpoint import Checkpoint
 from tinylm.errors import InputError
 from tinylm.evaluate import calibration
 from tinylm.judges import Group
-from tinylm.judges.reward import RewardModel, pad_right, scores
+from tinylm.judges.reward import RewardModel, scores
 from tinylm.preferences import Judged
 from tinylm.stages.preference import (
     DPO,
     Compared,
     DPOConfig,
     bradley_terry,
-    comparisons,
     held_out,
     with_score,
 )  # fmt: skip
@@ -46,14 +45,14 @@ def test_the_loss_is_the_formula_and_its_gradient():
         assert x.grad[i] == pytest.approx(slope, rel=1e-6)
 
 
-def test_every_prompt_counts_once_however_many_answers():
+def test_every_prompt_counts_once_however_many_answers(model):
     three = Judged([turn("user", "a")], ["x", "y", "z"], [1.0, 3.0, 2.0])
     two = Judged([turn("user", "b")], ["x", "y"], [1.0, 0.0])
     made = [
-        Compared(each, 1, [[n, n] for n in range(len(each.answers))], each.pairs())
+        Compared(each, ([9], [[n] for n in range(len(each.answers))]), each.pairs())
         for each in (three, two)
     ]
-    batch = comparisons(made)
+    batch = DPO(model, None, made, DPOConfig(max_steps=1), [], model).batch(made)
     assert sorted(map(tuple, batch.pairs.tolist())) == [(1, 0), (1, 2), (2, 0), (3, 4)]
     assert batch.weights.sum() == pytest.approx(2)
     assert batch.denominator() == 2
@@ -63,7 +62,7 @@ def test_what_is_held_out_was_not_learned_from():
     """Rows with one prompt stay together; with a single prompt in the file, rows are split."""
 
     def rows(prompts):
-        return [Compared(Judged([turn("user", p)], [], [], i), 1, [], []) for i, p in prompts]
+        return [Compared(Judged([turn("user", p)], [], [], i), ([], []), []) for i, p in prompts]
 
     many = rows((i, f"prompt {i // 3}") for i in range(120))
     train, test = held_out(many, 0.1)
@@ -197,9 +196,13 @@ def test_it_judges_answers_to_prompts_it_never_saw(trained):
 
 def test_a_score_does_not_depend_on_the_others_in_the_batch(trained):
     model, tokenizer = checkpoint.load(trained[0])
-    rows = [tokenizer.encode(text) for text in ("say aa", "b", "abcabcabc")]
-    together = scores(model, rows)
-    alone = [scores(model, [row])[0] for row in rows]
+    asked, *answers = (tokenizer.encode(text) for text in ("say aa", "b", "", "abcabcabc"))
+    together = scores(model, [(asked, answers), (asked[:1], answers[::-1])])
+    alone = [
+        scores(model, [([*prompt, *answer], [[]])])[0]
+        for prompt, some in ((asked, answers), (asked[:1], answers[::-1]))
+        for answer in some
+    ]
     assert numpy.allclose(together, alone, atol=1e-5)
 
 
@@ -212,7 +215,7 @@ def test_transformers_reads_it_as_a_classifier_of_one_label(trained):
         ids = [*tokenizer.encode(text), tokenizer.eos_id]
         with torch.no_grad():
             score = theirs(torch.tensor([ids])).logits.item()
-        assert score == pytest.approx(scores(model, [ids])[0], abs=1e-5)
+        assert score == pytest.approx(scores(model, [(ids, [[]])])[0], abs=1e-5)
 
 
 def test_both_shapes_score_and_are_saved(model, tmp_path):
@@ -220,11 +223,11 @@ def test_both_shapes_score_and_are_saved(model, tmp_path):
     made.score.weight.data = made.score.weight.data + 1
     checkpoint.save(made, None, tmp_path / "r")
     loaded, _ = checkpoint.load(tmp_path / "r")
-    rows = pad_right([[5, 6, 7], [8]])
-    assert numpy.array_equal(loaded.scores(*rows).data, made.scores(*rows).data)
+    asked = [([5, 6], [[7], [8, 9]])]
+    assert numpy.array_equal(scores(loaded, asked), scores(made, asked))
     assert "lm_head.weight" not in loaded.parameters()
     with pytest.raises(InputError, match="reward model"):
-        loaded(rows[0])
+        loaded([[5, 6, 7]])
 
 
 # ---- DPO ---------------------------------------------------------------------------------------
@@ -233,7 +236,7 @@ def test_both_shapes_score_and_are_saved(model, tmp_path):
 @pytest.fixture
 def compared():
     judged = Judged([turn("user", "?")], ["x", "y", "z"], [1.0, 3.0, 2.0])
-    return [Compared(judged, 2, [[5, 6, 7, 1], [5, 6, 8, 9, 1], [5, 6, 1]], judged.pairs())]
+    return [Compared(judged, ([5, 6], [[7, 1], [8, 9, 1], [1]]), judged.pairs())]
 
 
 @pytest.mark.usefixtures("float64")
@@ -245,17 +248,19 @@ def test_dpo_scores_how_much_likelier_an_answer_has_become(config, compared):
             p.data = p.data.astype("float64")
     settings = DPOConfig(beta=0.3, held_out=0, max_steps=1)
     stage = DPO(models[0], None, compared, settings, [], models[1])
-    found = stage.scores(comparisons(compared)).data
+    found = stage.scores(stage.batch(compared)).data
 
     def logp(model, row):
         logits = model(numpy.array([row[:-1]])).data[0]
         p = logits - numpy.log(numpy.exp(logits).sum(-1, keepdims=True))
         return sum(p[t, row[t + 1]] for t in range(1, len(row) - 1))
 
-    expected = [0.3 * (logp(models[0], row) - logp(models[1], row)) for row in compared[0].rows]
+    asked, answers = compared[0].ids
+    rows = [[*asked, *answer] for answer in answers]
+    expected = [0.3 * (logp(models[0], row) - logp(models[1], row)) for row in rows]
     assert numpy.allclose(found, expected, atol=1e-12)
     stage.model = models[1]  # as it came: no score, and the loss is that of a coin
-    batch = comparisons(compared)
+    batch = stage.batch(compared)
     assert numpy.allclose(stage.loss(batch).data * len(batch.pairs), numpy.log(2))
 
 

@@ -226,6 +226,11 @@ class ChatFormat:
         ids, said = self.example([*messages, turn("assistant", answer)])
         return ids[: len(said) - said[::-1].index(True)]
 
+    def asked(self, messages: list[dict], answers: list[str]) -> tuple[list[int], list[list[int]]]:
+        """A prompt as ids, and those of answers to it, up to the end of the assistant's turn."""
+        prompt = self.ids(messages, True)
+        return prompt, [self.answered(messages, answer)[len(prompt) :] for answer in answers]
+
 
 def template_of(tokenizer: Tokenizer) -> str | None:
     """The chat template's source; of several named ones, the default."""

@@ -2,6 +2,7 @@
 
     Windows    shards -> rows of next words, shuffled, from any position
     Packed     examples, such as conversations -> rows that hold several
+    SharedPrompts.of    prompts with several answers each -> rows in which a prompt is read once
 
 As no text can make a special token, a begin token in a row is always the start of a document:
 attention does not look across it.
@@ -9,6 +10,7 @@ attention does not look across it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,6 +185,70 @@ class Packed:
         order = rng.permutation(len(self.examples)).tolist()
         rows = first_fit([len(self.examples[i][0]) - 1 for i in order], self.block_size)
         return [[order[i] for i in rows[r]] for r in rng.permutation(len(rows))]
+
+
+Asked = tuple[list[int], list[list[int]]]  # a prompt and answers to it, as ids
+ROW = 128  # tokens to a row of these, if no prompt needs more: little padding, little attention
+
+
+@dataclass
+class SharedPrompts(Batch):
+    """Prompts with several answers each; targets are the answers' tokens.
+
+    A prompt is read once. In a row it lies before all answers to it, of which each begins with the
+    prompt's last token, from which its first is predicted, and does not see those before it:
+
+        tokens    p p p p a a a p b b p c c c       targets    . . . a a a $ b b $ c c c $
+                  prompt ────────┘                             the answers aaa$, bb$, ccc$
+    """
+
+    gap: numpy.ndarray = None  # (B, T, 2): the answers between a token and its prompt
+    answer: numpy.ndarray = None  # (B, T): whose token a target is, −1 where none is
+    ends: numpy.ndarray = None  # (answers,): where each ends, counted over all rows
+
+    @classmethod
+    def of(cls, prompts: list[Asked], most: int, padding: int = 0, **rest) -> SharedPrompts:
+        """As many answers to a row as fit.
+
+        A row has ROW tokens or what the largest prompt with its answers needs, within `most`, the
+        model's context.
+        """
+        alone = max(len(prompt) - 1 + len(ids) for prompt, answers in prompts for ids in answers)
+        whole = max(len(prompt) - 1 + sum(map(len, answers)) for prompt, answers in prompts)
+        width = max(min(most, max(ROW, whole)), alone)
+        parts, sizes = [], []  # a prompt and answers to it that lie together in a row
+        numbered = itertools.count()
+        for prompt, answers in prompts:
+            room = 0
+            for ids in answers:
+                if len(ids) > room:
+                    parts.append((prompt, []))
+                    sizes.append(len(prompt) - 1)
+                    room = width - sizes[-1]
+                parts[-1][1].append((next(numbered), ids))
+                sizes[-1] += len(ids)
+                room -= len(ids)
+
+        rows = first_fit(sizes, width)
+        shape = len(rows), max(sum(sizes[i] for i in row) for row in rows)
+        tokens, start = numpy.full(shape, padding), numpy.zeros(shape, "int32")
+        gap, ends = numpy.zeros((*shape, 2), "int32"), numpy.zeros(next(numbered), int)
+        targets, answer = numpy.full((2, *shape), -1)
+        for r, row in enumerate(rows):
+            at = 0
+            for prompt, said in (parts[i] for i in row):
+                start[r, at:] = at
+                end = at + len(prompt) - 1
+                tokens[r, at:end] = prompt[:-1]
+                at = end
+                for number, ids in said:
+                    here = r, slice(at, at + len(ids))
+                    tokens[here], targets[here] = [prompt[-1], *ids[:-1]], ids
+                    gap[here], answer[here] = (end, at), number
+                    at += len(ids)
+                    ends[number] = r * shape[1] + at - 1
+            start[r, at:] = at
+        return cls(tokens, targets, start, gap=gap, answer=answer, ends=ends, **rest)
 
 
 def in_order(shards: list[numpy.ndarray], block_size: int) -> Iterator[numpy.ndarray]:

@@ -262,16 +262,16 @@ class Transformer(nn.Module):
         hidden = self.hidden(tokens, start, gap=gap)
         return ops.linear_cross_entropy(hidden, self.head_weight, targets, even)
 
-    def scores(self, tokens: Array, lengths: Array) -> Tensor:
-        """What a reward model makes of each row, read at its last token: (B,).
+    def scores(
+        self, tokens: Array, ends: Array, start: Array | None = None, gap: Array | None = None
+    ) -> Tensor:
+        """What a reward model makes of answers, read at their last tokens: (answers,).
 
-        tokens (B, T) of int, padded on the right; lengths (B,): tokens of each row.
+        tokens (B, T) of int; ends (answers,): where each ends, counted over all rows.
         """
-        hidden = self.hidden(tokens)
-        B, T, C = hidden.shape
-        last = backend.asarray(numpy.arange(B)[None] * T + lengths - 1)
-        rows = ops.embedding(last, hidden.reshape(B * T, C))
-        return ops.linear(rows, self.score.weight).reshape(B)
+        hidden = self.hidden(tokens, start, gap=gap)
+        last = ops.embedding(backend.asarray(ends[None]), hidden.reshape(-1, hidden.shape[-1]))
+        return ops.linear(last, self.score.weight).reshape(len(ends))
 
     def n_parameters(self) -> int:
         return sum(tensor.size for tensor in self.parameters().values())

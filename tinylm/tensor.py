@@ -61,8 +61,8 @@ class Node:
 
     def receive(self, grad: Array, new: bool) -> None:
         """Add to .grad. new: nobody else holds this array, so that it may be written to."""
+        new = new and grad.flags.c_contiguous
         if self.grad is None:
-            new = new and grad.flags.c_contiguous
             self.grad = grad.copy() if self.owns and not new else grad
         elif new:
             grad += self.grad

@@ -6,31 +6,30 @@ of two answers, the one with a score of s more is preferred with a probability o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy
 
 from tinylm import backend, checkpoint
 from tinylm.chat import ChatFormat
+from tinylm.data import Asked, SharedPrompts
 from tinylm.errors import InputError
-from tinylm.judges import Group, Judge, by_group
+from tinylm.judges import Group, Judge
 from tinylm.model import Transformer
 from tinylm.tensor import no_grad
 
 
-def pad_right(rows: Sequence[list[int]]) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Rows of unequal length as one (B, T) array, and their lengths (B,)."""
-    width = max(map(len, rows))
-    tokens = numpy.array([[*row, *[0] * (width - len(row))] for row in rows])
-    return tokens, numpy.array([len(row) for row in rows])
+def to_be_read(prompts: list[Asked]) -> list[Asked]:
+    """So that answers are read to their last token, though none is predicted from it."""
+    return [(prompt, [[*ids, 0] for ids in answers]) for prompt, answers in prompts]
 
 
-def scores(model: Transformer, rows: Sequence[list[int]], batch_size: int = 64) -> numpy.ndarray:
-    """A reward model's score of every row of ids, (len(rows),)."""
+def scores(model: Transformer, prompts: list[Asked], batch_size: int = 16) -> numpy.ndarray:
+    """A reward model's score of every answer, (answers,)."""
     found = [numpy.zeros(0)]
-    for i in range(0, len(rows), batch_size):
+    for i in range(0, len(prompts), batch_size):
+        asked = to_be_read(prompts[i : i + batch_size])
+        batch = SharedPrompts.of(asked, model.config.block_size)
         with no_grad():
-            made = model.scores(*pad_right(rows[i : i + batch_size])).data
+            made = model.scores(batch.tokens, batch.ends, batch.start, batch.gap).data
         found.append(backend.to_numpy(made).astype("float64"))
     return numpy.concatenate(found)
 
@@ -58,11 +57,13 @@ class RewardModel(Judge):
         self.form = ChatFormat(tokenizer)
 
     def __call__(self, groups: list[Group]) -> list[list[float | None]]:
-        rows = [
-            self.form.answered(group.row.messages, answer)
-            for group in groups
-            for answer in group.answers
+        asked = [self.form.asked(group.row.messages, group.answers) for group in groups]
+        most = self.model.config.block_size
+        fits = [[len(prompt) + len(ids) <= most for ids in answers] for prompt, answers in asked]
+        short = [
+            (prompt, [ids for ids, fit in zip(answers, fit_here) if fit])
+            for (prompt, answers), fit_here in zip(asked, fits)
+            if any(fit_here)
         ]
-        fits = [len(row) <= self.model.config.block_size for row in rows]
-        found = iter(scores(self.model, [row for row, fit in zip(rows, fits) if fit]))
-        return by_group(groups, [float(next(found)) if fit else None for fit in fits])
+        found = iter(scores(self.model, short).tolist())
+        return [[next(found) if fit else None for fit in fit_here] for fit_here in fits]

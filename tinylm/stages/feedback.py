@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy
 
 from tinylm import backend, checkpoint, estimators
-from tinylm.answers import Answers, answer_batch, opinion
+from tinylm.answers import Answers, opinion
 from tinylm.chat import ChatFormat, Row, read_prompts
 from tinylm.data import shuffled, source_of
 from tinylm.errors import InputError
@@ -283,7 +283,8 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
         """The answers as a batch that is ready to be learned from, but for the advantages, and of
         each Σ_t log π_old − log π_ref (answers,). Remembers the KL per token as .drift."""
         most, length = self.model.config.block_size, self.config.max_new_tokens
-        batch = answer_batch(groups, self.stop_ids[0], most, length)
+        asked = [(group.prompt, group.ids) for group in groups]
+        batch = Answers.of(asked, most, self.stop_ids[0], length=length)
         nll, logits = opinion(self.model, batch)
         with no_grad():
             ref, other = opinion(self.reference, batch)

@@ -11,7 +11,7 @@ end of an answer; the pairs fix only differences, so the second term keeps the s
 it came, r = β (log π(y) − log π_ref(y)): the best policy under the reward r and a KL price of β is
 π itself, so that no reward model and no sampling is needed (arXiv 2305.18290).
 
-All answers to a prompt are in one batch, where each is read once.
+All answers to a prompt are in one batch, where it and they are read once.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import numpy
 
 from tinylm import backend, checkpoint, ops
 from tinylm.chat import ChatFormat
-from tinylm.data import Batch, shuffled, source_of
+from tinylm.data import Asked, SharedPrompts, shuffled, source_of
 from tinylm.errors import InputError
 from tinylm.evaluate import calibration, wilson
-from tinylm.judges.reward import pad_right
+from tinylm.judges.reward import to_be_read
 from tinylm.model import Transformer
 from tinylm.preferences import Judged, read_preferences
 from tinylm.progress import Progress
@@ -73,12 +73,10 @@ class DPOConfig(PreferenceConfig):
 
 
 @dataclass
-class Comparisons(Batch):
-    """Answers to several prompts, padded on the right; targets are the tokens that are read."""
+class Comparisons(SharedPrompts):
+    """Answers to several prompts, and which of two is the better one."""
 
-    asked: Array = None  # (B,): tokens of the prompt
-    lengths: Array = None  # (B,): of the prompt and the answer
-    pairs: Array = None  # (P, 2): the row of the better answer, and of the worse
+    pairs: Array = None  # (P, 2): the number of the better answer, and of the worse
     weights: Array = None  # (P,): 1 / pairs of the prompt
 
     def denominator(self) -> int:
@@ -88,25 +86,11 @@ class Comparisons(Batch):
 
 @dataclass
 class Compared:
-    """The answers to one prompt as ids, and (better, worse) numbers of its pairs."""
+    """A prompt and the answers to it as ids, and (better, worse) numbers of its pairs."""
 
     judged: Judged
-    asked: int  # tokens of the prompt, with which every row begins
-    rows: list[list[int]]
+    ids: Asked
     pairs: list[tuple[int, int]]
-
-
-def comparisons(prompts: list[Compared]) -> Comparisons:
-    """All answers to some prompts as one batch."""
-    rows = [row for each in prompts for row in each.rows]
-    first = numpy.cumsum([0, *(len(each.rows) for each in prompts)])
-    pairs = [(at + i, at + j) for each, at in zip(prompts, first) for i, j in each.pairs]
-    weights = [1 / len(each.pairs) for each in prompts for _ in each.pairs]
-    tokens, lengths = pad_right(rows)
-    read = numpy.where(numpy.arange(tokens.shape[1]) < lengths[:, None], tokens, -1)
-    asked = numpy.array([each.asked for each in prompts for _ in each.rows])
-    pairs, weights = numpy.array(pairs), numpy.array(weights)
-    return Comparisons(tokens, read, None, {}, asked, lengths, pairs, weights)
 
 
 def bradley_terry(scores: Tensor, pairs: Array, weights: Array, center: float) -> Tensor:
@@ -149,7 +133,20 @@ with a probability of σ(s). Scores lie around zero."""
         """The next prompts of an endless stream."""
         first, n, seed = self.drawn, len(self.train), self.config.seed
         self.drawn += self.config.batch_size
-        return comparisons([self.train[shuffled(i, n, seed)] for i in range(first, self.drawn)])
+        return self.batch([self.train[shuffled(i, n, seed)] for i in range(first, self.drawn)])
+
+    def batch(self, prompts: list[Compared]) -> Comparisons:
+        """All answers to some prompts."""
+        first = numpy.cumsum([0, *(len(each.ids[1]) for each in prompts)])
+        pairs = [(at + i, at + j) for each, at in zip(prompts, first) for i, j in each.pairs]
+        weights = [1 / len(each.pairs) for each in prompts for _ in each.pairs]
+        pairs, weights = numpy.array(pairs), numpy.array(weights)
+        asked = self.asked([each.ids for each in prompts])
+        most = self.model.config.block_size
+        return Comparisons.of(asked, most, pairs=pairs, weights=weights)
+
+    def asked(self, prompts: list[Asked]) -> list[Asked]:
+        return to_be_read(prompts)
 
     @property
     def center(self) -> float:
@@ -157,7 +154,7 @@ with a probability of σ(s). Scores lie around zero."""
 
     def scores(self, batch: Comparisons) -> Tensor:
         """r of every answer, (B,)."""
-        return self.model.scores(batch.tokens, batch.lengths)
+        return self.model.scores(batch.tokens, batch.ends, batch.start, batch.gap)
 
     def loss(self, batch: Comparisons) -> Tensor:
         return bradley_terry(self.scores(batch), batch.pairs, batch.weights, self.center)
@@ -183,7 +180,7 @@ with a probability of σ(s). Scores lie around zero."""
     def scored(self, prompts: list[Compared]) -> tuple[numpy.ndarray, numpy.ndarray]:
         """r of every answer to some prompts, and r_w − r_l of every pair."""
         scores, margins, n = [numpy.zeros(0)], [numpy.zeros(0)], self.config.batch_size
-        for batch in (comparisons(prompts[i : i + n]) for i in range(0, len(prompts), n)):
+        for batch in (self.batch(prompts[i : i + n]) for i in range(0, len(prompts), n)):
             with no_grad():
                 r = backend.to_numpy(self.scores(batch).data).astype("float64")
             scores.append(r)
@@ -221,14 +218,16 @@ It read answers of which some had been preferred to others, and those became lik
 
     def scores(self, batch: Comparisons) -> Tensor:
         """β (log π − log π_ref) of every answer, its end of turn included."""
-        tokens, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
-        at = numpy.arange(tokens.shape[1])
-        said = (at >= batch.asked[:, None] - 1) & (at < batch.lengths[:, None] - 1)
-        targets = numpy.where(said, targets, -1)
+        rows = batch.tokens, batch.targets, batch.start
         with no_grad():
-            before = self.reference.loss(tokens, targets).data
-        nll = self.model.loss(tokens, targets, even=False)
-        return (nll - before).sum(1) * -self.config.beta
+            before = self.reference.loss(*rows, gap=batch.gap).data
+        nll = self.model.loss(*rows, even=False, gap=batch.gap)
+        whose = batch.answer.reshape(1, -1) == numpy.arange(len(batch.ends))[:, None]
+        sums = ops.matmul(Tensor(backend.asarray(whose, nll.dtype)), (nll - before).reshape(-1, 1))
+        return sums.reshape(-1) * -self.config.beta
+
+    def asked(self, prompts: list[Asked]) -> list[Asked]:
+        return prompts
 
     def evaluate(self, final: bool) -> dict:
         """As for a reward model; and what it now says to the first held-out prompt."""
@@ -289,12 +288,11 @@ def read_compared(
     """The judged prompts of a file as ids; says which have an answer that is too long."""
     found, long = [], []
     for judged in read_preferences(data):
-        asked = len(form.ids(judged.messages, True))
-        rows = [form.answered(judged.messages, answer) for answer in judged.answers]
-        if max(map(len, rows)) > block_size:
+        asked, answers = form.asked(judged.messages, judged.answers)
+        if len(asked) + max(map(len, answers)) > block_size:
             long.append(judged.place)
         else:
-            found.append(Compared(judged, asked, rows, judged.pairs()))
+            found.append(Compared(judged, (asked, answers), judged.pairs()))
     progress.left_out(data, long, f"do not fit the context of {block_size} tokens")
     if not found:
         raise InputError(f"{data}: no prompt with its answers fits {block_size} tokens")
