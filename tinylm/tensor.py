@@ -76,8 +76,9 @@ class Tensor:
 
     data    the array, of the backend in use
     node    its place on the tape; None where no gradient is asked for
-    again   computes data once more from what is kept anyhow, or None: an op that needs the data of
-            such a Tensor in backward keeps this instead (arXiv 1604.06174, for the cheap ops only)
+    again   computes data once more from what is kept anyhow, as a new array, or None: an op that
+            needs the data of such a Tensor in backward keeps this instead (arXiv 1604.06174, for
+            the cheap ops only)
     """
 
     __slots__ = ("again", "data", "node")

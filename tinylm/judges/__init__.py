@@ -5,12 +5,15 @@ of the settings, watch.py tells whether one is outwitted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tinylm.chat import Row
+from tinylm.chat import ChatFormat, Row
+from tinylm.data import Asked
+
+AT_ONCE = 16  # prompts with their answers, or questions, in one forward of a model that judges
 
 
 @dataclass
@@ -58,3 +61,19 @@ def by_group(groups: list[Group], scores: Iterable[float | None]) -> list[list[f
     """The scores of all answers, one after another, as those of each group."""
     scores = iter(scores)
     return [[next(scores) for _ in group.answers] for group in groups]
+
+
+def by_reading(
+    groups: list[Group], form: ChatFormat, most: int, scores: Callable[[list[Asked]], list[float]]
+) -> list[list[float | None]]:
+    """The scores of all answers that fit a context of `most` tokens, some prompts at a time."""
+    asked = [form.asked(group.row.messages, group.answers) for group in groups]
+    fits = [[len(prompt) + len(ids) <= most for ids in answers] for prompt, answers in asked]
+    short = [
+        (prompt, [ids for ids, fit in zip(answers, some) if fit])
+        for (prompt, answers), some in zip(asked, fits)
+        if any(some)
+    ]
+    parts = (short[i : i + AT_ONCE] for i in range(0, len(short), AT_ONCE))
+    found = iter([score for part in parts for score in scores(part)])
+    return [[next(found) if fit else None for fit in some] for some in fits]

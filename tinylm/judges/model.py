@@ -9,17 +9,18 @@ pairwise     log P("A") − log P("B") as its reply to the question which of two
 
 from __future__ import annotations
 
+import numpy
+
 from tinylm import backend, checkpoint
 from tinylm.chat import ChatFormat, turn
-from tinylm.data import packed_batch
+from tinylm.data import Asked, SharedPrompts
 from tinylm.errors import InputError
 from tinylm.generate import read
-from tinylm.judges import Group, Judge, by_group
+from tinylm.judges import AT_ONCE, Group, Judge, by_reading
 from tinylm.judges.pairwise import agreement, compare
 from tinylm.tensor import no_grad
 
 MODES = ("likelihood", "pairwise")
-AT_ONCE = 32  # rows in one forward
 
 
 class Model(Judge):
@@ -46,38 +47,29 @@ class Model(Judge):
             scores, agreed = compare(groups, self.verdicts, in_nats=True)
             self.agreed += agreed
             return scores
-        pairs = [(group.row.messages, answer) for group in groups for answer in group.answers]
-        return by_group(groups, self.fitting(list(map(self.example, pairs)), self.likelihoods))
+        return by_reading(groups, self.form, self.model.config.block_size, self.likelihoods)
 
     def notes(self) -> dict[str, float]:
         agreed, self.agreed = self.agreed, []
         return agreement(agreed)
 
-    def fitting(self, rows: list[tuple[list[int], int]], judged) -> list[float | None]:
-        """judged(rows that fit the context), a part at a time; None for the others."""
-        fits = [len(ids) <= self.model.config.block_size for ids, _ in rows]
-        short = [row for row, fit in zip(rows, fits) if fit]
-        parts = (short[i : i + AT_ONCE] for i in range(0, len(short), AT_ONCE))
-        found = iter([x for part in parts for x in judged(part)])
-        return [next(found) if fit else None for fit in fits]
-
-    def example(self, pair: tuple[list[dict], str]) -> tuple[list[int], int]:
-        """(ids, how many of them are the prompt's)."""
-        messages, answer = pair
-        return self.form.answered(messages, answer), len(self.form.ids(messages, True))
-
-    def likelihoods(self, rows: list[tuple[list[int], int]]) -> list[float]:
-        masks = [[(ids, [i >= n for i in range(len(ids))])] for ids, n in rows]
-        batch = packed_batch(masks, 0)
+    def likelihoods(self, prompts: list[Asked]) -> list[float]:
+        batch = SharedPrompts.of(prompts, self.model.config.block_size)
         with no_grad():
-            nll = self.model.loss(batch.tokens, batch.targets, batch.start).data
-        return (-backend.to_numpy(nll).sum(1) / (batch.targets >= 0).sum(1)).tolist()
+            nll = self.model.loss(batch.tokens, batch.targets, batch.start, gap=batch.gap).data
+        said = batch.answer >= 0
+        whose, nll = batch.answer[said], backend.to_numpy(nll)[said]
+        return (-numpy.bincount(whose, nll) / numpy.bincount(whose)).tolist()
 
     def verdicts(self, questions: list[str]) -> list[float | None]:
-        rows = [(self.form.ids([turn("user", question)], True), 0) for question in questions]
-        return self.fitting(rows, self.log_odds)
+        rows = [self.form.ids([turn("user", question)], True) for question in questions]
+        fits = [len(ids) <= self.model.config.block_size for ids in rows]
+        short = [ids for ids, fit in zip(rows, fits) if fit]
+        parts = (short[i : i + AT_ONCE] for i in range(0, len(short), AT_ONCE))
+        found = iter([odds for part in parts for odds in self.log_odds(part)])
+        return [next(found) if fit else None for fit in fits]
 
-    def log_odds(self, rows: list[tuple[list[int], int]]) -> list[float]:
+    def log_odds(self, rows: list[list[int]]) -> list[float]:
         with no_grad():
-            logits, _, _ = read(self.model, [ids for ids, _ in rows], 1)
+            logits, _, _ = read(self.model, rows, 1)
         return (logits[:, self.a] - logits[:, self.b]).tolist()

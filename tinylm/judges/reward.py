@@ -6,13 +6,11 @@ of two answers, the one with a score of s more is preferred with a probability o
 
 from __future__ import annotations
 
-import numpy
-
 from tinylm import backend, checkpoint
 from tinylm.chat import ChatFormat
 from tinylm.data import Asked, SharedPrompts
 from tinylm.errors import InputError
-from tinylm.judges import Group, Judge
+from tinylm.judges import Group, Judge, by_reading
 from tinylm.model import Transformer
 from tinylm.tensor import no_grad
 
@@ -22,16 +20,12 @@ def to_be_read(prompts: list[Asked]) -> list[Asked]:
     return [(prompt, [[*ids, 0] for ids in answers]) for prompt, answers in prompts]
 
 
-def scores(model: Transformer, prompts: list[Asked], batch_size: int = 16) -> numpy.ndarray:
-    """A reward model's score of every answer, (answers,)."""
-    found = [numpy.zeros(0)]
-    for i in range(0, len(prompts), batch_size):
-        asked = to_be_read(prompts[i : i + batch_size])
-        batch = SharedPrompts.of(asked, model.config.block_size)
-        with no_grad():
-            made = model.scores(batch.tokens, batch.ends, batch.start, batch.gap).data
-        found.append(backend.to_numpy(made).astype("float64"))
-    return numpy.concatenate(found)
+def scores(model: Transformer, prompts: list[Asked]) -> list[float]:
+    """A reward model's score of every answer."""
+    batch = SharedPrompts.of(to_be_read(prompts), model.config.block_size)
+    with no_grad():
+        made = model.scores(batch.tokens, batch.ends, batch.start, batch.gap).data
+    return backend.to_numpy(made).astype("float64").tolist()
 
 
 class RewardModel(Judge):
@@ -57,13 +51,5 @@ class RewardModel(Judge):
         self.form = ChatFormat(tokenizer)
 
     def __call__(self, groups: list[Group]) -> list[list[float | None]]:
-        asked = [self.form.asked(group.row.messages, group.answers) for group in groups]
         most = self.model.config.block_size
-        fits = [[len(prompt) + len(ids) <= most for ids in answers] for prompt, answers in asked]
-        short = [
-            (prompt, [ids for ids, fit in zip(answers, fit_here) if fit])
-            for (prompt, answers), fit_here in zip(asked, fits)
-            if any(fit_here)
-        ]
-        found = iter(scores(self.model, short).tolist())
-        return [[next(found) if fit else None for fit in fit_here] for fit_here in fits]
+        return by_reading(groups, self.form, most, lambda prompts: scores(self.model, prompts))
