@@ -25,7 +25,7 @@
 // product sums over decides how its words lie: K and V are rewritten once per head, P and dS where
 // they are made.
 //
-// 50 / 54 % of the float32 peak forward / backward at 256 tokens, 68 / 75 % at 1,024; in bfloat16
+// 48 / 55 % of the float32 peak forward / backward at 256 tokens, 66 / 77 % at 1,024; in bfloat16
 // 1.3 / 1.3 and 1.5 / 1.6 times as fast (Zen 5, two threads, counting what is visible).
 #include "block.h"
 
