@@ -8,7 +8,8 @@
 The same names stand in reference.py (NumPy, written to be read), in csrc/cpu (C++ with OpenMP) and
 in cases.py (what the parity, gradient and speed checks walk). A kernel takes and returns plain
 arrays and never knows a Tensor; a backward repeats what its forward read, plus the few residuals
-that the forward returned. `dx` is the gradient of the loss with respect to `x`, and has its shape.
+that the forward returned, and some can be told where to write a gradient. `dx` is the gradient of
+the loss with respect to `x`, and has its shape.
 """
 
 import os

@@ -222,9 +222,12 @@ It read answers of which some had been preferred to others, and those became lik
         with no_grad():
             before = self.reference.loss(*rows, gap=batch.gap).data
         nll = self.model.loss(*rows, even=False, gap=batch.gap)
-        whose = batch.answer.reshape(1, -1) == numpy.arange(len(batch.ends))[:, None]
-        sums = ops.matmul(Tensor(backend.asarray(whose, nll.dtype)), (nll - before).reshape(-1, 1))
-        return sums.reshape(-1) * -self.config.beta
+        tokens = numpy.bincount(batch.answer[batch.answer >= 0])  # of each answer
+        back = numpy.arange(tokens.max())
+        said = backend.asarray(back < tokens[:, None], nll.dtype)
+        places = backend.asarray(numpy.maximum(batch.ends[:, None] - back, 0))
+        change = ops.embedding(places, (nll - before).reshape(-1, 1)).reshape(*said.shape)
+        return (change * said).sum(1) * -self.config.beta
 
     def asked(self, prompts: list[Asked]) -> list[Asked]:
         return prompts
