@@ -74,6 +74,11 @@ def by_reading(
         for (prompt, answers), some in zip(asked, fits)
         if any(some)
     ]
-    parts = (short[i : i + AT_ONCE] for i in range(0, len(short), AT_ONCE))
-    found = iter([score for part in parts for score in scores(part)])
+    found = iter(in_parts(short, scores))
     return [[next(found) if fit else None for fit in some] for some in fits]
+
+
+def in_parts(items: list, scores: Callable[[list], list[float]]) -> list[float]:
+    """scores(items), AT_ONCE of them at a time."""
+    parts = (items[i : i + AT_ONCE] for i in range(0, len(items), AT_ONCE))
+    return [score for part in parts for score in scores(part)]

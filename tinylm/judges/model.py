@@ -16,7 +16,7 @@ from tinylm.chat import ChatFormat, turn
 from tinylm.data import Asked, SharedPrompts
 from tinylm.errors import InputError
 from tinylm.generate import read
-from tinylm.judges import AT_ONCE, Group, Judge, by_reading
+from tinylm.judges import Group, Judge, by_reading, in_parts
 from tinylm.judges.pairwise import agreement, compare
 from tinylm.tensor import no_grad
 
@@ -65,8 +65,7 @@ class Model(Judge):
         rows = [self.form.ids([turn("user", question)], True) for question in questions]
         fits = [len(ids) <= self.model.config.block_size for ids in rows]
         short = [ids for ids, fit in zip(rows, fits) if fit]
-        parts = (short[i : i + AT_ONCE] for i in range(0, len(short), AT_ONCE))
-        found = iter([odds for part in parts for odds in self.log_odds(part)])
+        found = iter(in_parts(short, self.log_odds))
         return [next(found) if fit else None for fit in fits]
 
     def log_odds(self, rows: list[list[int]]) -> list[float]:

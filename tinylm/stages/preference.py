@@ -153,7 +153,7 @@ with a probability of σ(s). Scores lie around zero."""
         return self.config.center
 
     def scores(self, batch: Comparisons) -> Tensor:
-        """r of every answer, (B,)."""
+        """r of every answer, (answers,)."""
         return self.model.scores(batch.tokens, batch.ends, batch.start, batch.gap)
 
     def loss(self, batch: Comparisons) -> Tensor:
