@@ -91,6 +91,11 @@ def ours(threads: int) -> dict[str, Contestant]:
     return {dtype: Contestant("in_tinylm", threads, dtype=dtype) for dtype in OURS}
 
 
+def peers(ours: dict) -> list[str]:
+    """THEIRS in the dtypes of ours: where the chip has no bfloat16, PyTorch's takes minutes."""
+    return [name for name in THEIRS if name != "torch-bfloat16" or "bfloat16" in ours]
+
+
 def theirs(name: str, threads: int, **options) -> Contestant:
     """One of THEIRS; bfloat16 gets the wide vectors too, for what it leaves in float32."""
     environment = {} if name == "torch-stock" else full_width()

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from itertools import product
 
 import contestants
-from contestants import THEIRS, Session, enter, in_turns, times_faster, typical
+from contestants import Session, enter, in_turns, peers, times_faster, typical
 from rich.table import Table
 from tables import percent, spread, table
 from tasks import ATTENTION, LAYOUTS, PRODUCTS
@@ -14,10 +14,10 @@ from tasks import ATTENTION, LAYOUTS, PRODUCTS
 
 def everyone(stack: ExitStack, session: Session, task: str, **arguments) -> tuple[dict, dict]:
     """Ours by dtype and theirs by name, warmed up by a task."""
-    ours = contestants.ours(session.threads)
-    theirs = {name: contestants.theirs(name, session.threads) for name in THEIRS}
     prepare = lambda contestant: contestant(task, **arguments)
-    return tuple(enter(stack, entrants, prepare, session.say) for entrants in (ours, theirs))
+    ours = enter(stack, contestants.ours(session.threads), prepare, session.say)
+    theirs = {name: contestants.theirs(name, session.threads) for name in peers(ours)}
+    return ours, enter(stack, theirs, prepare, session.say)
 
 
 def products(session: Session) -> list[dict]:

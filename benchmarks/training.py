@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from tempfile import TemporaryDirectory
 
 import contestants
-from contestants import THEIRS, Contestant, Session, enter, in_turns, times_faster, typical
+from contestants import Contestant, Session, enter, in_turns, peers, times_faster, typical
 from rich.table import Table
 from tables import percent, spread, table
 from tasks import MODELS
@@ -36,7 +36,7 @@ def compare(name: str, session: Session) -> dict:
 
         ours = enter(stack, contestants.ours(session.threads), prepare, session.say)
         steps, ratios = [], []
-        for peer in THEIRS:
+        for peer in peers(ours):
             with ExitStack() as theirs_stack:
                 variants = {
                     way: contestants.theirs(peer, session.threads, compiled=way == "compiled")

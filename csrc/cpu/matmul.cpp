@@ -42,21 +42,21 @@
 #include "word.h"
 
 namespace ISA {
-// Measured on Zen 5 (AVX-512); bits depend on kc, not on mc and nc.
+// Measured on Zen 5 (AVX-512) and Zen 3 (AVX2); bits depend on kc, not on the rest.
 struct Blocking {
     long kc, mc, nc;
+    long blocks;  // of rows, at least
 };
 constexpr long SMALL = 1 << 24;  // multiply-adds of a product that one thread does by itself
 #if LANES == 16
 constexpr int MR = 14, NV = 2;  // 28 sums + 2 of B + 1 broadcast = 31 of 32 registers
-constexpr Blocking blocking = {768, 112, 3072};
-#elif LANES == 8
-constexpr int MR = 6, NV = 2;  // 12 sums + 2 of B + 1 broadcast = 15 of 16 registers
-constexpr Blocking blocking = {256, 96, 2048};
+constexpr Blocking blocking = {768, 112, 3072, 14};
 #else
-constexpr int MR = 4, NV = 2;
-constexpr Blocking blocking = {256, 96, 2048};
+constexpr int MR = LANES == 8 ? 6 : 4, NV = 2;  // 12 sums + 2 of B + 1 broadcast = 15 of 16
+constexpr Blocking blocking = {512, 96, 2048, 6};
 #endif
+constexpr bool WIDE = LANES == 16;  // or else operands are always packed, and tiles ask for nothing
+constexpr long AHEAD = 8;           // words of depth by which what caches lack is asked for
 constexpr int NR = NV * W;
 static_assert(MR <= W, "pack() writes a panel of A as one vector per word");
 
@@ -115,7 +115,9 @@ static void pack_across_k(const float* src, long ld, long count, long depth, flo
                           long words) {
     constexpr long K = Word::PER_WORD;
     const long stride = panel_size<Word>(P, words), end = first + words_of<Word>(depth);
-    for (long w = first; w < end; ++w, src += K * ld, depth -= K)
+    for (long w = first; w < end; ++w, src += K * ld, depth -= K) {
+        if (!WIDE)
+            for (long i = 0; i < count; i += LINE) __builtin_prefetch(src + AHEAD * K * ld + i);
         for (long row = 0, panel = 0; row < count; row += P, ++panel) {
             UNROLL for (long g = 0; g < P; g += W)
                 load_across<Word>(src + row + g, ld, count - row - g, depth, [&](int part, vf x) {
@@ -126,11 +128,10 @@ static void pack_across_k(const float* src, long ld, long count, long depth, flo
                         store_n(d, x, P - g);
                 });
         }
+    }
 }
 
 // ---- the micro-kernel: R rows and V vectors of C -----------------------------------------------
-
-constexpr long AHEAD = 8;  // words of depth by which B, which L1 does not hold whole, is asked for
 
 struct Walk {  // word k of row i of A is a[i * row + k * step]; word k of B begins at b + k * ldb
     long words, row, step, ldb, ldc;
@@ -139,7 +140,7 @@ struct Walk {  // word k of row i of A is a[i * row + k * step]; word k of B beg
 
 // Whether operands are packed always, so that the compiler knows how they lie.
 template <class Word>
-constexpr bool PACKED = Word::PER_WORD > 1 || LANES < 8;
+constexpr bool PACKED = Word::PER_WORD > 1 || !WIDE;
 
 template <class Word, int R, int V, bool FETCH>
 static void tile(const Walk& walk, const float* a, const float* b, float* c, long columns,
@@ -155,7 +156,7 @@ static void tile(const Walk& walk, const float* a, const float* b, float* c, lon
     for (long k = 0; k < words; ++k, a += step, b += ldb) {
         if (FETCH) Fetch::step<1>(next);
         vf bk[V];
-        UNROLL for (int j = 0; j < V; ++j) __builtin_prefetch(b + AHEAD * ldb + j * W);
+        if (WIDE) UNROLL for (int j = 0; j < V; ++j) __builtin_prefetch(b + AHEAD * ldb + j * W);
         UNROLL for (int j = 0; j < V; ++j) bk[j] = load(b + j * W);
         UNROLL for (int i = 0; i < R; ++i) {
             const vf ai = Word::broadcast(a + i * row);
@@ -191,8 +192,7 @@ INLINE void tile_of(long rows, long columns, const Fetch* share, Args... args) {
 // How operands are packed and multiplied: by vectors.
 template <class Word>
 struct MicroKernel {
-    static constexpr long ROWS = MR;    // to a panel of A
-    static constexpr long BLOCKS = 14;  // of rows, at least
+    static constexpr long ROWS = MR, BLOCKS = blocking.blocks;  // to a panel of A; at least
     static constexpr bool TILES = false;
 
     static void pack_along(const float* a, long ld, long count, long depth, float* dst) {
@@ -289,10 +289,9 @@ static Plan plan_for(const Product& p, int threads) {
     plan.mc = round_up(up(M, max(up(M, blocking.mc), Micro::BLOCKS)), Micro::ROWS);
     plan.row_blocks = up(M, plan.mc);
 
-    constexpr bool narrow = LANES < 16;  // so that a tile reads too little of each row
     const bool in_few_sets = p.lda % (p.transpose_a ? 512 : 1024) == 0;  // of the caches
-    plan.pack_a = PACKED<Word> || N > 2048 || in_few_sets || (narrow && p.transpose_a);
-    plan.pack_b = PACKED<Word> || plan.kc * N > 1 << 17 || N % NR || narrow || p.transpose_b;
+    plan.pack_a = PACKED<Word> || N > 2048 || in_few_sets;
+    plan.pack_b = PACKED<Word> || plan.kc * N > 1 << 17 || N % NR || p.transpose_b;
 
     constexpr long L2 = Micro::TILES ? 1 << 19 : 1 << 18;  // in words
     const long panels = plan.nc / NR, packed = words_of<Word>(plan.kc) * Word::PARTS;
@@ -306,7 +305,7 @@ static Plan plan_for(const Product& p, int threads) {
     if (Micro::TILES)
         plan.fetch = !plan.own_b && plan.nc * packed > L2 / 2;
     else
-        plan.fetch = plan.own_b ? !p.packed && N * K >= 1 << 17 : true;
+        plan.fetch = WIDE && (!plan.own_b || (!p.packed && N * K >= 1 << 17));
     return plan;
 }
 

@@ -62,12 +62,21 @@ INLINE vi load(const int32_t* p) {
 INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 INLINE vf splat(float x) { return x - vf{}; }  // x - 0 keeps the sign of zero, x + 0 does not
 
+// All ones in the first n lanes, zeros in the others.
+INLINE vi first(long n) {
+    vi lane;
+    for (int i = 0; i < W; ++i) lane[i] = i;
+    return lane < (int32_t)n;
+}
+
 // The first n lanes (any n, also beyond W or below 0); the others are zero.
 INLINE vf load_n(const float* p, long n) {
     if (n >= W) return load(p);
     if (n <= 0) return vf{};
 #if LANES == 16
     return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#elif LANES == 8
+    return (vf)_mm256_maskload_ps(p, (__m256i)first(n));
 #else
     float t[W] = {};
     for (long i = 0; i < n; ++i) t[i] = p[i];
@@ -79,6 +88,8 @@ INLINE void store_n(float* p, vf v, long n) {
     if (n <= 0) return;
 #if LANES == 16
     _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+#elif LANES == 8
+    _mm256_maskstore_ps(p, (__m256i)first(n), (__m256)v);
 #else
     float t[W];
     store(t, v);
@@ -106,10 +117,7 @@ INLINE vf swap_neighbours(vf v) {  // lane i and lane i ^ S change places
     return shuffle(v, v, from);
 }
 INLINE vf first_n(vf v, long n, float rest = 0) {  // the first n lanes, `rest` beyond
-    if (n >= W) return v;
-    vi lane;
-    for (int i = 0; i < W; ++i) lane[i] = i;
-    return lane < (int32_t)n ? v : splat(rest);
+    return n >= W ? v : first(n) ? v : splat(rest);
 }
 INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
 
