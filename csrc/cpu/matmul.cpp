@@ -53,7 +53,7 @@ constexpr int MR = 14, NV = 2;  // 28 sums + 2 of B + 1 broadcast = 31 of 32 reg
 constexpr Blocking blocking = {768, 112, 3072, 14};
 #else
 constexpr int MR = LANES == 8 ? 6 : 4, NV = 2;  // 12 sums + 2 of B + 1 broadcast = 15 of 16
-constexpr Blocking blocking = {512, 96, 2048, 6};
+constexpr Blocking blocking = {384, 96, 2048, 6};
 #endif
 constexpr bool WIDE = LANES == 16;  // or else operands are always packed, and tiles ask for nothing
 constexpr long AHEAD = 8;           // words of depth by which what caches lack is asked for
