@@ -61,7 +61,7 @@ static void transpose_rows(Matrix x, long rows, long n, float* dst, long ld, flo
 // ---- products: C (m, n) = A (m, depth) B (depth, n), or C += A B -------------------------------
 // A tile of C stays in registers for the whole depth, which counts words; nothing is packed.
 
-#if LANES == 16
+#if REGISTERS == 32
 constexpr int TILE_VECTORS = 4, TILE_ROWS[] = {0, 16, 8, 8, 6};  // by vectors
 #else
 constexpr int TILE_VECTORS = 2, TILE_ROWS[] = {0, 8, 6};

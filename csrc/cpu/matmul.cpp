@@ -51,8 +51,11 @@ constexpr long SMALL = 1 << 24;  // multiply-adds of a product that one thread d
 #if LANES == 16
 constexpr int MR = 14, NV = 2;  // 28 sums + 2 of B + 1 broadcast = 31 of 32 registers
 constexpr Blocking blocking = {768, 112, 3072, 14};
+#elif LANES == 8
+constexpr int MR = 6, NV = 2;  // 12 + 2 + 1 = 15 of 16
+constexpr Blocking blocking = {384, 96, 2048, 6};
 #else
-constexpr int MR = LANES == 8 ? 6 : 4, NV = 2;  // 12 sums + 2 of B + 1 broadcast = 15 of 16
+constexpr int MR = 4, NV = REGISTERS == 32 ? 4 : 2;  // 16 + 4 + 1 = 21 of 32, or 8 + 2 + 1
 constexpr Blocking blocking = {384, 96, 2048, 6};
 #endif
 constexpr bool WIDE = LANES == 16;  // or else operands are always packed, and tiles ask for nothing
@@ -182,7 +185,7 @@ template <class Word, int R = MR, class... Args>
 INLINE void tile_of(long rows, long columns, const Fetch* share, Args... args) {  // rows <= MR
     if constexpr (R > 0) {
         if (rows != R) return tile_of<Word, R - 1>(rows, columns, share, args...);
-        if (share)
+        if (WIDE && share)
             (columns > W ? tile<Word, R, NV, true> : tile<Word, R, 1, true>)(args..., share);
         else
             (columns > W ? tile<Word, R, NV, false> : tile<Word, R, 1, false>)(args..., share);

@@ -27,6 +27,11 @@
 #else
 #define LANES 4
 #endif
+#if LANES == 16 || defined(__aarch64__)
+#define REGISTERS 32  // of vectors
+#else
+#define REGISTERS 16
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)

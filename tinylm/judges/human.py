@@ -137,8 +137,8 @@ class Person(Judge):
         return self.add("compare", place, messages, [self.stage.text(x) for x in ids], ids)
 
     def add(self, kind, place, messages, texts, ids, logp=()) -> Item:
-        kl = max(0.0, self.stage.drift)  # rounding may leave −1e-9
-        self.store.add_item(self.run, messages, texts, kind, place, self.round, kl, ids, logp)
+        drift = self.stage.drift
+        self.store.add_item(self.run, messages, texts, kind, place, self.round, drift, ids, logp)
         return self.store.find(self.run, kind, place)
 
     def shuffled(self, kind: str, place: int, n: int) -> list[int]:

@@ -297,7 +297,7 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
             kl = exact_kl(logits, other)
         else:  # k3 of arXiv 2402.03300: e^x − 1 − x
             kl = numpy.expm1(-drift[known]) + drift[known]
-        self.drift = float(kl.mean())
+        self.drift = float(numpy.maximum(float(kl.mean()), 0))  # rounding may leave -1e-9
         return batch, numpy.bincount(batch.answer[known], drift[known])
 
     def loss(self, batch: Answers) -> Tensor:
