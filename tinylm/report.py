@@ -83,7 +83,7 @@ def drift(run: Run, scores: str = "reward") -> Points:
     kl, reward = ([value for _, value in run.points(key)] for key in ("kl", scores))
     size = max(1, math.ceil(len(kl) / 12))
     parts = [slice(i, i + size) for i in range(0, len(kl), size)]
-    return [(math.sqrt(fmean(kl[of])), fmean(reward[of])) for of in parts]
+    return [(math.sqrt(max(0.0, fmean(kl[of]))), fmean(reward[of])) for of in parts]
 
 
 def speed_note(run: Run) -> str:

@@ -18,12 +18,14 @@
 // is the other way round: A comes whole, packed once, and each thread packs its own panels of B
 // (768 x 128 x 512: 83 -> 90 %).
 //
-// Best is not to pack. In float32 a tile takes A's numbers one at a time, wherever they lie, and so
-// A is packed only for many columns, or where its rows would meet in few sets of a cache; a small B
-// that is not transposed is taken as it lies too (two cores of a Zen 5, dW of 768 x 128 x 128: 69
-// -> 85 % of the peak, and 46 -> 80 while the cores are slow to read from each other; of 16,384 x
-// 384 x 65: x1.18). Then threads take columns more often: from four panels on, if they divide
-// evenly, and where A is larger than L2.
+// With vectors of 16 floats, best is not to pack. In float32 a tile takes A's numbers one at a
+// time, wherever they lie, and so A is packed only for many columns, or where its rows would meet
+// in few sets of a cache; a small B that is not transposed is taken as it lies too (two cores of a
+// Zen 5, dW of 768 x 128 x 128: 69 -> 85 % of the peak, and 46 -> 80 while the cores are slow to
+// read from each other; of 16,384 x 384 x 65: x1.18). Then threads take columns more often: from
+// four panels on, if they divide evenly, and where A is larger than L2. Narrower vectors pack
+// always (steps on a Zen 3, AVX2, together with what they do not ask for ahead and deeper blocks:
+// x1.2 to 1.4).
 //
 // Who multiplies by the same B again and again, as generation does by its weights, lets it be
 // packed whole and once (64 rows by weights out of cache, 384 x 1,024 and 1,024 x 384, one thread
@@ -50,16 +52,14 @@ struct Blocking {
 constexpr long SMALL = 1 << 24;  // multiply-adds of a product that one thread does by itself
 #if LANES == 16
 constexpr int MR = 14, NV = 2;  // 28 sums + 2 of B + 1 broadcast = 31 of 32 registers
-constexpr Blocking blocking = {768, 112, 3072, 14};
 #elif LANES == 8
 constexpr int MR = 6, NV = 2;  // 12 + 2 + 1 = 15 of 16
-constexpr Blocking blocking = {384, 96, 2048, 6};
 #else
 constexpr int MR = 4, NV = REGISTERS == 32 ? 4 : 2;  // 16 + 4 + 1 = 21 of 32, or 8 + 2 + 1
-constexpr Blocking blocking = {384, 96, 2048, 6};
 #endif
 constexpr bool WIDE = LANES == 16;  // or else operands are always packed, and tiles ask for nothing
-constexpr long AHEAD = 8;           // words of depth by which what caches lack is asked for
+constexpr Blocking blocking = WIDE ? Blocking{768, 112, 3072, 14} : Blocking{384, 96, 2048, 6};
+constexpr long AHEAD = 8;  // words of depth by which what caches lack is asked for
 constexpr int NR = NV * W;
 static_assert(MR <= W, "pack() writes a panel of A as one vector per word");
 
@@ -195,7 +195,8 @@ INLINE void tile_of(long rows, long columns, const Fetch* share, Args... args) {
 // How operands are packed and multiplied: by vectors.
 template <class Word>
 struct MicroKernel {
-    static constexpr long ROWS = MR, BLOCKS = blocking.blocks;  // to a panel of A; at least
+    static constexpr long ROWS = MR;  // to a panel of A
+    static constexpr long BLOCKS = blocking.blocks;
     static constexpr bool TILES = false;
 
     static void pack_along(const float* a, long ld, long count, long depth, float* dst) {

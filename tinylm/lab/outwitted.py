@@ -92,7 +92,7 @@ def curve(run: Path) -> list[tuple[float, float, float]]:
     found = []
     for part in (rows[i : i + size] for i in range(0, len(rows), size)):
         kl, reward, gold = (mean(row[key] for row in part) for key in ("kl", "reward", "gold"))
-        found.append((kl**0.5, reward, gold))
+        found.append((max(0.0, kl) ** 0.5, reward, gold))  # older runs have -1e-9
     return found
 
 
