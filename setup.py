@@ -34,7 +34,7 @@ FLAGS = [
 WITHOUT_OPENMP = ["-Wno-unknown-pragmas"]
 SANITIZE = os.environ.get("TINYLM_SANITIZE", "")  # for example "address,undefined"
 if SANITIZE:
-    FLAGS += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g", "-O1"]
+    FLAGS += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g1", "-O1"]
 
 
 def openmp_flags(compiler: list[str]) -> list[str]:

@@ -131,5 +131,5 @@ def test_without_the_compiled_kernels_it_still_works_and_says_so(tmp_path):
 def test_the_readme_s_test_command_is_the_one_that_ci_runs():
     """The last line of the README's first block of commands, word for word."""
     commands = (ROOT / "README.md").read_text().split("```")[1].strip().splitlines()
-    assert commands[-1].endswith("pytest")
+    assert commands[-1].endswith("&& pytest -n auto")
     assert commands[-1] in (ROOT / ".ci" / "run").read_text()
