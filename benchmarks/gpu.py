@@ -51,7 +51,7 @@ def seconds_of(run: Callable[[], object], wait: Callable[[], object], repeats: i
 
 def wrong_kernels() -> list[str]:
     """Kernels whose results are not the reference's, with products of either kind."""
-    wrong = [row.kernel for row in selfcheck(backend.kernels).rows if not row.ok]
+    wrong = [row.kernel for row in selfcheck(backend.kernels) if not row.ok]
     kernels = FromNumPy(backend.kernels)
     backend.set_products("bfloat16")
     for case in CASES:

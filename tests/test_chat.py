@@ -94,6 +94,20 @@ def test_a_template_that_forgets_earlier_turns_is_refused(tokenizer):
         ChatFormat(tokenizer.with_special([], {"chat_template": last})).example(TALK)
 
 
+def test_a_template_that_moves_what_was_said_is_refused(tokenizer):
+    """The system's message stands before the last question: earlier answers change their place."""
+    moving = (
+        "{% for m in messages %}{% if loop.last or loop.index0 == messages|length - 2 %}"
+        "{% if m['role'] == 'user' %}Be brief. {% endif %}{% endif %}{{ m['content'] }}<|end|>"
+        "{% endfor %}"
+    )
+    form = ChatFormat(tokenizer.with_special([], {"chat_template": moving, "eos_token": "<|end|>"}))
+    talk = ("user", "Red?"), ("assistant", "Yes."), ("user", "Now?"), ("assistant", "No.")
+    assert any(form.example(messages(*talk[:2]))[1])
+    with pytest.raises(InputError, match="rewrites earlier turns"):
+        form.example(messages(*talk))
+
+
 def test_a_template_cannot_reach_out_of_its_sandbox(tokenizer):
     evil = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     with pytest.raises(InputError, match="refuses"):

@@ -8,7 +8,7 @@ import subprocess
 
 import numpy
 import pytest
-from commands import SMALL, command, succeeds, tinylm
+from commands import SMALL, command, succeeds, tinylm, write_rows
 from safetensors.numpy import load_file, save_file
 
 from tinylm.cli import run
@@ -132,10 +132,22 @@ def test_settings_that_make_no_sense(capfd, tmp_path, text_file):
     refused(capfd, "pretrian", text_file, saying="pretrain")
     refused(capfd, *start, "--tokenizer", "nowhere", saying="nowhere")
     refused(capfd, *start, "--n-kv-head", 3, saying="n_kv_head")
+    refused(capfd, *start, "--seed", -1, saying="--seed: expected at least 0")
+    refused(capfd, *start, "--beta2", 1, saying="--beta2: expected 0 or more, below 1")
 
 
 def test_a_directory_that_holds_another_run(capfd, base, text_file):
     refused(capfd, "pretrain", text_file, "--out", base, "--max-steps", 1, saying="--resume")
+
+
+def test_resuming_does_not_write_over_what_is_no_run(capfd, base, copy, tmp_path, text_file):
+    rows = write_rows(tmp_path / "c.jsonl", [{"prompt": "a", "completion": "b"}] * 30)
+    more = ["sft", base, "--data", rows, "--resume", "--out"]
+    refused(capfd, *more, copy, saying="holds a run of pretrain: choose another --out")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "README.md").write_text("mine")
+    refused(capfd, *more, tmp_path / "project", saying="holds other files")
+    assert (tmp_path / "project" / "README.md").read_text() == "mine"
 
 
 def test_memory_that_will_not_suffice(capfd, tmp_path, text_file):

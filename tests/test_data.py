@@ -46,6 +46,24 @@ def test_every_kind_of_file_in_a_folder(tmp_path):
     assert documents(tmp_path) == ["plain\n", "packed", "one", "two", "# deep"]
 
 
+def test_a_folder_may_lie_in_a_hidden_one(tmp_path):
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "a.txt").write_text("found")
+    assert documents(tmp_path / ".cache") == ["found"]
+
+
+def test_progress_is_told_in_bytes_on_the_disk(tmp_path):
+    rows = [json.dumps({"text": f"{i} " * 500}) for i in range(2000)]
+    for name, text in (("a.txt", "plain " * 400_000), ("b.jsonl", "\n".join(rows) + "\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+    for path in tmp_path.iterdir():
+        told = []
+        assert [*read_texts([path], seen=told.append)]
+        assert sum(told) == path.stat().st_size
+        assert min(told) >= 0
+
+
 def test_a_separator_splits_a_file(tmp_path):
     (tmp_path / "a.txt").write_text("one<|doc|>two<|doc|>three")
     assert documents(tmp_path / "a.txt", separator="<|doc|>") == ["one", "two", "three"]
@@ -87,7 +105,7 @@ class Slow:
 def test_tokens_do_not_depend_on_where_a_document_was_cut(prose, tokenizer):
     text = prose[:3000] + "  many   spaces \n\n and\r\nline\tends é漢字 " + prose[:500]
     for separator in ("", "cat"):
-        pieces = list(plain_pieces(Slow(text.encode()), separator, lambda n: None))
+        pieces = list(plain_pieces(Slow(text.encode()), separator))
         whole = text.split(separator) if separator else [text]
         ids, found = [], []
         for piece, ends in pieces:
@@ -129,6 +147,14 @@ def test_of_many_documents_whole_ones_are_held_out(tmp_path, tokenizer):
     assert (shard == begin).sum() == (shard == end).sum() == 20
     assert shard[0] == begin
     assert shard[-1] == end
+
+
+def test_a_share_that_no_document_reaches_holds_out_the_end_of_each(tmp_path, tokenizer):
+    texts = (f"the cat saw {i} birds near an old tree " * 20 for i in range(150))
+    rows = [json.dumps({"text": text}) for text in texts]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    corpus = make_corpus([tmp_path / "a.jsonl"], tokenizer, tmp_path / "t", "", 0.005)
+    assert corpus.heldout_tokens >= 150
 
 
 def test_an_empty_text_is_refused(tmp_path, tokenizer):

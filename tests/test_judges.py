@@ -334,6 +334,7 @@ def test_what_cannot_get_better_ends_at_once_and_keeps_the_key(status, monkeypat
 
 def test_what_an_endpoint_needs_is_a_sentence(monkeypatch):
     for url, name, mode, said in (("", "x", "pairwise", "--judge-url"),
+                                  ("http://host:abc/v1", "x", "pairwise", "expected http://"),
                                   ("http://x", "", "pairwise", "--judge-name"),
                                   ("ftp://x", "x", "pairwise", "http"),
                                   ("http://x", "x", "likelihood", "rubric")):  # fmt: skip

@@ -71,6 +71,7 @@ def test_what_is_held_out_was_not_learned_from():
     assert len(test) == 12
     train, test = held_out(rows((i, "always this") for i in range(120)), 0.1)
     assert (len(train), len(test)) == (108, 12)
+    assert [*map(len, held_out(many, 0.7))] == [36, 84]  # of 40 prompts
 
 
 def test_calibration_of_a_judge_that_is_as_sure_as_it_may_be():

@@ -61,6 +61,16 @@ def test_the_best_answer_becomes_a_conversation(tmp_path):
     assert list(FORMS["conversations"](judged[0])) == [{"messages": ASKED + said("b")}]
 
 
+def tree_of(text, *replies):
+    return {"prompt": {"role": "prompter", "text": text, "replies": [*replies]}}
+
+
+def test_pairs_that_have_a_label_too_stay_pairs(tmp_path):
+    pair = {"prompt": "x", "chosen": "a", "rejected": "b", "label": 1}
+    judged = read_preferences(write_rows(tmp_path / "p.jsonl", [pair, pair | {"chosen": "c"}]))
+    assert [each.answers for each in judged] == [["a", "b"], ["c", "b"]]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -74,6 +84,9 @@ def test_the_best_answer_becomes_a_conversation(tmp_path):
         ({"prompt": "x", "answers": ["a"], "scores": ["1"]}, "a number or null"),
         ({"prompt": "x", "answers": ["a", "b"], "scores": [1, 1]}, "no answer in it is preferred"),
         ({"prompt": {"role": "system", "replies": []}}, "not a conversation tree"),
+        (tree_of("a", {"text": "b", "rank": "first", "replies": []}), "not a conversation tree"),
+        (tree_of("a", "b"), "not a conversation tree"),
+        (tree_of(None, {"text": "b", "rank": 0, "replies": []}), '"content" must be a text'),
     ],
 )
 def test_bad_rows_are_told_by_line(row, message, tmp_path):

@@ -173,6 +173,9 @@ def test_minutes_fit_the_schedule_to_the_time(text_file, tmp_path):
     rates = [row["lr"] for row in metrics(tmp_path / "r") if "lr" in row]
     assert rates[-1] < 0.25 * max(rates)  # it came down to the floor, 0.1
     assert 3 <= json.loads(done.stdout)["seconds"] < 6
+    longer = ["--max-steps", str(len(rates) + 5), "--resume", "--json"]  # the other kind of end
+    done = succeeds("pretrain", text_file, "--out", tmp_path / "r", *longer)
+    assert json.loads(done.stdout)["steps"] == len(rates) + 5
 
 
 def test_accumulated_batches_give_the_step_of_one_large_batch(text_file, tmp_path):
@@ -242,6 +245,15 @@ def test_the_guard_ends_a_run_that_cannot_recover():
     with pytest.raises(InputError, match="--learning-rate"):
         for _ in range(50):
             guard.reason(math.nan, math.nan)
+
+
+def test_a_run_that_failed_leaves_the_checkpoint_from_before(text_file, tmp_path):
+    """The first update ruins the weights; what is saved must not be these."""
+    wild = ["--learning-rate", "1e12", "--clip", "0", "--max-steps", "200", "--save-every", "7"]
+    out = tmp_path / "r"
+    refused("pretrain", text_file, "--out", out, *SMALL, *wild, saying="50 updates in a row")
+    model, _ = checkpoint.load(out)
+    assert max(numpy.abs(p.data).max() for p in model.parameters().values()) <= 1
 
 
 def test_a_run_with_a_bad_batch_skips_it_and_says_so(text_file, tmp_path):

@@ -177,15 +177,13 @@ class Layout:
         elif self.byte_tokens:
             byte_ids = [vocab[f"<0x{b:02X}>"] for b in range(256)]
         characters = {} if self.byte_level else {t: i for t, i in ordinary.items() if len(t) == 1}
-        whole = {
-            self.token_bytes(t).decode("utf-8", "surrogateescape"): i for t, i in ordinary.items()
-        }
+        whole = ordinary.items() if model.get("ignore_merges") else ()
         return {
             "byte_ids": byte_ids,
             "merges": list(read_merges(model)),
             "characters": characters,
             "unk": unk,
-            "whole": whole if model.get("ignore_merges") else None,
+            "whole": {self.token_bytes(t).decode("utf-8", "surrogateescape"): i for t, i in whole},
         }
 
 

@@ -282,7 +282,7 @@ def training_table(rows: list[dict], corpus: dict | None) -> Table:
     if corpus:
         made.caption = (
             f"corpus: {corpus['bytes']:,} bytes, about {corpus['tokens']:,} tokens of "
-            f"{corpus['vocab_size']:,}, a tenth held out"
+            f"{corpus['vocab_size']:,}"
         )
     for row in rows:
         cells = [row["preset"], f"{row['parameters']:,}"]

@@ -208,28 +208,28 @@ class ChatFormat:
     def example(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
         """ids, and for each of them whether it is learned: answers, their end of turn included."""
         ids, learned = [], []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            asked, ids = self.ids(messages[:i], True), self.ids(messages[: i + 1])
-            if ids[: len(asked)] != asked or asked[: len(learned)] != ids[: len(learned)]:
-                raise InputError("this chat template rewrites earlier turns: it cannot be learned")
-            answer = ids[len(asked) :]
-            end = self.tokenizer.eos_id
-            size = answer.index(end) + 1 if end in answer else len(answer)
-            learned += [False] * (len(asked) - len(learned)) + [True] * size
-            learned += [False] * (len(ids) - len(learned))
-        return ids, learned
+        for i, message in enumerate(messages, 1):
+            if message["role"] == "assistant":
+                ids, begin, end = self.answered(messages[:i], ids[: len(learned)])
+                learned += [False] * (begin - len(learned)) + [True] * (end - begin)
+        return ids, learned + [False] * (len(ids) - len(learned))
 
-    def answered(self, messages: list[dict], answer: str) -> list[int]:
-        """A prompt and its answer as ids, up to the end of the assistant's turn."""
-        ids, said = self.example([*messages, turn("assistant", answer)])
-        return ids[: len(said) - said[::-1].index(True)]
+    def answered(self, messages: list[dict], before=()) -> tuple[list[int], int, int]:
+        """A conversation that ends with an answer as ids, and where this begins and ends.
+
+        before: the ids it must begin with. Raises InputError where the template changes them.
+        """
+        asked, ids, eos = self.ids(messages[:-1], True), self.ids(messages), self.tokenizer.eos_id
+        if ids[: len(asked)] != asked or asked[: len(before)] != [*before]:
+            raise InputError("this chat template rewrites earlier turns: it cannot be learned")
+        answer = ids[len(asked) :]
+        size = answer.index(eos) + 1 if eos in answer else len(answer)
+        return ids, len(asked), len(asked) + size
 
     def asked(self, messages: list[dict], answers: list[str]) -> tuple[list[int], list[list[int]]]:
         """A prompt as ids, and those of answers to it, up to the end of the assistant's turn."""
-        prompt = self.ids(messages, True)
-        return prompt, [self.answered(messages, answer)[len(prompt) :] for answer in answers]
+        said = [self.answered([*messages, turn("assistant", answer)]) for answer in answers]
+        return self.ids(messages, True), [ids[begin:end] for ids, begin, end in said]
 
 
 def template_of(tokenizer: Tokenizer) -> str | None:

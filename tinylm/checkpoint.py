@@ -56,7 +56,18 @@ def load(path: str | Path) -> tuple[Transformer, Tokenizer | None]:
     for file in weight_files(folder):
         weights |= read_tensors(file)
     set_weights(model, weights, folder)
+    if tokenizer:
+        model.n_tokens = tokenizer.vocab_size
+        if template_of(tokenizer) and not config.scores:
+            stop_at_the_end(model, tokenizer)
     return model, tokenizer
+
+
+def stop_at_the_end(model: Transformer, tokenizer: Tokenizer) -> None:
+    """A turn ends with the tokenizer's end token, whether or not config.json names it."""
+    stop = model.config.stop_ids
+    if tokenizer.eos_id is not None and tokenizer.eos_id not in stop:
+        model.config.eos_token_id = [tokenizer.eos_id, *stop]
 
 
 def load_for_chat(path: str | Path) -> tuple[Transformer, Tokenizer, list[str] | None]:
@@ -72,9 +83,7 @@ def load_for_chat(path: str | Path) -> tuple[Transformer, Tokenizer, list[str] |
     else:
         tokenizer, added = with_chat_tokens(tokenizer)
         model.grow_vocabulary(tokenizer.vocab_size)
-    stop = model.config.stop_ids
-    if tokenizer.eos_id is not None and tokenizer.eos_id not in stop:
-        model.config.eos_token_id = [tokenizer.eos_id, *stop]
+        stop_at_the_end(model, tokenizer)
     if not model.config.stop_ids:
         raise InputError(f"{path}: it names no end-of-turn token (eos_token in its configuration)")
     return model, tokenizer, added

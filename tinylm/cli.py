@@ -24,7 +24,7 @@ from tinylm.checkpoint import Checkpoint
 from tinylm.errors import INTERRUPTED, InputError, Waiting
 from tinylm.evaluate import evaluate_directory
 from tinylm.files import write_rows
-from tinylm.flags import Commands, common, nearest, sampling, stage_of, tell
+from tinylm.flags import Commands, common, sampling, stage_of, tell
 from tinylm.generate import BLANK, LONGEST, Conversation, stream_text
 from tinylm.llama2c import load_llama2c
 from tinylm.progress import Progress, table
@@ -124,7 +124,7 @@ def lab(claim, out, seeds, as_json):
 @cli.command()
 @click.argument("paths", nargs=-1, metavar="FILE_OR_DIR...")
 @click.option(
-    "--preset", help=f"Starting point: {', '.join(pretraining.PRESETS)}.  [default: small]"
+    "--preset", type=click.Choice([*pretraining.PRESETS]), help="Starting point.  [default: small]"
 )
 @stage_of(pretraining.PretrainConfig, 'tinylm generate {out} "Once upon a time"')
 def pretrain(paths, preset, plan):
@@ -132,13 +132,8 @@ def pretrain(paths, preset, plan):
 
     Files and folders of plain text, .gz, or JSON lines with a `text` field.
     """
-    if preset is not None and preset not in pretraining.PRESETS:
-        known = nearest(preset, pretraining.PRESETS)
-        raise InputError(f"--preset {preset}: no such preset.{known}")
-    length = {"max_steps", "minutes"}  # who names one of them does not want the preset's other
-    named = plan.given | length if plan.given & length else plan.given
     values = pretraining.PRESETS[preset or "small"].items()
-    values = {name: value for name, value in values if name not in named}
+    values = {name: value for name, value in values if name not in plan.given}
     config, given = dataclasses.replace(plan.config, **values), {*(values if preset else ())}
     plan = dataclasses.replace(plan, config=config, given=plan.given | given)
     return pretraining.run(list(paths), plan)
@@ -341,8 +336,11 @@ def chat(model, system, as_json, **settings):
                 raise
             console.print(Text(str(error), "yellow"))
             continue
-        for piece in pieces:
-            console.print(Text(piece, "bold"), end="")
+        try:
+            for piece in pieces:
+                console.print(Text(piece, "bold"), end="")
+        except KeyboardInterrupt:  # it came while a piece was printed
+            pieces.close()
         console.print("\n" if live else "")
         if talk.forgotten:
             click.echo(f"(the first {talk.forgotten} messages no longer fit the context)", err=True)
@@ -457,11 +455,11 @@ def info(model, as_json):
 @common
 def selfcheck(as_json):
     """The parity certificate: every kernel against finite differences and the reference."""
-    found, backend = check_kernels(backends.kernels), backends.describe()
-    rows = [dataclasses.asdict(row) for row in found.rows]
+    rows, backend = check_kernels(backends.kernels), backends.describe()
+    ok = all(row.ok for row in rows)
     headings = ("kernel", "cases", "gradient error", "parity error", "")
     shown = table(f"tinylm selfcheck: {backend}", *headings)
-    for row in found.rows:
+    for row in rows:
         gradient = "-" if row.gradient_error is None else f"{row.gradient_error:.1e}"
         parity = f"{max(row.parity_error.values()):.1e}"
         verdict = "[green]ok[/green]" if row.ok else "[red]WRONG[/red]"
@@ -470,8 +468,9 @@ def selfcheck(as_json):
         "gradient: against central differences in float64; "
         "parity: ‖out − reference‖ / ‖reference‖ in float32; both the worst of all cases"
     )
-    tell(as_json, {"backend": backend, "ok": found.ok, "kernels": rows}, shown)
-    if not found.ok:
+    kernels = [dataclasses.asdict(row) for row in rows]
+    tell(as_json, {"backend": backend, "ok": ok, "kernels": kernels}, shown)
+    if not ok:
         raise click.exceptions.Exit(1)
 
 

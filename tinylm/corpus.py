@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy
 
-from tinylm.data import source_of
+from tinylm.data import is_held_out, source_of
 from tinylm.errors import InputError
 from tinylm.tokenizer import Tokenizer
 
@@ -42,7 +42,8 @@ def list_files(paths: Iterable[str | Path]) -> list[Path]:
     files = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = [p for p in sorted(path.rglob("*")) if p.is_file() and is_text(p)]
+            inner = [p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file()]
+            found = [path / p for p in inner if is_text(p)]
             if not found:
                 raise InputError(f"{path}: no text files here ({', '.join(TEXT_ENDINGS)}, or .gz)")
             files += found
@@ -56,7 +57,7 @@ def list_files(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def is_text(path: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.parts if part not in (".", ".."))
+    hidden = any(part.startswith(".") for part in path.parts)
     return not hidden and path.name.removesuffix(".gz").endswith(TEXT_ENDINGS)
 
 
@@ -66,24 +67,29 @@ def read_texts(
     """Pieces of text, and whether a document ends with this piece.
 
     A plain file is one document, split further at the separator; of JSON lines, each `text` is one.
-    Bytes that are not UTF-8 come as U+DC80..U+DCFF. seen(n) is told of every n bytes read.
+    Bytes that are not UTF-8 come as U+DC80..U+DCFF. seen(n) is told of every n bytes read of a
+    file, of a .gz of those on the disk.
     """
     for path in files:
-        opener = gzip.open if path.name.endswith(".gz") else open
         try:
-            with opener(path, "rb") as file:
+            with open(path, "rb") as disk:
+                file = gzip.GzipFile(fileobj=disk) if path.name.endswith(".gz") else disk
                 if path.name.removesuffix(".gz").endswith((".jsonl", ".ndjson")):
-                    yield from json_pieces(file, path, seen)
+                    pieces = json_pieces(file, path)
                 else:
                     refuse_binary(file, path)
-                    yield from plain_pieces(file, separator, seen)
+                    pieces = plain_pieces(file, separator)
+                at = 0
+                for piece in pieces:
+                    before, at = at, disk.tell()
+                    seen(at - before)
+                    yield piece
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"{path}: cannot be read ({error})") from error
 
 
-def json_pieces(file, path: Path, seen) -> Iterator[tuple[str, bool]]:
+def json_pieces(file, path: Path) -> Iterator[tuple[str, bool]]:
     for number, line in enumerate(file, 1):
-        seen(len(line))
         if not line.strip():
             continue
         try:
@@ -106,11 +112,10 @@ def refuse_binary(file, path: Path) -> None:
     file.seek(0)
 
 
-def plain_pieces(file, separator: str, seen) -> Iterator[tuple[str, bool]]:
+def plain_pieces(file, separator: str) -> Iterator[tuple[str, bool]]:
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     buffer = ""
     while block := file.read(BLOCK):
-        seen(len(block))
         buffer += decoder.decode(block)
         if separator:
             *whole, buffer = buffer.split(separator)
@@ -286,10 +291,10 @@ def split_shards(folder, tokenizer, dtype, held_out, counts, source) -> Corpus:
     tokens = numpy.memmap(folder / "all.partial", dtype, "r")
     lengths = byte_lengths(tokenizer)
     train, heldout = (ShardWriter(folder, name, lengths) for name in ("train", "heldout"))
-    many, begin = len(ends) >= MANY, 0
+    many, begin = len(ends) >= MANY and len(ends) * held_out >= 1, 0
     for i, end in enumerate(ends):
-        if many:  # spread evenly: where i · share passes a whole number
-            cut = begin if int((i + 1) * held_out) > int(i * held_out) else end
+        if many:
+            cut = begin if is_held_out(i, held_out) else end
         else:  # the begin token is not counted: of 10 characters with 0.1, the last is held out
             cut = begin + 1 + int((end - begin - 2) * (1 - held_out)) if held_out else end
         train.write(tokens[begin:cut])

@@ -51,6 +51,11 @@ def next_token_batch(rows: numpy.ndarray, begin: int) -> Batch:
     return Batch(tokens, targets, start if start.any() else None)
 
 
+def is_held_out(i: int, share: float) -> bool:
+    """Of thing i of many: they are spread evenly, where i · share passes a whole number."""
+    return int((i + 1) * share) > int(i * share)
+
+
 class Windows:
     """Rows of T + 1 tokens drawn from shards: each epoch all of them, in an order of its own.
 

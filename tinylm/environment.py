@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-import time
+import timeit
 from collections.abc import Callable
 from datetime import date
 from functools import cache
@@ -52,9 +52,4 @@ known_peak = cache(fma_peak)  # measured once in a process
 
 def seconds_of(run: Callable[[], object], repeats: int = 5, take=median) -> float:
     """The median time of run(), which is run once more before to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        tick = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - tick)
-    return take(times[1:])
+    return take(timeit.repeat(run, number=1, repeat=repeats + 1)[1:])

@@ -58,14 +58,13 @@ def advantages(name: str, groups: list[Scores], baseline: RunningMean) -> numpy.
     has none yet, and learns nothing.
     """
     scores = [r for group in groups for r in group]
-    judged = [r for r in scores if r is not None]
     if name == "rloo":
         found = numpy.concatenate([rloo(group) for group in groups])
     elif baseline.steps:
         found = numpy.array([0.0 if r is None else r - baseline.value for r in scores])
     else:
         found = numpy.zeros(len(scores))
-    baseline.see(judged)
+    baseline.see([r for r in scores if r is not None])
     return found
 
 

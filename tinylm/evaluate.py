@@ -80,9 +80,8 @@ def in_batches(rows: Iterable[numpy.ndarray], size: int, begin: int) -> Iterator
         yield batch
 
 
-def xz_bits_per_byte(train: Iterable[bytes], heldout: Iterable[bytes]) -> float:
+def xz_bits_per_byte(train: list[bytes], heldout: list[bytes]) -> float:
     """8 · (size of xz(train + held-out) − size of xz(train)) / bytes of held-out, with xz -9."""
-    train, heldout = list(train), list(heldout)
     with ThreadPoolExecutor(2) as pool:  # lzma releases the GIL
         both, alone = pool.map(xz_size, (train + heldout, train))
     return 8 * (both - alone) / max(1, sum(map(len, heldout)))
@@ -143,7 +142,7 @@ def verdict_shares(triples: list[tuple[str, Iterable[str], Hashable]]) -> dict:
     """Shares of right, wrong and "I don't know" in (answer, accepted answers, thing asked about),
     their number n, and for each of them how many independent questions they are worth.
     """
-    verdicts = [verdict(answer, list(accepted)) for answer, accepted, _ in triples]
+    verdicts = [verdict(answer, accepted) for answer, accepted, _ in triples]
     hits = {name: [v == name for v in verdicts] for name in ("right", "wrong", "idk")}
     things = [thing for _, _, thing in triples]
     return {

@@ -21,9 +21,7 @@ from rich.text import Text
 from tinylm import backend as backends
 from tinylm.errors import InputError
 from tinylm.progress import Progress
-from tinylm.settings import Plan
-
-TYPES = {"int": int, "float": float, "str": str, "bool": bool}
+from tinylm.settings import ENDS, Plan, flag
 
 
 class Commands(click.Group):
@@ -78,9 +76,9 @@ def settings_of(config):
         for field in reversed(dataclasses.fields(config)):
             choices = field.metadata["choices"]
             command = click.option(
-                "--" + field.name.replace("_", "-"),
-                type=click.Choice(choices) if choices else TYPES[field.type],
-                is_flag=field.type == "bool",
+                flag(field.name),
+                type=click.Choice(choices) if choices else None,  # None: that of the default
+                is_flag=field.default is False,
                 default=field.default,
                 help=field.metadata["help"],
             )(command)
@@ -105,12 +103,15 @@ def stage_of(config, then: str, out_required: bool = True):
             settings = config(**{name: inputs.pop(name) for name in names})
             chosen_by = context.get_parameter_source
             given = {name for name in names if chosen_by(name) is not ParameterSource.DEFAULT}
-            results = command(**inputs, plan=Plan(out, settings, Progress(), resume, given))
+            if given & ENDS:  # who names one end of a run does not want another's default
+                given |= ENDS
+            plan = Plan(out, settings, Progress(), resume, given)
+            results = command(**inputs, plan=plan)
             if results is None:
                 return
             from tinylm import report
 
-            report.attempt([out], Progress())
+            report.attempt([out], plan.progress)
             tried = f"{out}: try  {then.format(out=out, **inputs)}"
             tell(as_json, results, tried, err=True)
 
@@ -122,7 +123,7 @@ def stage_of(config, then: str, out_required: bool = True):
 def sampling(command):
     """The flags of everything that writes text."""
     for option in (
-        click.option("--seed", type=int, help="Seed of the sampling; none: new each time."),
+        click.option("--seed", type=click.IntRange(0), help="Of sampling; none: new each time."),
         click.option("--top-p", type=click.FloatRange(0, 1), default=1.0, help="Nucleus."),
         click.option("--top-k", type=click.IntRange(0), default=0, help="Likeliest (0: all)."),
     ):

@@ -112,7 +112,7 @@ def nucleus(weights: numpy.ndarray, top_p: float) -> numpy.ndarray:
     order = numpy.argsort(-weights, -1, kind="stable")
     ranked = numpy.take_along_axis(weights, order, -1)
     larger = numpy.cumsum(ranked, -1) - ranked  # the sum of the weights before this one
-    enough = top_p * weights.sum(-1, keepdims=True)
+    enough = max(top_p, 1e-9) * weights.sum(-1, keepdims=True)  # the likeliest one is always kept
     numpy.put_along_axis(weights, order, numpy.where(larger < enough, ranked, 0), -1)
     return weights
 
@@ -214,7 +214,7 @@ def last_logits(model, tokens, padding=None, cache=None) -> numpy.ndarray:
     with no_grad():
         hidden = model.hidden(tokens, start, cache)
         last = Tensor(backend.xp.ascontiguousarray(hidden.data[:, -1]))
-        return backend.to_numpy(ops.linear(last, model.head_weight).data)
+        return backend.to_numpy(ops.linear(last, model.head_weight).data)[:, : model.n_tokens]
 
 
 def encode_prompt(model: Transformer, tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -332,7 +332,8 @@ class Conversation:
                 yield piece
         except KeyboardInterrupt:
             yield " …"
-        self.messages.append(turn("assistant", text))
+        finally:  # also where whoever reads this has stopped
+            self.messages.append(turn("assistant", text))
 
 
 def complete(
@@ -385,11 +386,12 @@ def blank_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """
     if text.count(BLANK) != 1:
         raise InputError(f"expected one blank {BLANK} in the text, found {text.count(BLANK)}")
-    missing = [t for t in ("<|prefix|>", "<|suffix|>", "<|middle|>") if t not in tokenizer.special]
+    names = ("<|prefix|>", "<|suffix|>", "<|middle|>")
+    missing = [name for name in names if name not in tokenizer.special]
     if missing:
         raise InputError(f"this model's tokenizer has no {missing[0]}: it cannot fill blanks")
     before, after = text.split(BLANK)
-    prefix, suffix, middle = (tokenizer.special[f"<|{n}|>"] for n in ("prefix", "suffix", "middle"))
+    prefix, suffix, middle = (tokenizer.special[name] for name in names)
     before = before.removesuffix(" ")
     return [prefix, *tokenizer.encode(before), suffix, *tokenizer.encode(after), middle]
 

@@ -6,6 +6,7 @@ transformers and tinylm pairs half a head apart: the rows of q and k are reorder
 
 from __future__ import annotations
 
+import math
 import struct
 from pathlib import Path
 
@@ -52,9 +53,9 @@ def load_llama2c(model_path: str | Path, tokenizer_path: str | Path):
         abs(vocab_size), n_layer, n_head, n_kv_head, dim, hidden, block_size,
         tie_embeddings=vocab_size > 0, bos_token_id=BOS, eos_token_id=[BOS, EOS],
     )  # fmt: skip
-    floats = numpy.fromfile(path, numpy.float32, offset=4 * HEADER)
-    model = Transformer(config)
-    set_weights(model, named(floats, config, path), path)
+    weights = named(numpy.fromfile(path, numpy.float32, offset=4 * HEADER), config, path)
+    model = Transformer(config)  # now that the file holds what its header says
+    set_weights(model, weights, path)
     return model, load_tokenizer(tokenizer_path, config.vocab_size)
 
 
@@ -78,13 +79,12 @@ def named(floats: numpy.ndarray, c: ModelConfig, path: Path) -> dict[str, numpy.
     ]
     if not c.tie_embeddings:
         order.append(("lm_head", (V, C)))
-    expected = sum(int(numpy.prod(shape)) for _, shape in order)
-    if len(floats) != expected:
-        raise InputError(f"{path}: {len(floats)} numbers, but its header asks for {expected}")
-    weights, at = {}, 0
-    for name, shape in order:
-        size = int(numpy.prod(shape))
-        values, at = floats[at : at + size].reshape(shape), at + size
+    sizes = [math.prod(shape) for _, shape in order]
+    if len(floats) != sum(sizes):
+        raise InputError(f"{path}: {len(floats)} numbers, but its header asks for {sum(sizes)}")
+    weights = {}
+    for (name, shape), values in zip(order, numpy.split(floats, numpy.cumsum(sizes)[:-1])):
+        values = values.reshape(shape)
         if name.startswith("model.") or name == "lm_head":
             weights[f"{name}.weight"] = values
         elif name != "rotary angles":

@@ -57,9 +57,11 @@ def available() -> int | None:
         return None
     try:
         group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        limits.append(limit - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
+        limit, used = (int((group / f"memory.{of}").read_text()) for of in ("max", "current"))
+        kinds = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        files = int(kinds["active_file"]) + int(kinds["inactive_file"])  # kept while there is room
+        limits.append(limit - used + files)
+    except (OSError, ValueError, KeyError):
         pass  # no control group, or one without a limit
     return min(limits) if limits else None
 

@@ -2,8 +2,8 @@
 
 Both are a stack of pre-norm residual blocks, x + attention(norm(x)) and then x + mlp(norm(x)); they
 differ in the norm, the MLP, how positions come in, and how the parts are called in a file.
-A reward model is either one with another head. Sampling and the KV cache are in generate.py; the
-layers in nn.py.
+A reward model is either of them with a head for scores in place of words. Sampling and the KV cache
+are in generate.py; the layers in nn.py.
 """
 
 from __future__ import annotations
@@ -162,9 +162,10 @@ class Transformer(nn.Module):
     one, biases zero (the GPT-2 recipe).
 
     recompute   keep nothing of a block but its input; backward computes the rest once more
+    n_tokens    of its tokenizer, where that is known: a longer table's last rows are never written
     """
 
-    recompute = False
+    recompute, n_tokens = False, None
 
     def __init__(self, config: ModelConfig, rng: numpy.random.Generator | int = 0):
         rng = numpy.random.default_rng(rng)
@@ -211,7 +212,7 @@ class Transformer(nn.Module):
             rows = backend.to_numpy(table.weight.data)
             mean = numpy.repeat(rows.mean(0, keepdims=True), max(0, size - len(rows)), 0)
             table.weight = nn.parameter(numpy.concatenate([rows, mean]))
-        self.config.vocab_size = max(size, self.config.vocab_size)
+        self.config.vocab_size, self.n_tokens = max(size, self.config.vocab_size), size
 
     def hidden(
         self, tokens: Array, start: Array | None = None, cache=None, gap: Array | None = None

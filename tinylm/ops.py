@@ -1,4 +1,4 @@
-"""Differentiable ops: each a forward kernel and, beside it, the vjp that inverts it.
+"""Differentiable ops: each a forward kernel and, beside it, its vjp.
 
 Read it as a list of pairs. An op unwraps Tensors into arrays, calls the kernel of the backend in
 use, and tells `Tensor.from_op` how a gradient travels back. Only glue that moves or adds numbers
@@ -220,8 +220,8 @@ def attention(
 ) -> Tensor:
     """Causal softmax(q kᵀ / √D) v.  q (B, H, T, D); k, v (B, G, S, D) -> (B, H, T, D).
 
-    Query t stands at key t + S − T and sees the keys from start[b, t] (default 0) to there, but not
-    those from gap[b, t, 0] up to, without it, gap[b, t, 1] (default none).
+    Query t stands at key t + S − T. It sees the keys start[b, t] to t + S − T (default: from 0),
+    except gap[b, t, 0] to gap[b, t, 1] − 1 (default: no gap).
     """
     out, lse = backend.kernels.attention_forward(q.data, k.data, v.data, start, gap)
 
@@ -308,9 +308,9 @@ def cross_entropy(logits: Tensor, targets: Array) -> Tensor:
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Array, even: bool = True) -> Tensor:
     """cross_entropy(linear(x, weight), targets) without ever holding all logits.
 
-    even: every target's loss will get the same gradient, as in a mean. Gradients are made on the
-    way then, which saves a third of the products. Where it was not so they are thrown away; on a
-    device, which is not asked, it is an error, told when it is next waited for.
+    even: a promise that the loss of every target will get the same gradient, as in a mean. Then
+    gradients are made in the forward pass, which saves a third of the products. Where the promise
+    is broken a CPU makes them again; a GPU raises an error when it is next waited for.
     """
     made = None
     if even and recording(x, weight):

@@ -47,7 +47,7 @@ def read_preferences(path: str | Path, ties: bool = False) -> list[Judged]:
         where = f"{path}, {place}: "
         for found in as_judged(row, where):
             found.place = place
-            if "label" in row:
+            if "label" in row and len(found.answers) == 1:
                 known = unpaired.setdefault(json.dumps(found.messages), found)
                 if known is not found:
                     known.answers += found.answers
@@ -60,29 +60,30 @@ def read_preferences(path: str | Path, ties: bool = False) -> list[Judged]:
     return judged
 
 
-def as_judged(row: dict, where: str = "") -> Iterator[Judged]:
+def as_judged(row: dict, where: str) -> Iterator[Judged]:
     """What one row of any form says. Raises InputError, which begins with where."""
     if isinstance(row.get("prompt"), dict) and "replies" in row["prompt"]:
-        yield from tree([], row["prompt"], where)
-        return
-    if "chosen" in row and "rejected" in row:
-        pair, scores = [row["chosen"], row["rejected"]], [1.0, 0.0]
+        found = tree([], row["prompt"], where)
+    elif "chosen" in row and "rejected" in row:
+        pair = [row["chosen"], row["rejected"]]
         prompt, answers = (row["prompt"], pair) if "prompt" in row else divided(*pair, where)
+        found = [(prompt, answers, [1.0, 0.0])]
     elif {"prompt", "completion", "label"} <= set(row):
-        prompt, answers, scores = row["prompt"], [row["completion"]], [float(bool(row["label"]))]
+        found = [(row["prompt"], [row["completion"]], [float(bool(row["label"]))])]
     elif {"prompt", "answers", "scores"} <= set(row):
-        prompt, answers, scores = row["prompt"], row["answers"], row["scores"]
-        check_ranking(answers, scores, where)
+        found = [(row["prompt"], row["answers"], row["scores"])]
     else:
         raise InputError(
             where + 'expected "prompt", "chosen" and "rejected"; "prompt", "completion" and '
             f'"label"; or "prompt", "answers" and "scores"; found {", ".join(map(repr, row))}'
         )
-    messages = as_turns("user", prompt)
-    check_messages(messages, where)
-    if as_prompt(messages) != messages:
-        raise InputError(where + "the prompt must end with what the user says")
-    yield Judged(messages, [text_of(answer, where) for answer in answers], scores)
+    for prompt, answers, scores in found:
+        messages = as_turns("user", prompt)
+        check_messages(messages, where)
+        if as_prompt(messages) != messages:
+            raise InputError(where + "the prompt must end with what the user says")
+        check_ranking(answers, scores, where)
+        yield Judged(messages, [text_of(answer, where) for answer in answers], scores)
 
 
 def divided(chosen, rejected, where: str) -> tuple[list[dict], list[list[dict]]]:
@@ -113,18 +114,19 @@ def text_of(answer, where: str) -> str:
     return answer
 
 
-def tree(before: list[dict], node: dict, where: str) -> Iterator[Judged]:
-    """OpenAssistant's conversation tree (arXiv 2304.07327): every turn with ranked replies."""
+def tree(before: list[dict], node: dict, where: str) -> Iterator[tuple[list, list, list]]:
+    """(prompt, answers, scores) of every turn with ranked replies in a conversation tree of
+    OpenAssistant's (arXiv 2304.07327)."""
     try:
         role = {"prompter": "user", "assistant": "assistant"}[node["role"]]
         messages, replies = [*before, turn(role, node["text"])], node["replies"]
         if role == "user" and replies:
             ranks = [reply.get("rank") for reply in replies]
-            scores = [None if rank is None else -float(rank) for rank in ranks]
-            yield Judged(messages, [reply["text"] for reply in replies], scores)
+            scores = [None if rank is None else -rank for rank in ranks]
+            yield messages, [reply["text"] for reply in replies], scores
         for reply in replies:
             yield from tree(messages, reply, where)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{where}not a conversation tree ({error!r})") from None
 
 

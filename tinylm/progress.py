@@ -61,6 +61,7 @@ class Progress:
 
     @contextmanager
     def training(self, trainer):
+        self.smooth = None
         bar = [bars.BarColumn()] if self.console.width >= 80 else []  # the numbers say as much
         columns = ("{task.description}", *bar, "{task.fields[numbers]}")
         with bars.Progress(*columns, console=self.console, disable=not self.live) as self.bar:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from textwrap import shorten
 
 from rich.table import Table
 
@@ -20,7 +21,7 @@ from tinylm import backend, checkpoint, evaluate, report
 from tinylm.almanac import Almanac
 from tinylm.checkpoint import Checkpoint
 from tinylm.files import write_json
-from tinylm.progress import Progress
+from tinylm.progress import Progress, table
 from tinylm.settings import Plan
 from tinylm.stages import feedback, pretrain, sft
 
@@ -74,8 +75,8 @@ def run(out: Path, progress: Progress, seed: int = 0) -> dict:
     results = {"seconds": round(time.monotonic() - began, 1), **results}
     write_json(out / "results.json", results)
     report.attempt([out], progress)
-    for table in tables:
-        progress.console.print(table)
+    for each in tables:
+        progress.console.print(each)
     progress.say(
         f"{results['seconds']:.0f} seconds. Look at {out}/report.html, and talk with each "
         f"of them:\n  tinylm chat {out}/base\n  tinylm chat {out}/sft\n"
@@ -87,7 +88,7 @@ def run(out: Path, progress: Progress, seed: int = 0) -> dict:
 def stage(run, *arguments) -> None:
     """Run one stage, or what is left of it."""
     *arguments, folder, config, progress = arguments
-    run(*arguments, Plan(folder, config, progress, Checkpoint(folder).exists()))
+    run(*arguments, Plan(folder, config, progress, folder.exists()))
     report.attempt([folder], progress)
 
 
@@ -110,16 +111,15 @@ def compare(out: Path, world: Almanac) -> tuple[dict, list]:
             stages[name][part] = evaluate.verdict_shares(
                 [(a, q.accepted, q.thing) for (of, q), a in zip(asked, said[name]) if of == part]
             )
-    shown = [i for name in ("known", "withheld", "invented") for i in evenly(asked, name, 2)]
-    samples = side_by_side(
-        [(asked[i][0], asked[i][1].text) for i in shown],
-        {name: [answers[i] for i in shown] for name, answers in said.items()},
-    )
-    asked = [
-        {"set": PARTS[part], "question": q.text, "answer": next(iter(q.accepted), None)}
-        for part, q in (asked[i] for i in shown)
-    ]
-    results = {"sets": PARTS, "stages": stages, "asked": asked}
+    samples = table("What they say", "", "question", *said, words=2 + len(said), show_lines=True)
+    picked = []
+    for i in (i for name in ("known", "withheld", "invented") for i in evenly(asked, name, 2)):
+        part, q = asked[i]
+        right = next(iter(q.accepted), None)
+        picked.append({"set": PARTS[part], "question": q.text, "answer": right})
+        cells = (shorten(texts[i], 70, placeholder=" …") for texts in said.values())
+        samples.add_row(part, q.text, *cells)
+    results = {"sets": PARTS, "stages": stages, "asked": picked}
     return results, [samples, verdicts(stages)]
 
 
@@ -131,29 +131,12 @@ def evenly(asked: list, name: str, n: int) -> list[int]:
 
 def verdicts(stages: dict[str, dict]) -> Table:
     """The share of right, wrong and "I don't know" by kind of question and stage, in percent."""
-    table = Table(title="The same questions asked of each stage")
-    for heading in ("questions about", "n", "stage", "right", "wrong", "don't know"):
-        words = heading in ("questions about", "stage")
-        table.add_column(heading, justify="left" if words else "right")
-    for part in (name for name in next(iter(stages.values())) if name != "directory"):
+    headings = ("questions about", "stage", "n", "right", "wrong", "don't know")
+    caption = "right: equal to an accepted answer after normalisation"
+    made = table("The same questions asked of each stage", *headings, words=2, caption=caption)
+    for part, about in PARTS.items():
         for i, (stage, found) in enumerate(stages.items()):
             shares = [f"{100 * found[part][v]:.1f} %" for v in ("right", "wrong", "idk")]
-            about = (PARTS[part], str(found[part]["n"])) if i == 0 else ("", "")
-            table.add_row(*about, stage, *shares, end_section=i == len(stages) - 1)
-    table.caption = "right: equal to an accepted answer after normalisation"
-    return table
-
-
-def side_by_side(asked: list[tuple[str, str]], said: dict[str, list[str]]) -> Table:
-    """(set, question) and what each stage answered."""
-    table = Table(title="What they say", show_lines=True)
-    for heading in ("", "question", *said):
-        table.add_column(heading)
-    for i, (name, question) in enumerate(asked):
-        table.add_row(name, question, *(shortened(answers[i]) for answers in said.values()))
-    return table
-
-
-def shortened(text: str, most: int = 70) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= most else text[: most - 1] + "…"
+            made.add_row("" if i else about, stage, str(found[part]["n"]), *shares)
+        made.add_section()
+    return made

@@ -78,12 +78,12 @@ def of_feedback(run: Run, others: list[Run]) -> list[Chart]:
     return [paid, won if won.points else scores]
 
 
-def drift(run: Run, scores: str = "reward") -> Points:
-    """(√KL, scores), each the mean of a twelfth of the run (the axes of arXiv 2210.10760)."""
+def drift(run: Run, scores: str = "reward", parts: int = 12) -> Points:
+    """(√KL, scores), each the mean of one of so many parts (the axes of arXiv 2210.10760)."""
     kl, reward = ([value for _, value in run.points(key)] for key in ("kl", scores))
-    size = max(1, math.ceil(len(kl) / 12))
-    parts = [slice(i, i + size) for i in range(0, len(kl), size)]
-    return [(math.sqrt(max(0.0, fmean(kl[of]))), fmean(reward[of])) for of in parts]
+    size = max(1, math.ceil(len(kl) / parts))
+    places = [slice(i, i + size) for i in range(0, len(kl), size)]
+    return [(math.sqrt(max(0.0, fmean(kl[of]))), fmean(reward[of])) for of in places]
 
 
 def speed_note(run: Run) -> str:

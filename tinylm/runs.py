@@ -19,8 +19,10 @@ from tinylm.errors import InputError
 from tinylm.progress import clock
 from tinylm.train import NOTHING, read_metrics
 
-# by a setting of its own
-STAGES = {"objective": "pretrain", "center": "reward", "epochs": "sft", "judge": "feedback"}
+STAGES = {  # by a setting that it alone has, or that those before it lack
+    "objective": "pretrain", "center": "reward", "beta": "dpo", "epochs": "sft",
+    "judge": "feedback",
+}  # fmt: skip
 SPEED = "tokens_per_second"
 HASHED = 1 << 28  # bytes: what is larger is not hashed, for a report must not take minutes
 

@@ -19,6 +19,7 @@ from tinylm.progress import Progress
 
 OPTIMIZERS = ("adamw", "muon")
 DTYPES = ("auto", "float32", "bfloat16")
+ENDS = {"max_steps", "minutes"}  # of a run
 RANGES = {
     "at least 0": lambda x: x >= 0,
     "at least 1": lambda x: x >= 1,
@@ -67,7 +68,9 @@ class TrainConfig:
             "at least 1", "batch_size", "accumulate", "block_size", "eval_every", "save_every"
         )
         self.expect("at least 0", "max_steps", "minutes", "learning_rate", "weight_decay", "clip")
-        self.expect("0 to 1", "warmup", "floor", "beta1", "beta2")
+        self.expect("at least 0", "seed")
+        self.expect("0 to 1", "warmup", "floor")
+        self.expect("0 or more, below 1", "beta1", "beta2")
         with products(self.dtype):
             pass
         if not (self.max_steps or self.minutes or hasattr(self, "epochs")):
@@ -120,11 +123,13 @@ class Plan:
         place = next(p for p in (self.out, *self.out.absolute().parents) if p.exists())
         if not place.is_dir() or not os.access(place, os.W_OK):
             raise InputError(f"--out {self.out}: {place} is no directory that can be written to")
-        if self.resume:
-            self.config = resumed_config(self.config, self.given, self.out)
-        elif Checkpoint(self.out).exists():
+        begun = Checkpoint(self.out).exists()
+        held = {path.name for path in self.out.iterdir()} if self.out.exists() else set()
+        if begun and not self.resume:
             raise InputError(f"{self.out} holds another run: choose another --out, or add --resume")
-        elif self.out.exists() and {path.name for path in self.out.iterdir()} - {"training"}:
+        if begun:
+            self.config = resumed_config(self.config, self.given, self.out)
+        elif held - {"training"} and not (self.resume and "training" in held):
             raise InputError(f"{self.out} holds other files: choose another --out")
         self.config.check()
 
@@ -165,8 +170,6 @@ def resumed_config(config: TrainConfig, given: Set[str], folder: Path) -> TrainC
 
     given: the fields that the user named; naming one that must not change is an InputError.
     """
-    if not Checkpoint(folder).exists():
-        return config
     # a setting that did not exist then had today's default
     old = {f.name: f.default for f in fields(config)} | Checkpoint(folder).state()["config"]
     for f in fields(config):

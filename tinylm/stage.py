@@ -73,8 +73,8 @@ class Stage(ABC):
 
     def numbers(self, results: dict) -> list[str]:
         """Lines of the model card about the results."""
-        lines = [line.format(**results) for key, line in self.found if key in results]
-        return [f"- {took(results)}", *lines]
+        found = ("steps", "- {steps} steps, {seconds:.0f} seconds"), *self.found
+        return [line.format(**results) for key, line in found if key in results]
 
     def card(self, results: dict) -> str:
         """The model card, Markdown: what a run directory says of itself to people."""
@@ -94,7 +94,3 @@ class Stage(ABC):
 ## Data
 {data}
 """
-
-
-def took(results: dict) -> str:
-    return f"{results['steps']} steps, {results['seconds']:.0f} seconds"

@@ -1,12 +1,13 @@
 """Reverse-mode automatic differentiation: the Tensor, its tape, and backward.
 
 An op computes an array, then hands `Tensor.from_op` its parents and its vjp (vector-Jacobian
-product). Nodes are numbered as they are made, so a parent's number is always smaller than its
-child's: walking the numbers downwards visits every node after all that depend on it, and backward
-is one loop. Which ops exist is the business of ops.py; this file knows only how to undo them.
+product): for y = a b that is dy -> (dy b, a dy). Nodes are numbered as they are made, so a parent's
+number is always smaller than its child's: walking the numbers downwards visits every node after all
+that depend on it, and backward is one loop. Which ops exist is the business of ops.py; this file
+knows only how to undo them.
 
 The tape holds no arrays. What backward needs is held by the vjps, and the rest is gone as soon as
-the forward has passed over it: a third of the memory of a training step.
+the forward has passed over it, which saves a third of the memory of a training step.
 """
 
 from __future__ import annotations
@@ -76,9 +77,9 @@ class Tensor:
 
     data    the array, of the backend in use
     node    its place on the tape; None where no gradient is asked for
-    again   computes data once more from what is kept anyhow, as a new array, or None: an op that
-            needs the data of such a Tensor in backward keeps this instead (arXiv 1604.06174, for
-            the cheap ops only)
+    again   None, or a function that computes data once more, as a new array, from what is kept
+            anyhow; an op that needs data in backward then keeps this function instead of the array
+            (arXiv 1604.06174, for the cheap ops only)
     """
 
     __slots__ = ("again", "data", "node")

@@ -13,7 +13,6 @@ is data and never a command.
 """
 
 import codecs
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
@@ -35,7 +34,7 @@ from tinylm._tokenizer_json import (
     valid,
 )
 from tinylm.errors import InputError
-from tinylm.files import read_json
+from tinylm.files import read_json, write_json
 
 COMPILED = bpe is not _bpe_python
 
@@ -146,11 +145,8 @@ class Tokenizer:
 
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which `transformers` opens too."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, content in (("tokenizer", self.spec), ("tokenizer_config", self.config)):
-            text = json.dumps(content, ensure_ascii=False, indent=1)
-            (directory / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        write_json(Path(directory) / "tokenizer.json", self.spec)
+        write_json(Path(directory) / "tokenizer_config.json", self.config)
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":

@@ -3,6 +3,9 @@
 The stages share it, and each brings its model, its batches and its loss (stage.py). Everything
 that keeps a long run safe is here: the guard against bad steps, whole checkpoints, metrics that are
 cut back on resume, Ctrl-C.
+
+Read `Trainer.update` and `Trainer.backward` first: they are one step. `ask` and `tell` do the same
+on a device that nobody waits for.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ NOTHING = "nothing to learn"  # why an update was skipped without being refused
 NOT_FINITE = "loss or gradient not finite"
 REMEMBER = 10  # steps between the weights that a cautious stage may go back to
 RETURNS = 3  # to the same weights end the run
+PATIENCE = 50  # refused updates in a row end it, too
 
 
 @dataclass
@@ -72,10 +76,10 @@ class Guard:
             return None
         self.refused += 1
         self.in_a_row += 1
-        if self.in_a_row >= 50:
+        if self.in_a_row >= PATIENCE:
             raise InputError(
-                "50 updates in a row had to be refused (loss or gradient not finite, or a spike): "
-                "lower --learning-rate or raise --warmup; the last checkpoint is intact"
+                f"{PATIENCE} updates in a row had to be refused (loss or gradient not finite, or a "
+                "spike): lower --learning-rate or raise --warmup; the last checkpoint is intact"
             )
         return harm or (f"gradient norm {norm:.3g} spiked" if spike else NOT_FINITE)
 
@@ -83,17 +87,12 @@ class Guard:
 class Metrics:
     """training/metrics.jsonl: one JSON object a line, a `step` in each."""
 
-    def __init__(self, folder: Path, keep_until: int | None):
-        """keep_until: the step to which an earlier run's lines are kept (None: keep nothing)."""
-        self.path = folder / "training" / "metrics.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if keep_until is not None:
-            kept = [row for row in read_metrics(folder) if row["step"] <= keep_until]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        partial.replace(self.path)
-        self.file = open(self.path, "a", buffering=1)
+    def __init__(self, folder: Path, keep_until: int):
+        """keep_until: the step to which an earlier run's lines are kept (−1: keep nothing)."""
+        path = folder / "training" / "metrics.jsonl"
+        kept = [row for row in read_metrics(folder) if row["step"] <= keep_until]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.file = open(path, "a", buffering=1)
 
     def write(self, **row) -> None:
         self.file.write(json.dumps(row) + "\n")
@@ -139,7 +138,7 @@ class Trainer:
             self.progress.say(f"{self.folder}: finished at step {self.step}, nothing left to do")
             return self.results
         claim(self.folder)
-        metrics = Metrics(self.folder, self.step if resumed else None)
+        metrics = Metrics(self.folder, self.step if resumed else -1)
         if resume:
             metrics.write(step=self.step, event="resume")
             self.progress.say(f"resuming at step {self.step}")
@@ -177,12 +176,13 @@ class Trainer:
             except InputError:  # of a judge, say: what was learned before is kept
                 with suppress(InputError):
                     self.tell(metrics, 0)
-                self.save()
+                if self.guard.in_a_row < PATIENCE:
+                    self.save()
                 raise
             if evaluating:
                 self.evaluate(metrics, final)
             self.seconds = time.perf_counter() - began
-            if saving:
+            if done or (saving and not self.guard.in_a_row):  # else these weights may be the harm
                 self.save()
 
     def tell(self, metrics: Metrics, keep: int) -> None:
@@ -322,7 +322,7 @@ class Trainer:
             "seconds": self.seconds,
             "optimizer_steps": self.optimizer.steps,
             "guard": asdict(self.guard),
-            "stage": self.stage.state(),
+            "stage": {"name": self.stage.name, **self.stage.state()},
             "config": asdict(self.config),
             "results": self.results,
             "environment": self.environment,
@@ -333,6 +333,8 @@ class Trainer:
 
     def restore(self) -> None:
         state = self.checkpoint.state()
+        if (name := state["stage"].get("name", self.stage.name)) != self.stage.name:
+            raise InputError(f"{self.folder} holds a run of {name}: choose another --out")
         self.stage.restore(state["stage"])  # first: it knows its data and its model again
         self.good = self.checkpoint.restore(self.stage.model, self.optimizer)
         self.step, self.seconds, self.results = state["step"], state["seconds"], state["results"]

@@ -23,12 +23,11 @@
 // in few sets of a cache; a small B that is not transposed is taken as it lies too (two cores of a
 // Zen 5, dW of 768 x 128 x 128: 69 -> 85 % of the peak, and 46 -> 80 while the cores are slow to
 // read from each other; of 16,384 x 384 x 65: x1.18). Then threads take columns more often: from
-// four panels on, if they divide evenly, and where A is larger than L2. Narrower vectors pack
-// always (steps on a Zen 3, AVX2, together with what they do not ask for ahead and deeper blocks:
-// x1.2 to 1.4).
+// four panels on, if they divide evenly, and where A is larger than L2. Narrower vectors always
+// pack, and tiles prefetch nothing (with deeper blocks, steps on a Zen 3, AVX2: x1.2 to 1.4).
 //
-// Who multiplies by the same B again and again, as generation does by its weights, lets it be
-// packed whole and once (64 rows by weights out of cache, 384 x 1,024 and 1,024 x 384, one thread
+// A B that is multiplied by again and again, as weights are in generation, can be packed whole and
+// once (64 rows by weights out of cache, 384 x 1,024 and 1,024 x 384, one thread
 // of a Zen 4: 85 -> 92 and 68 -> 90 % of the float32 peak; bfloat16, two threads: 136 -> 173 and
 // 121 -> 165).
 //
@@ -36,9 +35,9 @@
 // and kc depends on K alone: neither the tiles nor the threads change a bit.
 //
 // A word (word.h) is 32 bits of depth: one float32, or two neighbours along k in bfloat16. For
-// bfloat16 operands are rounded while they are packed, and everything else stays as it is. Where
-// there are tiles, float32 is split into three parts as it is packed, and faster by 1.4 to 1.8 than
-// by vectors (two threads of a Xeon, products of a model).
+// bfloat16 operands are rounded while they are packed, and everything else stays as it is. With AMX
+// (amx.h) float32 is split into three parts of bfloat16 while it is packed: 1.4 to 1.8 times as
+// fast as vectors (two threads of a Xeon, products of a model).
 //
 // 4,096 x 384 x 1,536 on two threads of a Zen 4: 92 / 91 % of the float32 peak, forward / backward.
 #include "word.h"

@@ -5,7 +5,7 @@ of the settings, watch.py tells whether one is outwitted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,12 +55,6 @@ class Judge:
     def summary(self) -> dict[str, float]:
         """Numbers of the whole run."""
         return {}
-
-
-def by_group(groups: list[Group], scores: Iterable[float | None]) -> list[list[float | None]]:
-    """The scores of all answers, one after another, as those of each group."""
-    scores = iter(scores)
-    return [[next(scores) for _ in group.answers] for group in groups]
 
 
 def by_reading(

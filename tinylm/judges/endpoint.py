@@ -22,7 +22,7 @@ from threading import Lock
 
 from tinylm.chat import turn
 from tinylm.errors import InputError
-from tinylm.judges import Group, Judge, by_group
+from tinylm.judges import Group, Judge
 from tinylm.judges.pairwise import agreement, compare, request
 
 MODES = ("pairwise", "rubric")
@@ -104,10 +104,9 @@ class Endpoint(Judge):
             scores, agreed = compare(groups, partial(self.judgements, parse=letter))
             self.agreed += agreed
             return scores
-        pairs = [(request(g.row.messages), answer) for g in groups for answer in g.answers]
-        asked = {pair: RUBRIC.format(request=pair[0], answer=pair[1]) for pair in pairs}
-        found = dict(zip(asked, self.judgements([*asked.values()], mark)))
-        return by_group(groups, [found[pair] for pair in pairs])
+        asked = dict.fromkeys(rubric(group, answer) for group in groups for answer in group.answers)
+        found = dict(zip(asked, self.judgements([*asked], mark)))
+        return [[found[rubric(group, answer)] for answer in group.answers] for group in groups]
 
     def notes(self) -> dict[str, float]:
         """Since the last call: questions asked and known, replies not understood, none had."""
@@ -164,7 +163,6 @@ class Endpoint(Judge):
         """
         content = {"model": self.name, "messages": messages, "temperature": 0, "max_tokens": 16}
         self.count("asked")
-        pause = self.pause
         for attempt in range(ATTEMPTS):
             said, why, wanted = self.post(content)
             if said is not None:
@@ -172,8 +170,7 @@ class Endpoint(Judge):
                 return said
             if self.down or attempt == ATTEMPTS - 1:
                 break
-            time.sleep(min(max(pause, wanted), LONGEST_PAUSE))
-            pause *= 2
+            time.sleep(min(max(self.pause * 2**attempt, wanted), LONGEST_PAUSE))
         self.down = True
         raise Unreachable(f"{self.url}: {why}")
 
@@ -187,15 +184,19 @@ class Endpoint(Judge):
             return None, f"{type(error).__name__} {error}".strip(), 0.0
         if answer.status_code in AGAIN:
             wait = answer.headers.get("retry-after", "")
-            return None, f"status {answer.status_code}", float(wait) if wait.isdigit() else 0.0
+            return None, f"status {answer.status_code}", float(wait) if wait.isdecimal() else 0.0
         if answer.status_code != 200:
             body = answer.text.replace(self.key, "…") if self.key else answer.text
             hint = f" (the key is read from {KEY})" if answer.status_code in (401, 403) else ""
             raise InputError(f"{self.url}: status {answer.status_code}{hint}: {body:.200}")
         try:
-            return answer.json()["choices"][0]["message"]["content"] or "", "", 0.0
+            return "" + (answer.json()["choices"][0]["message"]["content"] or ""), "", 0.0
         except (ValueError, KeyError, IndexError, TypeError):
             return None, f"not a chat completion: {answer.text!r:.80}", 0.0
+
+
+def rubric(group: Group, answer: str) -> str:
+    return RUBRIC.format(request=request(group.row.messages), answer=answer)
 
 
 def open_client(url: str, timeout: float, key: str):
@@ -203,7 +204,11 @@ def open_client(url: str, timeout: float, key: str):
         import httpx
     except ImportError:
         raise InputError("--judge endpoint needs httpx: pip install 'tinylm[judge]'") from None
-    if not re.match(r"https?://[^/\s]", url):
+    try:
+        parts = httpx.URL(url)
+    except httpx.InvalidURL:
+        parts = httpx.URL("")
+    if parts.scheme not in ("http", "https") or not parts.host:
         raise InputError(f"--judge-url {url}: expected http://… or https://…")
     if not re.fullmatch(r"[\x21-\x7e]*", key):
         raise InputError(f"{KEY} has characters in it that no key has; spaces or a line end?")

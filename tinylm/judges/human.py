@@ -79,7 +79,8 @@ class Person(Judge):
         self.look()
         self.show(
             phase="writing", question=None, messages=rows[0].messages, round=self.round,
-            rounds=self.config.max_steps, answers=[""] * len(self.order), **self.learned(),
+            rounds=self.config.max_steps * self.config.accumulate // self.config.updates,
+            answers=[""] * len(self.order), **self.learned(),
         )  # fmt: skip
         found = [self.store.find(self.run, "train", place + i) for i in range(len(rows))]
         return None if None in found else [ids for item in found for ids in item.ids]
@@ -314,7 +315,7 @@ class Terminal(Nobody):
             if not line:
                 raise EOFError
             key, _, comment = line.strip().partition(" ")
-            if key.isdigit() and 1 <= int(key) <= n:
+            if key.isdecimal() and 1 <= int(key) <= n:
                 return int(key) - 1, comment.strip()
             named = [word for word in (TIE, SKIP, UNDO) if key and word.startswith(key.lower())]
             if named:

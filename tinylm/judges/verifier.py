@@ -12,7 +12,7 @@ import importlib.util
 import math
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tinylm.chat import Row
@@ -35,7 +35,7 @@ def normalise(text: str) -> str:
 REFUSED = {normalise(text) for text in REFUSALS}
 
 
-def verdict(answer: str, accepted: list[str]) -> str:
+def verdict(answer: str, accepted: Iterable[str]) -> str:
     """Whether the answer, normalised, is an accepted one: "right"; a refusal: "idk"; or "wrong"."""
     said = normalise(answer)
     if said in REFUSED:

@@ -6,13 +6,15 @@
     N  rows: B·T             P  positions
 
 The same names stand in reference.py (NumPy, written to be read), in csrc/cpu (C++ with OpenMP) and
-in cases.py (what the parity, gradient and speed checks walk). A kernel takes and returns plain
+in cases.py (what the parity and gradient checks walk). A kernel takes and returns plain
 arrays and never knows a Tensor; a backward repeats what its forward read, plus the few residuals
 that the forward returned, and some can be told where to write a gradient. `dx` is the gradient of
 the loss with respect to `x`, and has its shape.
 """
 
 import os
+
+from tinylm.kernels import reference
 
 # How often a thread that waits for another one looks, before it sleeps. GCC's OpenMP reads it when
 # it is loaded; by itself it looks for milliseconds, and so keeps the other one from its core: next
@@ -22,36 +24,8 @@ import os
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-CONTRACT = (
-    "add",
-    "matmul",
-    "linear_forward",
-    "linear_backward",
-    "embedding_forward",
-    "embedding_backward",
-    "rms_norm_forward",
-    "rms_norm_backward",
-    "layer_norm_forward",
-    "layer_norm_backward",
-    "rope_forward",
-    "rope_backward",
-    "softmax_forward",
-    "softmax_backward",
-    "attention_forward",
-    "attention_backward",
-    "prefix_attention",
-    "swiglu_forward",
-    "swiglu_backward",
-    "gelu_forward",
-    "gelu_backward",
-    "cross_entropy_forward",
-    "cross_entropy_backward",
-    "linear_cross_entropy_forward",
-    "linear_cross_entropy_backward",
-    "linear_cross_entropy_with_gradients",
-    "adamw",
-    "global_norm",
-)
+# What a backend offers: the functions of the specification.
+CONTRACT = tuple(n for n, f in vars(reference).items() if callable(f) and not n.startswith("_"))
 
 # What kernels on a device offer besides, so that the host need not wait for it.
 ON_A_DEVICE = ("set_products", "settle", "scale_evenly", "guarded_adamw", "later", "recorded")

@@ -1,4 +1,4 @@
-"""ONE list of kernel cases, which parity, gradient and speed checks all walk.
+"""ONE list of kernel cases, which the parity and gradient checks walk.
 
 A case is a kernel's name and its arguments; what is expected comes from reference.py. Arguments are
 drawn in float64 and rounded to the dtype under test, so that an error is the kernel's own.
@@ -310,13 +310,3 @@ def parity_error(kernels, case: Case, dtype="float32") -> float:
     _, expected, _ = prepared(case, dtype)
     runs = [run(kernels, case, dtype, over) for over in {False, bool(OPS[case.op].over)}]
     return max(distance(results[name], expected[name]) for results in runs for name in results)
-
-
-def calls(kernels, case: Case, dtype="float32") -> dict[str, Callable[[], object]]:
-    """The case's calls by name, without arguments: for whoever holds a clock."""
-    arguments, expected, dy = prepared(case, dtype)
-    results = rounded(expected, dtype)
-    found = {"forward": lambda: forward(kernels, case, arguments)}
-    if OPS[case.op].inputs:
-        found["backward"] = lambda: backward(kernels, case, arguments, results, dy)
-    return found

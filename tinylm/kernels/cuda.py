@@ -44,21 +44,25 @@ def driver_version() -> int:
     return version.value
 
 
+def install(version: int) -> str:
+    """The command that installs what belongs to this version of CUDA."""
+    return f"pip install 'tinylm[{'cuda' if version >= 13000 else 'cuda12'}]'"
+
+
 def load_cupy(version: int):
     """CuPy, if it and NVRTC can work with this driver."""
-    install = f"pip install 'tinylm[{'cuda' if version >= 13000 else 'cuda12'}]'"
     try:
         import cupy
         from cupy.cuda import nvrtc, runtime
     except ImportError as error:
-        raise ImportError(f"CuPy cannot be imported ({error}): {install}") from error
+        raise ImportError(f"CuPy cannot be imported ({error}): {install(version)}") from error
     try:
         runtime.getDeviceCount()
         free, total = runtime.memGetInfo()
     except runtime.CUDARuntimeError as error:
         known = f"{version // 1000}.{version % 1000 // 10}"
         raise ImportError(
-            f"CuPy cannot use the driver, which knows CUDA {known} ({error}): {install}"
+            f"CuPy cannot use the driver, which knows CUDA {known} ({error}): {install(version)}"
         ) from error
     if free < LEAST_MEMORY:
         raise ImportError(
@@ -68,7 +72,7 @@ def load_cupy(version: int):
     try:
         nvrtc.getVersion()
     except Exception as error:  # CuPy wraps the loader's error in various types
-        raise ImportError(f"NVRTC cannot be loaded ({error}): {install}") from error
+        raise ImportError(f"NVRTC cannot be loaded ({error}): {install(version)}") from error
     return cupy
 
 
@@ -84,8 +88,7 @@ def find_cublas(runtime_version: int) -> ctypes.CDLL:
             return ctypes.CDLL(path)
         except OSError:
             continue
-    extra = "cuda" if major >= 13 else "cuda12"
-    raise ImportError(f"cuBLAS is missing ({name} not found): pip install 'tinylm[{extra}]'")
+    raise ImportError(f"cuBLAS is missing ({name} not found): {install(runtime_version)}")
 
 
 # ---- the device --------------------------------------------------------------------------------

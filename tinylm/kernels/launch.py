@@ -127,12 +127,13 @@ class Kernels(Attention):
         self.each("round_to_bfloat16", x, y)
         return y
 
-    def sum_shares(self, name: str, *arguments, N: int, C: int):
-        """Sums over N rows -> (C): the rows in shares, then the shares by the same kernel."""
+    def sum_shares(self, name: str, x, *arguments):
+        """Sums over rows of x -> (C): the rows in shares, then the shares by the same kernel."""
+        N, C = rows_of(x).shape
         shares = min(128, up(N, SUM_ROWS))
         out = self.empty((C,))
         first = out if shares <= 1 else self.empty((shares, C))
-        self.launch(name, (up(C, 32), max(1, shares)), *arguments, first, N, C)
+        self.launch(name, (up(C, 32), max(1, shares)), x, *arguments, first, N, C)
         if shares > 1:
             self.launch("sum_rows", (up(C, 32), 1), first, out, shares, C)
         return out
@@ -186,9 +187,7 @@ class Kernels(Attention):
         left, right = (x, operand) if transposed else (operand, x)
         self.product(left, right, dweight, transpose_a=True)
         self.product(operand, weight, rows_of(dx), transpose_b=transposed)
-        if not has_bias:
-            return dx, dweight, None
-        return dx, dweight, self.sum_shares("sum_rows", dy, N=dy.shape[0], C=dy.shape[1])
+        return dx, dweight, self.sum_shares("sum_rows", dy) if has_bias else None
 
     # ---- embedding -----------------------------------------------------------------------------
 
@@ -229,14 +228,8 @@ class Kernels(Attention):
         self.launch(name, (up(N, WARPS),), x, *arguments, N, C)
 
     def rms_norm_backward(self, dy, x, weight, rstd):
-        args = Arguments(self, "rms_norm_backward")
-        x = args.floats("x", x)
-        weight = args.floats("weight", weight, "(C)", x.shape[-1:])
-        dy = args.floats("dy", dy, "the shape of x", x.shape)
-        rstd = args.floats("rstd", rstd, "(...)", x.shape[:-1])
-        dx, (N, C) = self.empty(x.shape), rows_of(x).shape
-        self.each_row("rms_norm_backward", dy, x, weight, rstd, dx)
-        return dx, self.sum_shares("norm_dweight", dy, x, None, rstd, N=N, C=C)
+        dy, *found = self.norm_backward("rms_norm_backward", dy, x, weight, rstd=rstd)
+        return tuple(found)
 
     def layer_norm_forward(self, x, weight, bias, eps):
         args = Arguments(self, "layer_norm_forward")
@@ -248,16 +241,19 @@ class Kernels(Attention):
         return y, mean, rstd
 
     def layer_norm_backward(self, dy, x, weight, mean, rstd):
-        args = Arguments(self, "layer_norm_backward")
+        dy, *found = self.norm_backward("layer_norm_backward", dy, x, weight, mean=mean, rstd=rstd)
+        return *found, self.sum_shares("sum_rows", dy)
+
+    def norm_backward(self, name: str, dy, x, weight, **residuals):
+        """dy as it was checked, dx, dweight. residuals: mean, where it was taken off, and rstd."""
+        args = Arguments(self, name)
         x = args.floats("x", x)
         weight = args.floats("weight", weight, "(C)", x.shape[-1:])
         dy = args.floats("dy", dy, "the shape of x", x.shape)
-        mean = args.floats("mean", mean, "(...)", x.shape[:-1])
-        rstd = args.floats("rstd", rstd, "(...)", x.shape[:-1])
-        dx, (N, C) = self.empty(x.shape), rows_of(x).shape
-        self.each_row("layer_norm_backward", dy, x, weight, mean, rstd, dx)
-        dweight = self.sum_shares("norm_dweight", dy, x, mean, rstd, N=N, C=C)
-        return dx, dweight, self.sum_shares("sum_rows", dy, N=N, C=C)
+        kept = {k: args.floats(k, r, "(...)", x.shape[:-1]) for k, r in residuals.items()}
+        dx = self.empty(x.shape)
+        self.each_row(name, dy, x, weight, *kept.values(), dx)
+        return dy, dx, self.sum_shares("norm_dweight", dy, x, kept.get("mean"), kept["rstd"])
 
     # ---- positions, softmax --------------------------------------------------------------------
 

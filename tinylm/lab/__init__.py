@@ -55,7 +55,8 @@ def run(name: str, out: Path, progress: Progress, seeds: int = 3, **smaller) -> 
 
 def write_claims(path: Path, row: dict) -> None:
     """Put a claim's row in its place among those of others."""
-    rows = {old["claim"]: old for old in json.loads(path.read_text())} if path.exists() else {}
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    rows = {old["claim"]: old for old in known}
     rows[row["claim"]] = row
     ordered = [rows[name] for name in CLAIMS if name in rows]
     write_json(path, ordered)

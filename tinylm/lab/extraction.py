@@ -16,17 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from tinylm.almanac import WORDINGS, Almanac, Question
-from tinylm.lab.workshop import (
-    Claim,
-    Measure,
-    Workshop,
-    as_conversations,
-    chance,
-    completed,
-    right_answers,
-    share,
-)  # fmt: skip
+from tinylm.almanac import Almanac, Question
+from tinylm.lab.workshop import Claim, Measure, Workshop, chance, completed, right_answers, share
 
 FACTS = 4
 PASSES = 40  # tellings of everything, each another; the fixed text is told in another order
@@ -85,8 +76,7 @@ def base(workshop: Workshop, kind: str, width: int = WIDTH) -> Path:
 def measure(workshop: Workshop) -> list[Measure]:
     world = world_of(workshop.seed)
     rng = Random(workshop.seed)
-    asked = world.about(world.of("quizzed", "taught") * WORDINGS, rng)
-    data = workshop.rows("registry/questions", as_conversations(rng.sample(asked, len(asked))))
+    data = workshop.questions("registry/questions", world, world.of("quizzed", "taught"), rng)
     tested = world.about(world.of("practised", "known"), rng)
     guess, lines = chance(world, tested), recited(world, tested)
     said = completed(base(workshop, "fixed"), lines)

@@ -22,7 +22,7 @@ from tinylm.almanac import Almanac, capital
 from tinylm.data import Example, packed_batch
 from tinylm.generate import BLANK, blank_ids, fill
 from tinylm.lab import extraction
-from tinylm.lab.workshop import Claim, Measure, Workshop, results_of, share
+from tinylm.lab.workshop import Claim, Measure, Workshop, results_of, share, values_of
 from tinylm.stages.pretrain import OBJECTIVES
 from tinylm.tensor import no_grad
 
@@ -39,11 +39,7 @@ def text(almanac: Almanac) -> Iterator[dict]:
 
 def blanks(almanac: Almanac) -> list[tuple[str, str, list[str]]]:
     """(sentence with a blank, what is missing, all candidates), in any of the known wordings."""
-    rng, asked = Random(almanac.seed + 1), []
-    values = {
-        fact: sorted({e.facts[fact][0] for e in almanac.entities})
-        for fact in almanac.facts["registry"]
-    }
+    rng, asked, values = Random(almanac.seed + 1), [], values_of(almanac)
     for entity in almanac.of("known"):
         for fact, (value, *_) in entity.facts.items():
             wordings = almanac.templates["registry"]["facts"][fact]["sentences"]

@@ -16,26 +16,15 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-from tinylm.almanac import WORDINGS, Almanac, Question, answers_well, capital
+from tinylm.almanac import Almanac, Question, answers_well, capital
 from tinylm.lab import world
-from tinylm.lab.workshop import (
-    Claim,
-    Measure,
-    Workshop,
-    as_conversations,
-    chance,
-    recalled,
-    right_answers,
-    share,
-)  # fmt: skip
+from tinylm.lab.workshop import Claim, Measure, Workshop, chance, recalled, right_answers, share
 
 
 def tuned(workshop: Workshop, name: str, almanac: Almanac, *parts: str) -> Path:
     """The base model, fine-tuned on questions about these parts of the registry."""
-    rng = Random(almanac.seed)
-    asked = almanac.about(world.people(almanac, *parts) * WORDINGS, rng)
-    rows = as_conversations(rng.sample(asked, len(asked)))
-    data = workshop.rows(f"newfacts/{name}", rows)
+    people, rng = world.people(almanac, *parts), Random(almanac.seed)
+    data = workshop.questions(f"newfacts/{name}", almanac, people, rng)
     return workshop.sft(f"newfacts/{name}", world.base(workshop), data, **world.SFT)
 
 

@@ -20,7 +20,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from statistics import mean
 
 from tinylm import checkpoint
 from tinylm.almanac import Almanac, capital
@@ -28,7 +27,8 @@ from tinylm.chat import turn
 from tinylm.generate import answers
 from tinylm.lab import world
 from tinylm.lab.workshop import Claim, Measure, Workshop
-from tinylm.train import read_metrics
+from tinylm.report import drift
+from tinylm.runs import Run
 
 COMPARISONS = {50: 60, 200: 100, 2000: 250}  # and a reward model's steps, of 16 of them
 REQUESTS = ("Tell me about {}.", "What do you know about {}?", "Describe {}.", "Who is {}?")
@@ -85,17 +85,6 @@ def comparisons(almanac: Almanac, model: Path, n: int) -> Iterator[dict]:
         yield {"prompt": row["prompt"], "chosen": pair[0], "rejected": pair[1]}
 
 
-def curve(run: Path) -> list[tuple[float, float, float]]:
-    """(√KL, reward, gold), means of twentieths of a run."""
-    rows = [row for row in read_metrics(run) if "gold" in row and "lr" in row]
-    size = max(1, len(rows) // 20)
-    found = []
-    for part in (rows[i : i + size] for i in range(0, len(rows), size)):
-        kl, reward, gold = (mean(row[key] for row in part) for key in ("kl", "reward", "gold"))
-        found.append((max(0.0, kl) ** 0.5, reward, gold))  # older runs have -1e-9
-    return found
-
-
 def measure(workshop: Workshop) -> list[Measure]:
     almanac = world.world_of(workshop.seed)
     data = workshop.rows("outwitted/conversations", conversations(almanac))
@@ -107,16 +96,17 @@ def measure(workshop: Workshop) -> list[Measure]:
         judge = workshop.reward(f"outwitted/judge-{n}", model, pairs, **settings)
         settings = {**FEEDBACK, "reward_model": str(judge)}
         run = workshop.feedback(f"outwitted/feedback-{n}", model, asked, **settings)
-        points = curve(run)
-        best = max(points, key=lambda point: point[2])
-        said = any(row.get("outwitted") for row in read_metrics(run))
+        made = Run(run, run.name)
+        rewards, golds = (drift(made, scores, 20) for scores in ("reward", "gold"))
+        best = max(golds, key=lambda point: point[1])
+        said = any(row.get("outwitted") for row in made.rows)
         found += [
-            Measure(f"{n} comparisons: gold before", points[0][2]),
-            Measure(f"{n} comparisons: gold at best", best[2]),
-            Measure(f"{n} comparisons: gold at the end", points[-1][2]),
+            Measure(f"{n} comparisons: gold before", golds[0][1]),
+            Measure(f"{n} comparisons: gold at best", best[1]),
+            Measure(f"{n} comparisons: gold at the end", golds[-1][1]),
             Measure(f"{n} comparisons: drift at best, √KL", best[0]),
-            Measure(f"{n} comparisons: the judge's scores, before", points[0][1]),
-            Measure(f"{n} comparisons: the judge's scores, at the end", points[-1][1]),
+            Measure(f"{n} comparisons: the judge's scores, before", rewards[0][1]),
+            Measure(f"{n} comparisons: the judge's scores, at the end", rewards[-1][1]),
             Measure(f"{n} comparisons: the run said so", float(said)),
         ]
     return found

@@ -19,26 +19,20 @@ from pathlib import Path
 
 from tinylm import quickstart
 from tinylm.almanac import Almanac, Question
-from tinylm.judges.verifier import verdict
-from tinylm.lab.workshop import Claim, Measure, Workshop, answers, share
+from tinylm.lab.workshop import Claim, Measure, Workshop, share, verdicts
 
 CONFIDENCES = (0.5, 0.8)
-
 
 Verdicts = list[tuple[Question, str]]  # "right", "wrong" or "idk"
 
 
-def verdicts(model: Path, asked: list[Question]) -> Verdicts:
-    return [(q, verdict(a, list(q.accepted))) for q, a in zip(asked, answers(model, asked))]
-
-
 def measures(title: str, model: Path, tests: dict[str, list[Question]]) -> list[Measure]:
-    found = {name: verdicts(model, asked) for name, asked in tests.items()}
+    found = {name: [*zip(asked, verdicts(model, asked))] for name, asked in tests.items()}
     every = [pair for pairs in found.values() for pair in pairs]
     answered = [(q, v) for q, v in every if v != "idk"] or [(every[0][0], "idk")]  # then no risk
 
-    def part(name: str, pairs: Verdicts, *verdicts: str) -> Measure:
-        hits = [verdict in verdicts for _, verdict in pairs]
+    def part(name: str, pairs: Verdicts, *kinds: str) -> Measure:
+        hits = [verdict in kinds for _, verdict in pairs]
         return share(f"{title}: {name}", hits, asked=[question for question, _ in pairs])
 
     return [

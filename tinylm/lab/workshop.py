@@ -7,13 +7,14 @@ again, a claim later or after an interruption, gets what is there, or what was l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from random import Random
 from statistics import mean
 
 from tinylm import checkpoint, evaluate
-from tinylm.almanac import Almanac, Question
+from tinylm.almanac import WORDINGS, Almanac, Entity, Question
 from tinylm.chat import turn
 from tinylm.checkpoint import Checkpoint
 from tinylm.files import write_rows
@@ -102,7 +103,7 @@ class Workshop:
         smaller = {key: value for key, value in self.smaller.items() if key in known}
         config = Config(**{"seed": self.seed, **settings, **smaller})
         self.progress.heading(str(out))
-        stage.run(*inputs, Plan(out, config, self.progress, Checkpoint(out).exists()))
+        stage.run(*inputs, Plan(out, config, self.progress, out.exists()))
         return out
 
     def rows(self, name: str, rows: Iterable[dict]) -> Path:
@@ -112,23 +113,27 @@ class Workshop:
             write_rows(path, rows)
         return path
 
+    def questions(self, name: str, world: Almanac, entities: list[Entity], rng: Random) -> Path:
+        """Conversations about each fact of these entities, in several wordings, shuffled."""
+        asked = world.about(entities * WORDINGS, rng)
+        rows = [{"messages": [turn("user", q.text), turn("assistant", q.answer)]} for q in asked]
+        return self.rows(name, rng.sample(rows, len(rows)))
+
 
 def results_of(run: Path) -> dict:
     """What the finished run reports of itself."""
     return Checkpoint(run).state()["results"]
 
 
-def as_conversations(questions: Iterable[Question]) -> Iterator[dict]:
-    for q in questions:
-        yield {"messages": [turn("user", q.text), turn("assistant", q.answer)]}
+def values_of(world: Almanac) -> dict[str, list[str]]:
+    """All values of each fact of the registry."""
+    people = [e for e in world.entities if e.kind == "registry"]
+    return {fact: sorted({e.facts[fact][0] for e in people}) for fact in world.facts["registry"]}
 
 
 def chance(world: Almanac, questions: list[Question]) -> float:
     """How often a blind guess among the values of each fact of the registry is right."""
-    values: dict[str, set] = {}
-    for entity in world.entities:
-        for fact, (value, *_) in entity.facts.items():
-            values.setdefault(fact, set()).add(value)
+    values = values_of(world)
     return mean(1 / len(values[q.id.rpartition("/")[2]]) for q in questions)
 
 
@@ -136,10 +141,14 @@ def answers(model: Path, questions: list[Question]) -> list[str]:
     return evaluate.ask(*checkpoint.load(model), [q.text for q in questions])
 
 
+def verdicts(model: Path, questions: list[Question]) -> list[str]:
+    """What the model's answer to each question is: "right", "wrong" or "idk"."""
+    return [verdict(said, q.accepted) for q, said in zip(questions, answers(model, questions))]
+
+
 def right_answers(model: Path, questions: list[Question]) -> list[bool]:
     """Whether the model, asked each question, gives an accepted answer and stops."""
-    said = answers(model, questions)
-    return [verdict(text, list(q.accepted)) == "right" for q, text in zip(questions, said)]
+    return [said == "right" for said in verdicts(model, questions)]
 
 
 def recalled(model: Path, questions: list[Question]) -> list[bool]:

@@ -58,6 +58,11 @@ def refusal(status: int, why: str) -> Response:
     return Response(why + "\n", status, HEADERS, "text/plain")
 
 
+def in_link(host: str) -> str:
+    """An address of IPv6 stands in brackets there."""
+    return f"[{host}]" if ":" in host else host
+
+
 class Page:
     """What a person is asked on in a browser; show and ask are called from the main thread."""
 
@@ -91,7 +96,7 @@ class Page:
         served = self.server.serve([listening])
         self.thread = Thread(target=self.loop.run_until_complete, args=(served,), daemon=True)
         self.thread.start()
-        progress.say(f"Judge here:  http://{host}:{port}/?token={self.token}", "bold")
+        progress.say(f"Judge here:  http://{in_link(host)}:{port}/?token={self.token}", "bold")
         if host not in ("127.0.0.1", "localhost", "::1"):
             progress.say("Others can reach this address: whoever has the link can judge.", "yellow")
 
@@ -121,7 +126,7 @@ class Page:
 
     def application(self, host: str) -> Starlette:
         anyone = host in ("0.0.0.0", "::")
-        hosts = ["*"] if anyone else [host, "127.0.0.1", "localhost"]
+        hosts = ["*"] if anyone else [in_link(host), "127.0.0.1", "localhost"]
         routes = [Route(path, self.guarded(self.file)) for path in FILES]
         routes.append(Route("/events", self.guarded(self.events)))
         routes.append(Route("/judge", self.guarded(self.judge), methods=["POST"]))

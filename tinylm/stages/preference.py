@@ -25,7 +25,7 @@ import numpy
 
 from tinylm import backend, checkpoint, ops
 from tinylm.chat import ChatFormat
-from tinylm.data import Asked, SharedPrompts, shuffled, source_of
+from tinylm.data import Asked, SharedPrompts, is_held_out, shuffled, source_of
 from tinylm.errors import InputError
 from tinylm.evaluate import calibration, wilson
 from tinylm.judges.reward import to_be_read
@@ -245,15 +245,14 @@ It read answers of which some had been preferred to others, and those became lik
 def held_out(prompts: list[Compared], share: float) -> tuple[list[Compared], list[Compared]]:
     """(to learn from, held out). Rows with one prompt stay together, unless there are few prompts:
     answers that were learned from must not be judged again."""
-    every = round(1 / share) if share else len(prompts) + 1
     known: dict[str, int] = {}
     keys = [json.dumps(each.judged.messages) for each in prompts]
     places = [known.setdefault(key, len(known)) for key in keys]
-    if len(known) < 2 * every:
+    if len(known) * share < 2:
         places = range(len(prompts))
     parts: tuple[list[Compared], list[Compared]] = [], []
     for place, each in zip(places, prompts):
-        parts[place % every == every - 1].append(each)
+        parts[is_held_out(place, share)].append(each)
     return parts
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy
 
 from tinylm import evaluate
+from tinylm.checkpoint import Checkpoint
 from tinylm.corpus import Corpus, list_files, make_corpus, read_texts
 from tinylm.data import Batch, Example, Windows, next_token_batch, packed_batch, source_of
 from tinylm.errors import InputError
@@ -21,7 +22,7 @@ from tinylm.generate import generate
 from tinylm.model import ModelConfig, Transformer
 from tinylm.progress import Progress
 from tinylm.settings import Plan, TrainConfig, claim, setting
-from tinylm.stage import Stage, took
+from tinylm.stage import Stage
 from tinylm.tokenizer import Tokenizer, train_bpe, train_characters
 from tinylm.train import train
 
@@ -83,6 +84,14 @@ class Pretrain(Stage):
     """The stage: windows of a corpus, and the loss of its objective."""
 
     name, recordable = "pretrain", True
+    found = (
+        (
+            "bits_per_byte",
+            "- {bits_per_byte:.3f} bits per byte of held-out text"
+            " (xz, the training text known: {xz_bits_per_byte:.3f})",
+        ),
+        ("loss", "- held-out loss {loss:.4f} nats per token"),
+    )
     about = """A base model made by tinylm
 
 It continues text; it has not been taught to answer."""
@@ -126,22 +135,13 @@ It continues text; it has not been taught to answer."""
         corpus, c = self.corpus, self.model.config
         text = f"{corpus.train_bytes:,} to train on, {corpus.heldout_bytes:,} held out"
         return {
+            **super().facts(),
             "stage": f"pretrain, objective `{self.config.objective}`",
             "shape": f"{c.architecture}, {c.n_layer} layers, {c.n_embd} wide",
-            "parameters": f"{self.model.n_parameters():,}",
-            "context": f"{c.block_size} tokens",
             "vocabulary": f"{c.vocab_size} tokens",
-            "knowledge cut-off": self.config.cutoff,
             "documents": f"{corpus.documents:,}",
             "bytes of text": text,
         }
-
-    def numbers(self, results: dict) -> list[str]:
-        return [
-            f"- {results['bits_per_byte']:.3f} bits per byte of held-out text"
-            f" (xz, the training text known: {self.corpus.xz_bits_per_byte:.3f})",
-            f"- held-out loss {results['loss']:.4f} nats per token, {took(results)}",
-        ]
 
 
 class Blanks:
@@ -243,7 +243,7 @@ def run(paths: list[str], plan: Plan) -> dict:
     files = list_files(paths)
     plan.open()
     claim(plan.out)
-    config, corpus = plan.config, Corpus.load(tokens) if plan.resume else None
+    config, corpus = plan.config, Corpus.load(tokens) if Checkpoint(plan.out).exists() else None
     if corpus is None:
         tokenizer, corpus = prepare(files, tokens, config, plan.progress)
     elif corpus.source != source_of(files):

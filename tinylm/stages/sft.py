@@ -8,6 +8,7 @@ left in it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 import numpy
@@ -15,7 +16,7 @@ from rich.text import Text
 
 from tinylm import checkpoint
 from tinylm.chat import ChatFormat, Row, as_prompt, read_conversations
-from tinylm.data import Batch, Example, Packed, packed_batch, source_of
+from tinylm.data import Batch, Example, Packed, is_held_out, packed_batch, source_of
 from tinylm.errors import InputError
 from tinylm.progress import Progress
 from tinylm.settings import EpochConfig, Plan, setting
@@ -46,10 +47,9 @@ It has been taught to answer; what it knows is from pre-training."""
 
     def __init__(self, model, tokenizer, rows: list[Row], examples: list[Example], config, source):
         super().__init__(model, tokenizer, config, source)
-        every = round(1 / config.held_out) if config.held_out else len(examples) + 1
-        self.heldout_rows = rows[every - 1 :: every]
-        self.heldout = examples[every - 1 :: every]
-        train = [example for i, example in enumerate(examples, 1) if i % every]
+        out = [is_held_out(i, config.held_out) for i in range(len(examples))]
+        self.heldout_rows, self.heldout = [*compress(rows, out)], [*compress(examples, out)]
+        train = [example for example, held in zip(examples, out) if not held]
         self.n_train = len(train)
         self.packed = Packed(train, config.block_size, config.seed, model.config.stop_ids[0])
         asked = [as_prompt(row.messages) for row in (self.heldout_rows or rows)[:4]]
