@@ -57,7 +57,7 @@ class BuildExtensions(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         try:
-            openmp = openmp_flags(self.compiler.compiler_so_cxx[:1])
+            openmp = openmp_flags(self.compiler.compiler_so_cxx)
             ext.extra_compile_args += openmp
             ext.extra_link_args += openmp
             if ext.name == "tinylm.kernels._cpu":

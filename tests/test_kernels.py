@@ -465,6 +465,8 @@ heads = np.ones((2, 4, 5, 8), np.float32)
         (ValueError, "[rms_norm_forward] weight: expected (C) = (3,), got (2,)", lambda: _cpu.rms_norm_forward(f32, f32[:, 0], 1e-5)),
         (ValueError, "[attention_forward] k: expected (B, G, S, D) = (2, any, any, 8), got (2, 4, 5, 7)", lambda: _cpu.attention_forward(heads, heads[..., :7], heads)),
         (ValueError, "[attention_forward] v: expected (B, G, S, D) = (2, 2, 5, 8), got (2, 4, 5, 8)", lambda: _cpu.attention_forward(heads, heads[:, :2], heads)),
+        (ValueError, "[linear_backward] dx: expected another array than dy", lambda: _cpu.linear_backward(f32, f32, np.ones((3, 3), np.float32), dx=f32)),
+        (ValueError, "inhomogeneous", lambda: _cpu.global_norm([[[1.0], [2.0, 3.0]]])),
         (ValueError, "[attention_forward] k: expected G dividing H = 4, got G = 3", lambda: _cpu.attention_forward(heads, heads[:, :3], heads[:, :3])),
         (ValueError, "[attention_forward] gap: expected (B, T, 2) = (2, 5, 2), got (2, 5)", lambda: _cpu.attention_forward(heads, heads, heads, None, np.zeros((2, 5), np.int32))),
         (ValueError, "[prefix_attention] prefix_k: expected (P, G, S, D) = (any, 2, any, 8), got (2, 4, 5, 8)", lambda: _cpu.prefix_attention(heads, heads[:, :2], heads[:, :2], heads, heads, np.array([0, 1]))),
@@ -492,7 +494,9 @@ def test_errors_say_what_was_expected(error, message, call):
 # ---- edges of the world ------------------------------------------------------------------------
 
 
-def test_empty_arrays():
+@every_isa
+def test_empty_arrays(isa):
+    _cpu.use_isa(isa)
     none, weight, tokens = np.ones((0, 3), np.float32), f32, np.zeros(0, np.int32)
     assert _cpu.linear_forward(none, weight).shape == (0, 2)
     assert np.array_equal(_cpu.matmul(none.T, none), np.zeros((3, 3)))  # a sum over nothing
@@ -505,7 +509,11 @@ def test_empty_arrays():
     out, lse = _cpu.attention_forward(heads, heads[:, :, :0], heads[:, :, :0])
     assert np.all(out == 0) and np.all(lse == -np.inf)
     assert _cpu.attention_forward(heads[:, :, :0], heads, heads)[0].shape == (2, 4, 0, 8)
+    assert _cpu.attention_forward(heads[:0], heads[:0], heads[:0])[0].shape == (0, 4, 5, 8)
     assert _cpu.gelu_forward(none).shape == (0, 3) and _cpu.global_norm([]) == 0
+    wide = np.ones((40, 3), np.float32)
+    assert not _cpu.matmul(wide[:, :0], np.ones((0, 32), np.float32)).any()
+    assert _cpu.matmul(f32, wide[:3, :0]).shape == (2, 0)
 
 
 def test_arrays_stay_whole_while_memory_is_reused():

@@ -238,7 +238,7 @@ static void forward_row(const Queries& q, long r, const Rows& k, const Rows& v, 
         tops = maximum(score, tops);
         store(s + j - from, score);
     }
-    const float top = from < to ? largest(tops) : 0;
+    const float top = finite(largest(tops));
     for (long j = 0; j < to - from; j += W) {
         const vf e = exp(load(s + j) - top);
         totals += e;
@@ -267,7 +267,7 @@ constexpr long step = Word::GROUP == 1 ? 16 : 32;  // whole groups of words
 template <class Word>
 static void forward(const Attention& x, const Heads& out, float* lse, int threads) {
     const long G = x.G, S = x.S, D = x.D, rows = x.H / G * x.T;
-    const long blocks = up(rows, BQ), parts = min(blocks, up(4 * threads, x.B * G));
+    const long blocks = up(rows, BQ), parts = min(blocks, up(4 * threads, max(x.B * G, 1)));
     const long tasks = x.B * G * parts, size = S * round_up(D, W);
     const bool few = rows <= FEW && !x.gap;
     const long each = few ? round_up(S, W) : forward_scratch(S, D);

@@ -155,8 +155,10 @@ public:
     Ints ints(const char* arg, const py::array& x, const char* letters, const Shape& shape,
               long least, long limit) const {
         check(arg, x, letters, shape);
-        if (py::isinstance<py::array_t<int32_t>>(x))
-            return checked(arg, Ints(x), least, limit, Ints(x));
+        if (py::isinstance<py::array_t<int32_t>>(x)) {
+            const Ints y(x);
+            return checked(arg, y, least, limit, y);
+        }
         if (!py::isinstance<py::array_t<int64_t>>(x)) wrong_dtype(arg, "int32 or int64", x);
         return checked(arg, py::array_t<int64_t, py::array::c_style>(x), least, limit,
                        Ints(shape_of(x)));
@@ -239,8 +241,9 @@ class PackedWeights {
         const long size = isa->packed_size(p);  // larger where float32 is split, for many rows
         Kept& found = kept[{p.B, p.N, p.K, p.transpose_b, size}];
         if (found.packed.size() == 0) {
-            found = {weight, empty({size})};
-            run(isa->pack, p, pointer(found.packed), threads_for(1.0 * p.N * p.K));
+            const Floats packed = empty({size});
+            run(isa->pack, p, pointer(packed), threads_for(1.0 * p.N * p.K));
+            if (found.packed.size() == 0) found = {weight, packed};  // or another thread was first
         }
         return pointer(found.packed);
     }
@@ -248,7 +251,9 @@ class PackedWeights {
 public:
     explicit PackedWeights(long rows) : pays(bfloat16_products || rows > FEW_ROWS) {}
     void enter() { entered.push_back(this); }
-    void leave(const py::args&) { entered.pop_back(); }
+    void leave(const py::args&) {
+        if (!entered.empty()) entered.pop_back();
+    }
 
     // The product by the packed weight, where one is held or worth it.
     static Product use(Product p, const py::array& weight) {
@@ -281,6 +286,7 @@ static py::tuple linear_backward(const py::array& dy_, const py::array& x_,
     const long N = rows_of(x), C = last_of(x), F = last_of(dy);
     const Floats weight = check_weight(op, weight_, transposed, C, F);
     Floats dx = op.place("dx", dx_, shape_of(x)), dweight = empty(shape_of(weight));
+    if (dx_ && dx.data() == dy.data()) op.wrong("dx", "another array than dy");
     if (transposed)
         multiply({true, false, C, F, N, pointer(x), C, pointer(dy), F, pointer(dweight), F});
     else
@@ -639,7 +645,7 @@ static double global_norm(const py::iterable& arrays) {
     const Op op("global_norm");
     double total = 0;
     for (const py::handle& item : arrays) {
-        const py::array x_ = py::array::ensure(item);
+        const py::array x_(py::reinterpret_borrow<py::object>(item));
         const Floats x = op.floats("arrays", x_, "the shape of itself", shape_of(x_));
         py::gil_scoped_release unlocked;
         total += kernels().sum_squares(pointer(x), x.size(), threads_for(x.size()));

@@ -8,7 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-float* take_scratch(size_t floats);  // from the pool, 64-byte aligned, not zeroed (bindings.cpp)
+float* take_scratch(size_t floats);  // from the pool, 64-byte aligned, not zeroed (runtime.h)
 void give_scratch(float* p, size_t floats);
 
 extern bool bfloat16_products;  // round the operands of large products and of attention (runtime.h)

@@ -123,11 +123,7 @@ static void pack_across_k(const float* src, long ld, long count, long depth, flo
         for (long row = 0, panel = 0; row < count; row += P, ++panel) {
             UNROLL for (long g = 0; g < P; g += W)
                 load_across<Word>(src + row + g, ld, count - row - g, depth, [&](int part, vf x) {
-                    float* d = dst + panel * stride + place<Word>(w, part) * P + g;
-                    if (P % W == 0 || w < end - 1)
-                        store(d, x);
-                    else  // the next word may be another thread's, and written already
-                        store_n(d, x, P - g);
+                    store(dst + panel * stride + place<Word>(w, part) * P + g, x);
                 });
         }
     }
@@ -371,7 +367,8 @@ struct Block {
 
     // The share that tile i fetches of `rows` stored rows, `length` floats of each.
     Fetch share(long i, const float* from, long ld, long rows, long length) const {
-        const long lines = up(length, LINE), row = i * words() / lines, line = i * words() % lines;
+        const long lines = max(up(length, LINE), 1), row = i * words() / lines;
+        const long line = i * words() % lines;
         if (row >= rows) return {from};
         return {from + row * ld + line * LINE, line, lines, ld - lines * LINE};
     }
@@ -560,7 +557,7 @@ static void add_depth(const Product& p, long k, long n, long end) {
 
 static void few_rows_by_sums(const Product& p, int threads) {
     constexpr int DEPTH = 8;
-    const long share = round_up(up(p.N, threads), LINE);
+    const long share = round_up(up(max(p.N, 1), threads), LINE);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long n = 0; n < p.N; n += share) {
         const long end = min(n + share, p.N);

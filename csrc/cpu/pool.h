@@ -32,7 +32,7 @@
 #endif
 
 class Pool {
-    static constexpr size_t LINE = 64, HUGE = size_t(2) << 20;
+    static constexpr size_t LINE = 64, STEP = size_t(2) << 20;
     char *base = nullptr, *top = nullptr, *backed = nullptr, *end = nullptr;
     std::map<char*, size_t> idle;                // each idle stretch: where, bytes
     std::set<std::pair<size_t, char*>> by_size;  // and the other way round
@@ -42,11 +42,11 @@ class Pool {
     void reserve() {  // twice as much as the machine has, or else what the system allows
         size_t bytes = 4 * size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
         void* p = MAP_FAILED;
-        while (p == MAP_FAILED && (bytes /= 2) > 2 * HUGE)
+        while (p == MAP_FAILED && (bytes /= 2) > 2 * STEP)
             p = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANON | MAP_NORESERVE, -1, 0);
         if (p == MAP_FAILED) throw std::bad_alloc();
-        base = top = backed = reinterpret_cast<char*>(rounded(reinterpret_cast<size_t>(p), HUGE));
-        end = base + (bytes / HUGE - 1) * HUGE;
+        base = top = backed = reinterpret_cast<char*>(rounded(reinterpret_cast<size_t>(p), STEP));
+        end = base + (bytes / STEP - 1) * STEP;
 #ifdef MADV_HUGEPAGE
         madvise(base, end - base, MADV_HUGEPAGE);
 #endif
@@ -57,7 +57,7 @@ class Pool {
         char* const from = last ? idle.rbegin()->first : top;
         if (size > size_t(end - from)) throw std::bad_alloc();
         if (from + size > backed) {
-            const size_t more = rounded(from + size - backed, HUGE);
+            const size_t more = rounded(from + size - backed, STEP);
             if (mprotect(backed, more, PROT_READ | PROT_WRITE)) throw std::bad_alloc();
             backed += more;
         }
