@@ -229,6 +229,10 @@ def test_what_feedback_cannot_use(assistant, prompts, tmp_path):
     refused(*start, "--prompts", prompts, "--answers", 1, saying="--answers 1")
     refused(*start, "--prompts", prompts, "--batch-size", 9, saying="--batch-size 9")
     refused(*start, "--prompts", prompts, "--verifier", "none", saying="file.py:function")
+    twice = ["--updates", 2, "--accumulate", 2]
+    refused(*start, "--prompts", prompts, *twice, saying="the same answers would be added up")
+    forgotten = ["--reward-model", assistant[0]]
+    refused(*start, "--prompts", prompts, *forgotten, saying="add --judge reward-model")
     (tmp_path / "bad.py").write_text("def f(prompt, answer, row):\n    return 'fine'\n")
     verifier = ["--verifier", f"{tmp_path}/bad.py:f", "--max-new-tokens", 20]
     refused(*start, "--prompts", prompts, *verifier, saying="gave 'fine': expected a number")

@@ -64,6 +64,13 @@ def test_progress_is_told_in_bytes_on_the_disk(tmp_path):
         assert min(told) >= 0
 
 
+def test_what_windows_writes_is_the_same_text(tmp_path, tokenizer):
+    """A byte order mark, and carriage returns around a separator."""
+    (tmp_path / "a.txt").write_bytes("\ufeffthe cat\r\n##\r\nthe moon\r\n".encode())
+    corpus = make_corpus([tmp_path / "a.txt"], tokenizer, tmp_path / "t", "##", held_out=0.0)
+    assert corpus_text(tokenizer, corpus, tmp_path / "t", "train") == b"the catthe moon"
+
+
 def test_a_separator_splits_a_file(tmp_path):
     (tmp_path / "a.txt").write_text("one<|doc|>two<|doc|>three")
     assert documents(tmp_path / "a.txt", separator="<|doc|>") == ["one", "two", "three"]

@@ -332,6 +332,17 @@ def test_what_cannot_get_better_ends_at_once_and_keeps_the_key(status, monkeypat
     assert (KEY in str(error.value)) == (status == 401)
 
 
+def test_a_question_that_is_refused_is_left_out_once_others_were_answered():
+    def reply(content):
+        return (400, b"filtered") if "bbb" in content["messages"][0]["content"] else "A"
+
+    with serving(reply) as server:
+        judge = endpoint(server.url)
+        assert None not in judge([group("aaa", "a")])[0]
+        assert judge([group("bbb", "b")]) == [[None, None]]
+    assert "filtered" in judge.trouble
+
+
 def test_what_an_endpoint_needs_is_a_sentence(monkeypatch):
     for url, name, mode, said in (("", "x", "pairwise", "--judge-url"),
                                   ("http://host:abc/v1", "x", "pairwise", "expected http://"),

@@ -51,3 +51,6 @@ def test_quickstart_compares_the_stages_and_goes_on_where_it_stopped(small, tmp_
     again = json.loads(capsys.readouterr().out)
     assert again["stages"] == results["stages"]
     assert weights(out / "feedback") == before
+    assert cli.run(["quickstart", "--out", str(out), "--seed", "1"]) == 2  # that is another world
+    assert "--seed 1 differs" in capsys.readouterr().err
+    assert weights(out / "feedback") == before

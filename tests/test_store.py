@@ -46,6 +46,7 @@ def test_another_name_is_another_run(store):
     store.add_item(store.run("a"), ASKED, TEXTS)
     assert store.run("a") == store.run("a")
     assert store.find(store.run("b"), "train", 0) is None
+    assert store.find(store.run("a"), "train", 0)  # whatever came in between
 
 
 def test_a_place_is_taken_once(store):

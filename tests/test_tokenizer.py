@@ -341,6 +341,11 @@ def test_llama2_files_give_the_ids_of_hugging_face(kind, strings, tmp_path):
     for text in strings[:2000]:
         assert ours.encode(text) == theirs.encode(text).ids, repr(text)
     assert ours.decode(ours.encode("the cat and é🙂\n")) == "the cat and é🙂\n"
+    theirs.encode_special_tokens = False
+    after = [ours.encode(text, begins=False) for text in ("the cat", "a moon")]
+    ids = [1, *after[0], 2, *after[1]]
+    assert theirs.encode("<s>the cat</s>a moon", add_special_tokens=False).ids == ids
+    assert ours.decode(ids, skip_special=True).split() == ["the", "cata", "moon"]
 
 
 def test_the_space_that_llama2_puts_before_a_text_comes_off_where_a_text_begins(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import signal
 import subprocess
 import time
@@ -28,6 +29,7 @@ from commands import (
 from tinylm import backend, checkpoint, memory
 from tinylm.checkpoint import Checkpoint
 from tinylm.errors import InputError
+from tinylm.files import in_json
 from tinylm.model import ModelConfig, Transformer
 from tinylm.optim import AdamW, clip_scale, schedule
 from tinylm.progress import Progress
@@ -147,6 +149,26 @@ def test_resume_on_a_finished_run_is_done(finished, text_file):
     done = succeeds("pretrain", text_file, "--out", finished[0], "--resume", "--json")
     assert json.loads(done.stdout)["steps"] == 60
     assert "finished" in done.stderr
+
+
+def test_a_kill_between_the_last_checkpoint_and_its_model_is_mended(finished, text_file, tmp_path):
+    out = shutil.copytree(finished[0], tmp_path / "r")
+    (out / "model.safetensors").unlink()
+    (out / "README.md").write_text("not finished yet")
+    succeeds("pretrain", text_file, "--out", out, "--resume")
+    assert weights(out) == weights(finished[0])
+    assert (out / "README.md").read_text() == (finished[0] / "README.md").read_text()
+
+
+def test_a_run_may_lie_in_the_folder_that_it_reads(text_file, tmp_path):
+    shutil.copy(text_file, tmp_path / "prose.txt")
+    pretrain(tmp_path, tmp_path / "run", "--max-steps", "2")
+    succeeds("pretrain", tmp_path, "--out", tmp_path / "run", "--max-steps", "3", "--resume")
+
+
+def test_numbers_that_are_none_are_null_in_json():
+    found = in_json({"a": [math.nan, 1.5, {"b": -math.inf}], "c": "NaN"})
+    assert found == {"a": [None, 1.5, {"b": None}], "c": "NaN"}
 
 
 def test_resume_without_a_checkpoint_starts_at_step_0(text_file, tmp_path):

@@ -81,7 +81,8 @@ class Layout:
     byte_level: bool = False  # tokens are written in BYTE_CHARACTERS
     byte_tokens: bool = False  # the token "<0x0A>" is the byte 10
     spaces: bool = False  # tokens are written with "▁" for a space
-    prefix: str = ""  # a "▁" goes before the text: "always", or "missing": where it has none
+    # a "▁" goes before a text: "always", where it is "missing", or so and it comes "first"
+    prefix: str = ""
 
     @classmethod
     def read(cls, spec: dict) -> "Layout":
@@ -125,7 +126,7 @@ class Layout:
                 self.splitters.append(splitter(r"\p{N}" if each else r"\p{N}+"))
             case {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme}:
                 self.spaces = True
-                self.prefix = "" if scheme == "never" else "missing"
+                self.prefix = {"never": "", "first": "first"}.get(scheme, "missing")
                 if step.get("split", True):
                     self.splitters.append(splitter("▁?[^▁]*"))
             case _:
@@ -143,11 +144,14 @@ class Layout:
             case _:
                 raise unsupported("decoder", step)
 
-    def pieces(self, text: str) -> Iterable[str]:
+    def pieces(self, text: str, begins: bool = True) -> Iterable[str]:
+        """What is encoded one by one. begins: no special token stands before the text."""
         text = valid(text)
         if self.spaces:
             text = text.replace(" ", "▁")
-        if text and (self.prefix == "always" or (self.prefix == "missing" and text[0] != "▁")):
+        missing = text[:1] != "▁"
+        known = {"always": True, "missing": missing, "first": missing and begins}
+        if text and known.get(self.prefix):
             text = "▁" + text
         if not self.splitters:
             return [text]

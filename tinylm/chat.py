@@ -193,8 +193,9 @@ class ChatFormat:
         safe = [{**message, "content": defuse(message["content"])} for message in messages]
         try:
             text = self.template.render(
-                messages=safe, add_generation_prompt=answer_next, **self.names
-            )
+                messages=safe, tools=None, documents=None, add_generation_prompt=answer_next,
+                **self.names,
+            )  # fmt: skip
         except TemplateError as error:
             raise InputError(f"the chat template refuses this conversation: {error}") from None
         ids = []
@@ -202,7 +203,7 @@ class ChatFormat:
             if i % 2:
                 ids.append(self.tokenizer.special[part])
             elif part:
-                ids += self.tokenizer.encode(part.replace(guard, ""))
+                ids += self.tokenizer.encode(part.replace(guard, ""), begins=not ids)
         return ids
 
     def example(self, messages: list[dict]) -> tuple[list[int], list[bool]]:

@@ -217,12 +217,13 @@ def from_json(content: dict, path: str = "config.json") -> ModelConfig:
 def plain_rope(content: dict, path: str) -> dict:
     """Both spellings of the rotary base: rope_theta, and rope_parameters of newer transformers."""
     parameters = content.get("rope_parameters") or {}
-    if parameters.get("rope_type", "default") != "default":
-        raise InputError(f"{path}: rope_type = {parameters['rope_type']!r} is not supported")
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind != "default":
+        raise InputError(f"{path}: rope_type = {kind!r} is not supported")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError(f"{path}: partial_rotary_factor is not supported")
     scaling = content.get("rope_scaling")
     if isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) == "default":
         content = {**content, "rope_scaling": None}
-    theta = content.get("rope_theta", parameters.get("rope_theta"))
+    theta = parameters.get("rope_theta", content.get("rope_theta"))
     return {**content, "rope_theta": theta if theta is not None else 10000.0}

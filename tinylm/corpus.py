@@ -113,7 +113,7 @@ def refuse_binary(file, path: Path) -> None:
 
 
 def plain_pieces(file, separator: str) -> Iterator[tuple[str, bool]]:
-    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
     buffer = ""
     while block := file.read(BLOCK):
         buffer += decoder.decode(block)
@@ -246,8 +246,8 @@ def write_document(pieces, tokenizer, dtype, file, counts, strip: bool) -> bytes
     for piece in pieces:
         text = kept + piece
         if strip:
-            text = text.lstrip("\n") if empty else text
-            kept = text[len(text.rstrip("\n")) :]
+            text = text.lstrip("\r\n") if empty else text
+            kept = text[len(text.rstrip("\r\n")) :]
             text = text.removesuffix(kept)
         if not text:
             continue

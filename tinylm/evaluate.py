@@ -45,7 +45,10 @@ def evaluate_text(
     lengths = byte_lengths(tokenizer)
     nats, tokens, n_bytes = 0.0, 0, 0
     rows = in_order(shards, block_size or model.config.block_size)
-    for batch in in_batches(rows, batch_size, tokenizer.special.get("<|begin|>", -1)):
+    begin = tokenizer.special.get("<|begin|>", tokenizer.bos_id)
+    if begin in (None, tokenizer.eos_id):  # GPT-2 ends a text with the token that begins the next
+        begin = -1
+    for batch in in_batches(rows, batch_size, begin):
         with no_grad():
             loss = model.loss(batch.tokens, batch.targets, batch.start).data
         known = batch.targets >= 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import re
 import zlib
@@ -32,7 +33,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """(place, JSON object) of a file of JSON lines, "line 3", or of one JSON array, "row 3"."""
     opener = gzip.open if path.name.endswith(".gz") else open
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
             text = file.read()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
@@ -92,7 +93,18 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """In UTF-8; a lone surrogate becomes its escape, which in JSON says the same."""
+    raw = text.encode("utf-8", "backslashreplace")
+    replace_file(path, lambda temporary: temporary.write_bytes(raw))
+
+
+def in_json(value):
+    """What JSON can say: NaN and infinity become null."""
+    if isinstance(value, dict):
+        return {key: in_json(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [in_json(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_rows(path: Path, rows: Iterable[dict]) -> None:

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from tinylm import backend as backends
 from tinylm.errors import InputError
+from tinylm.files import in_json
 from tinylm.progress import Progress
 from tinylm.settings import ENDS, Plan, flag
 
@@ -104,6 +105,8 @@ def stage_of(config, then: str, out_required: bool = True):
             chosen_by = context.get_parameter_source
             given = {name for name in names if chosen_by(name) is not ParameterSource.DEFAULT}
             if given & ENDS:  # who names one end of a run does not want another's default
+                for name in ENDS - given:
+                    setattr(settings, name, 0)
                 given |= ENDS
             plan = Plan(out, settings, Progress(), resume, given)
             results = command(**inputs, plan=plan)
@@ -134,7 +137,7 @@ def sampling(command):
 def tell(as_json: bool, found: dict, *shown: str | Table | Text, err: bool = False) -> None:
     """The result of a command: as one JSON object, or else as what a person is shown."""
     if as_json:
-        print(json.dumps(found, ensure_ascii=False, allow_nan=False, default=float))
+        print(json.dumps(in_json(found), allow_nan=False, default=float))
         return
     for each in shown:
         if isinstance(each, str):

@@ -88,7 +88,7 @@ def run(out: Path, progress: Progress, seed: int = 0) -> dict:
 def stage(run, *arguments) -> None:
     """Run one stage, or what is left of it."""
     *arguments, folder, config, progress = arguments
-    run(*arguments, Plan(folder, config, progress, folder.exists()))
+    run(*arguments, Plan(folder, config, progress, folder.exists(), {"seed"}))
     report.attempt([folder], progress)
 
 

@@ -85,12 +85,12 @@ class Store:
         self.db.close()
 
     def run(self, name: str) -> int:
-        """The number of the latest run, if it has this name, or else of a new one.
+        """The number of the latest run of this name, or else of a new one.
 
         A name says everything that decides what is asked: other prompts are another run.
         """
-        last = self.db.execute("SELECT id, name FROM run ORDER BY id DESC LIMIT 1").fetchone()
-        if last and last[1] == name:
+        query = "SELECT id FROM run WHERE name = ? ORDER BY id DESC LIMIT 1"
+        if last := self.db.execute(query, (name,)).fetchone():
             return last[0]
         began = self.db.execute("INSERT INTO run (name, began) VALUES (?, ?)", (name, now()))
         return began.lastrowid

@@ -82,17 +82,19 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.pad_id = map(ids.get, named)
         self.add_bos = self._wants_bos()
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, begins: bool = True) -> list[int]:
         """The ids of `text`. No special token is added, nor made out of the text.
+
+        begins: nothing stands before it, not even a special token; few tokenizers ask.
 
         Raw bytes may stand in the text as bytes.decode("utf-8", "surrogateescape") leaves them;
         every other lone surrogate counts as U+FFFD.
         """
-        return self.encode_array(text).tolist()
+        return self.encode_array(text, begins).tolist()
 
-    def encode_array(self, text: str) -> np.ndarray:
+    def encode_array(self, text: str, begins: bool = True) -> np.ndarray:
         """`encode` for bulk work: uint32 (n,)."""
-        return self._encoder.encode(self._layout.pieces(text))
+        return self._encoder.encode(self._layout.pieces(text, begins))
 
     def decode_bytes(self, ids: Iterable[int], skip_special: bool = False) -> bytes:
         """The tokens' bytes, strung together. A special token is its text, or skipped."""
@@ -115,7 +117,7 @@ class Tokenizer:
             for at, i in enumerate(ids):
                 if begins and i not in self._special_ids:
                     tokens[at] = tokens[at].removeprefix(b" ")
-                begins = i in self._special_ids
+                begins = i in self._special_ids and self._layout.prefix != "first"
         return b"".join(tokens).decode("utf-8", "replace")
 
     def decode_stream(self, ids: Iterable[int], continues: bool = True) -> Iterator[str]:

@@ -24,7 +24,7 @@ from tinylm.checkpoint import Checkpoint, Tensors
 from tinylm.data import Batch
 from tinylm.device_step import device_step
 from tinylm.errors import InputError, asked_to_stop
-from tinylm.files import write_text
+from tinylm.files import in_json, write_text
 from tinylm.model import Transformer
 from tinylm.optim import AdamW, Muon, clip_scale, schedule
 from tinylm.progress import Progress
@@ -95,7 +95,7 @@ class Metrics:
         self.file = open(path, "a", buffering=1)
 
     def write(self, **row) -> None:
-        self.file.write(json.dumps(row) + "\n")
+        self.file.write(json.dumps(in_json(row)) + "\n")
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -134,10 +134,11 @@ class Trainer:
         resumed = resume and self.checkpoint.exists()
         if resumed:
             self.restore()
+        claim(self.folder)
         if resumed and self.finished():
+            self.derive()  # a kill may have come between the checkpoint and these
             self.progress.say(f"{self.folder}: finished at step {self.step}, nothing left to do")
             return self.results
-        claim(self.folder)
         metrics = Metrics(self.folder, self.step if resumed else -1)
         if resume:
             metrics.write(step=self.step, event="resume")
@@ -149,7 +150,7 @@ class Trainer:
         self.device = device_step(self)
         with asked_to_stop(self.stop), products(self.config.dtype), self.progress.training(self):
             self.loop(metrics)
-        if self.stop_asked:
+        if self.stop_asked and not self.finished():
             raise KeyboardInterrupt
         return self.results
 
@@ -161,7 +162,7 @@ class Trainer:
         self.progress.say("stopping after this step (again: at once, losing it) ...")
 
     def loop(self, metrics: Metrics) -> None:
-        began, c, done = time.perf_counter() - self.seconds, self.config, False
+        began, c, done, due = time.perf_counter() - self.seconds, self.config, False, False
         while not done:
             if not self.asked:
                 self.tick = time.perf_counter()
@@ -171,7 +172,7 @@ class Trainer:
                 final = self.finished()
                 done = final or self.stop_asked
                 evaluating = final or self.step % c.eval_every == 0
-                saving = done or self.step % c.save_every == 0
+                saving = done or due or self.step % c.save_every == 0
                 self.tell(metrics, 1 if self.device and not evaluating and not saving else 0)
             except InputError:  # of a judge, say: what was learned before is kept
                 with suppress(InputError):
@@ -182,7 +183,9 @@ class Trainer:
             if evaluating:
                 self.evaluate(metrics, final)
             self.seconds = time.perf_counter() - began
-            if done or (saving and not self.guard.in_a_row):  # else these weights may be the harm
+            # a cautious stage has gone back already; elsewhere these weights may be the harm
+            due = saving and self.guard.in_a_row > 0 and not self.stage.cautious
+            if final or (saving and not due):
                 self.save()
 
     def tell(self, metrics: Metrics, keep: int) -> None:
@@ -316,7 +319,7 @@ class Trainer:
             self.results["skipped"] = self.guard.refused
 
     def save(self) -> None:
-        """Checkpoint first, all in one file; then what is derived from it."""
+        """Checkpoint first, all in one file; then what follows from it."""
         state = {
             "step": self.step,
             "seconds": self.seconds,
@@ -328,6 +331,10 @@ class Trainer:
             "environment": self.environment,
         }
         self.checkpoint.save(self.stage.model, self.optimizer, state, self.good)
+        self.derive()
+
+    def derive(self) -> None:
+        """What follows from a checkpoint: the model's file and its card."""
         checkpoint.save_weights(self.stage.model, self.folder)
         write_text(self.folder / "README.md", self.stage.card(self.results))
 

@@ -30,6 +30,7 @@ KEY = "TINYLM_JUDGE_KEY"
 ATTEMPTS = 4  # to reach it, with a pause that doubles
 LONGEST_PAUSE = 60.0  # seconds
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses after which it may go better
+OF_A_QUESTION = {400, 413, 422}  # if others were answered: too long, or refused by a filter
 RUBRIC = """Here is a request, and an answer to it.
 
 Request:
@@ -188,7 +189,10 @@ class Endpoint(Judge):
         if answer.status_code != 200:
             body = answer.text.replace(self.key, "…") if self.key else answer.text
             hint = f" (the key is read from {KEY})" if answer.status_code in (401, 403) else ""
-            raise InputError(f"{self.url}: status {answer.status_code}{hint}: {body:.200}")
+            told = f"{self.url}: status {answer.status_code}{hint}: {body:.200}"
+            if answer.status_code in OF_A_QUESTION and self.known:  # it has answered others
+                raise Unreachable(told)
+            raise InputError(told)
         try:
             return "" + (answer.json()["choices"][0]["message"]["content"] or ""), "", 0.0
         except (ValueError, KeyError, IndexError, TypeError):

@@ -33,12 +33,13 @@ from tinylm.judges import Group, Judge, human, verifier
 from tinylm.judges.choice import JUDGES, MODES, PAGES
 from tinylm.judges.watch import Watch
 from tinylm.model import Transformer
-from tinylm.settings import Plan, TrainConfig, setting
+from tinylm.settings import Plan, TrainConfig, flag, setting
 from tinylm.stage import Stage
 from tinylm.tensor import Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
 from tinylm.train import NOT_FINITE, train
 
+JUDGES_OF = {"reward_model": "reward-model", "judge_model": "model", "judge_url": "endpoint"}
 LEAST_BETA = 0.01  # what a drift beyond its limit costs at least from then on
 
 
@@ -92,6 +93,14 @@ class FeedbackConfig(TrainConfig):
             raise InputError(
                 f"--batch-size {self.batch_size}: not a multiple of --answers {self.answers}"
             )
+        if self.updates > 1 and self.accumulate > 1:
+            raise InputError(
+                f"--updates {self.updates} with --accumulate {self.accumulate}: the same answers "
+                "would be added up in one step, not learned from again; raise --batch-size instead"
+            )
+        for name, judge in JUDGES_OF.items():
+            if self.judge == "verifier" and getattr(self, name):
+                raise InputError(f"{flag(name)} belongs to another judge: add --judge {judge}")
         if self.judge == "human" and self.resample:
             raise InputError("--resample: a person is not asked more often for it; leave it out")
         if self.judge == "human" and self.answers > 4:
@@ -138,7 +147,12 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
     def draw(self) -> Answers:
         """Prompts, answers and advantages; the same ones `updates` times."""
         if not self.left:
-            self.pending, self.left = self.fresh(), self.config.updates
+            first = self.drawn
+            try:
+                self.pending, self.left = self.fresh(), self.config.updates
+            except Exception:
+                self.drawn = first  # some prompts may have been judged before it failed
+                raise
         self.left -= 1
         return self.pending
 

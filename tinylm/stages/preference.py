@@ -27,7 +27,7 @@ from tinylm import backend, checkpoint, ops
 from tinylm.chat import ChatFormat
 from tinylm.data import Asked, SharedPrompts, is_held_out, shuffled, source_of
 from tinylm.errors import InputError
-from tinylm.evaluate import calibration, wilson
+from tinylm.evaluate import calibration, effective_n, wilson
 from tinylm.judges.reward import to_be_read
 from tinylm.model import Transformer
 from tinylm.preferences import Judged, read_preferences
@@ -162,11 +162,13 @@ with a probability of σ(s). Scores lie around zero."""
     def evaluate(self, final: bool) -> dict:
         """How often the better of two held-out answers scores more, and whether σ(r_w − r_l) is
         the probability that it says; the scores' mean and spread on answers learned from."""
-        _, margins = self.scored(self.heldout if final else self.heldout[:256])
-        found = {}
+        asked, found = self.heldout if final else self.heldout[:256], {}
+        _, margins = self.scored(asked)
         if len(margins):
-            right = float(((margins > 0) + 0.5 * (margins == 0)).mean())
-            low, high = wilson(right, len(margins))
+            hits = (margins > 0) + 0.5 * (margins == 0)
+            of = [json.dumps(each.judged.messages) for each in asked for _ in each.pairs]
+            right = float(hits.mean())
+            low, high = wilson(right, effective_n(hits.tolist(), of))
             error, table = calibration(margins)
             found = {
                 "loss": float(numpy.logaddexp(0, -margins).mean()),

@@ -240,7 +240,10 @@ def is_word(byte: bytes) -> bool:
 def run(paths: list[str], plan: Plan) -> dict:
     """Pre-train on files and folders of text; returns the results. See the command line's help."""
     tokens = plan.out / "training" / "tokens"
-    files = list_files(paths)
+    inside = plan.out.resolve()
+    files = [file for file in list_files(paths) if inside not in file.resolve().parents]
+    if not files:
+        raise InputError(f"{plan.out} holds all of this text: choose another --out")
     plan.open()
     claim(plan.out)
     config, corpus = plan.config, Corpus.load(tokens) if Checkpoint(plan.out).exists() else None
