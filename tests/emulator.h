@@ -284,6 +284,14 @@ extern "C" __attribute__((used)) inline void leave_out(int barrier) {
 #define DYNAMIC_SHARED(name) float* name = emulator::shared.data()
 
 inline void __syncthreads() { emulator::meet(emulator::everyone); }
+inline int __syncthreads_or(int mine) {
+    static bool any[2];  // by turns, so that the next one does not overwrite what is still read
+    const int turn = emulator::everyone.held & 1;
+    if (emulator::everyone.arrived == 0) any[turn] = false;
+    any[turn] |= mine != 0;
+    emulator::meet(emulator::everyone);
+    return any[turn];
+}
 inline void __syncwarp() { emulator::meet(emulator::current->warp->meeting); }
 template <class T>
 T __shfl_xor_sync(unsigned, T x, int mask) {

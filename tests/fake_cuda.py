@@ -134,7 +134,13 @@ class Event:
 
 
 class MemoryPool:
-    current = None
+    current, given_back = None, 0
+
+    def __init__(self, allocator):
+        self.allocator = allocator
+
+    def free_all_blocks(self):
+        MemoryPool.given_back += 1
 
     def malloc(self, size):
         raise AssertionError("device_arrays allots by itself")
@@ -183,7 +189,9 @@ def cupy(free: float = 8e9) -> dict[str, ModuleType]:
     made, cuda, cupyx = map(ModuleType, ("cupy", "cupy.cuda", "cupyx"))
     vars(made).update({name: getattr(device_arrays, name) for name in NAMES})
     made.cuda, made.RawModule = cuda, RawModule
-    made.get_default_memory_pool = lambda: SimpleNamespace(free_bytes=lambda: 0)
+    usual = SimpleNamespace(free_bytes=lambda: 0, freed=0)
+    usual.free_all_blocks = lambda: setattr(usual, "freed", usual.freed + 1)
+    made.get_default_memory_pool = lambda: usual
     cuda.nvrtc = SimpleNamespace(getVersion=lambda: (13, 0))
     cuda.Device = lambda: SimpleNamespace(id=0)
     cuda.get_current_stream = lambda: Stream.current
@@ -195,6 +203,7 @@ def cupy(free: float = 8e9) -> dict[str, ModuleType]:
         getDeviceCount=lambda: 1,
         memGetInfo=lambda: (free, 8e9),
         runtimeGetVersion=lambda: 13000,
-        getDeviceProperties=lambda i: {"name": b"Pretended GPU"},
+        getDevice=lambda: 0,
+        getDeviceProperties=lambda i: {"name": b"Pretended GPU", "major": 9, "minor": 0},
     )
     return {"cupy": made, "cupy.cuda": cuda, "cupyx": cupyx}

@@ -61,13 +61,39 @@ def test_a_recorded_step_is_the_bits_of_one_that_was_asked_for(
     text = tmp_path / "prose.txt"
     text.write_text(text_file.read_text()[:4000])
     monkeypatch.setattr("tinylm.stages.pretrain.generate", lambda *_, **__: "")
-    fake_cuda.Graph.launches = 0
+    fake_cuda.Graph.launches = fake_cuda.MemoryPool.given_back = 0
     for name, recordable in (("replayed", True), ("asked", False)):
         monkeypatch.setattr(Pretrain, "recordable", recordable)
         here = ["--out", tmp_path / name, "--backend", "cuda", "--max-steps", "4"]
         assert run([*map(str, ["pretrain", text, *here, *SMALL, "--eval-tokens", "100"])]) == 0
     assert fake_cuda.Graph.launches == 3  # the first of four is asked for
+    backend.kernels.free_bytes()
+    assert fake_cuda.MemoryPool.given_back == 1
     assert weights(tmp_path / "replayed") == weights(tmp_path / "asked")
+
+
+def test_a_full_device_gives_a_graph_what_others_hold_idle(machine):
+    """And never what is idle in the graph's own pool: it would be freed under what is recorded."""
+    tinylm.use("cuda")
+    cuda, calls = sys.modules["cupy"].cuda, []
+
+    class Full(RuntimeError):
+        status = cuda.runtime.errorMemoryAllocation = 2
+
+    def memory(size):
+        calls.append(size)
+        raise Full
+
+    cuda.Memory, cuda.MemoryPointer, idle = (
+        memory,
+        None,
+        sys.modules["cupy"].get_default_memory_pool(),
+    )
+    pool = sys.modules["tinylm.kernels.cuda"].device.memory()
+    with pytest.raises(MemoryError, match="no 1,000 bytes for a graph"):
+        pool.allocator(1000)
+    assert calls == [1000, 1000]
+    assert idle.freed == 1
 
 
 def test_memory_that_is_free_counts_the_pool(machine):
@@ -83,6 +109,7 @@ def test_memory_that_is_free_counts_the_pool(machine):
         ("cupy", "pip install 'tinylm[cuda]'"),
         ("nvrtc", "NVRTC cannot be loaded (no libnvrtc): pip install 'tinylm[cuda]'"),
         ("cublas", "cuBLAS is missing (libcublas.so.13 not found): pip install 'tinylm[cuda]'"),
+        ("a newer gpu", "this GPU has compute capability 7.5: 8.0 or more is needed"),
         ("memory", "too little device memory: 0.1 of 8.0 GB are free"),
         ("old driver", "CuPy cannot use the driver, which knows CUDA 13.0 (insufficient)"),
     ],
@@ -102,6 +129,8 @@ def test_what_is_missing_is_named(missing, message, machine, monkeypatch):
         cupy.cuda.nvrtc.getVersion = lambda: fail("no libnvrtc")
     elif missing == "cublas":
         del machine["libcublas.so.13"]
+    elif missing == "a newer gpu":
+        cupy.cuda.runtime.getDeviceProperties = lambda i: {"name": b"T4", "major": 7, "minor": 5}
     elif missing == "memory":
         cupy.cuda.runtime.memGetInfo = lambda: (1e8, 8e9)
     else:

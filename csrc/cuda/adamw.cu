@@ -42,7 +42,7 @@ DEVICE double root_of_sum(const double* partial, i64 n) {
     return sqrt(over_block<Sum>(total));
 }
 
-KERNEL square_root_of_sum(const double* partial, i64 n, double* norm) {
+KERNEL __launch_bounds__(1024) square_root_of_sum(const double* partial, i64 n, double* norm) {
     const double root = root_of_sum(partial, n);
     if (threadIdx.x == 0) *norm = root;
 }
@@ -89,8 +89,9 @@ KERNEL sum_squares_of_pieces(const i64* table, const i64* pieces, double* partia
 //   guard      running mean of the norm, how many it has seen, how many updates were made
 //   told       for the host: loss, norm, updates made, and the three numbers of fault
 //   plan       for AdamW: whether to update, grad_scale, correction1, correction2
-KERNEL judge(const double* partial, i64 n, const double* loss, const double* settings,
-             const i64* fault, double* guard, double* told, float* plan) {
+KERNEL __launch_bounds__(1024)
+    judge(const double* partial, i64 n, const double* loss, const double* settings,
+          const i64* fault, double* guard, double* told, float* plan) {
     const double norm = root_of_sum(partial, n);
     if (threadIdx.x > 0) return;
     const double limit = __dmul_rn(10, guard[0]), clip = settings[2];

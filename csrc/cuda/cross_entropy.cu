@@ -62,8 +62,8 @@ KERNEL cross_entropy_with_gradients(float* logits, const int* targets, const flo
 // *scale: what the gradient of the mean is multiplied by to be that of the sum of dloss * loss,
 // where dloss is the same for all of the N targets that count. Where it is not, that is noted. One
 // block.
-KERNEL even_scale(const float* dloss, const int* targets, i64 N, float* scale, i64* fault,
-                  i64 check) {
+KERNEL __launch_bounds__(1024)
+    even_scale(const float* dloss, const int* targets, i64 N, float* scale, i64* fault, i64 check) {
     float counted = 0, total = 0, most = -INF, least = -INF;  // least: of -dloss
     for (i64 n = threadIdx.x; n < N; n += blockDim.x)
         if (targets[n] >= 0) {
@@ -83,7 +83,7 @@ KERNEL multiply_by(float* x, const float* scale, i64 n) {
 }
 
 // scale = 1 / (how many of the N targets count); one block
-KERNEL one_over_counted(const int* targets, i64 N, float* scale) {
+KERNEL __launch_bounds__(1024) one_over_counted(const int* targets, i64 N, float* scale) {
     float counted = 0;  // exact up to 16 million
     for (i64 n = threadIdx.x; n < N; n += blockDim.x) counted += targets[n] >= 0;
     counted = over_block<Sum>(counted);

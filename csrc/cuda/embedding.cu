@@ -46,8 +46,10 @@ KERNEL embedding_backward(const float* dy, const int* tokens, float* dweight, i6
         const i64 at = n + threadIdx.x;
         const int token = at < N ? tokens[at] : -1;
         if (blockIdx.x == 0 && at < N) checked(token, 0, V, fault, check);
-        const int found = find(token == blockIdx.x && at < N, which);
-        for (i64 c = threadIdx.x; found && c < C; c += CHUNK) {
+        const bool mine = token == blockIdx.x && at < N;
+        if (!__syncthreads_or(mine)) continue;  // as nearly always
+        const int found = find(mine, which);
+        for (i64 c = threadIdx.x; c < C; c += CHUNK) {
             float sum = row[c];
             for (int i = 0; i < found; ++i) sum += dy[(n + which[i]) * C + c];
             row[c] = sum;

@@ -33,19 +33,26 @@ struct Window {  // of a tile of queries: what none of them sees is before `from
         return key + size <= from || (gap_from <= key && key + size <= gap_to);
     }
 };
-DEVICE Window window(const Sight& sight, int b, int T, int first, int size) {
+struct Least {
+    static __device__ int join(int a, int b) { return smaller(a, b); }
+};
+struct Greatest {
+    static __device__ int join(int a, int b) { return larger(a, b); }
+};
+DEVICE Window window(const Sight& sight, int b, int T, int first, int size) {  // by whole warps
+    const int lane = threadIdx.x % WARP, most = 0x7fffffff;
     const i64 begin = (i64)b * T + first, end = (i64)b * T + smaller(first + size, T);
     Window w = {0, 0, 0};
     if (sight.start) {
-        w.from = sight.start[begin];
-        for (i64 t = begin + 1; t < end; ++t) w.from = smaller(w.from, sight.start[t]);
-        w.from = larger(w.from, 0);
+        int from = most;
+        for (i64 t = begin + lane; t < end; t += WARP) from = smaller(from, sight.start[t]);
+        w.from = larger(over_warp<Least>(from), 0);
     }
     if (sight.gap) {
-        w.gap_from = sight.gap[2 * begin], w.gap_to = sight.gap[2 * begin + 1];
-        for (i64 t = begin + 1; t < end; ++t)
-            w.gap_from = larger(w.gap_from, sight.gap[2 * t]),
-            w.gap_to = smaller(w.gap_to, sight.gap[2 * t + 1]);
+        int low = -most, high = most;
+        for (i64 t = begin + lane; t < end; t += WARP)
+            low = larger(low, sight.gap[2 * t]), high = smaller(high, sight.gap[2 * t + 1]);
+        w.gap_from = over_warp<Greatest>(low), w.gap_to = over_warp<Least>(high);
     }
     return w;
 }

@@ -70,9 +70,10 @@ KERNEL add_bias(float* y, const float* bias, i64 n, i64 F) {
     if (i < n) y[i] += bias[i % F];
 }
 
-KERNEL round_to_bfloat16(const float* x, u16* y, i64 n) {
+// rows of C numbers, in y `wide` apart
+KERNEL round_to_bfloat16(const float* x, u16* y, i64 n, i64 C, i64 wide) {
     const i64 i = thread_index();
-    if (i < n) y[i] = to_bfloat16(x[i]);
+    if (i < n) y[C == wide ? i : i / C * wide + i % C] = to_bfloat16(x[i]);
 }
 
 // int64 -> int32; what does not fit becomes the largest int32, which no check lets pass

@@ -8,8 +8,9 @@ ImportError with one sentence: which one, and how to get it.
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,11 +60,17 @@ def load_cupy(version: int):
     try:
         runtime.getDeviceCount()
         free, total = runtime.memGetInfo()
+        found = runtime.getDeviceProperties(runtime.getDevice())
     except runtime.CUDARuntimeError as error:
         known = f"{version // 1000}.{version % 1000 // 10}"
         raise ImportError(
             f"CuPy cannot use the driver, which knows CUDA {known} ({error}): {install(version)}"
         ) from error
+    if found["major"] < 8:
+        raise ImportError(
+            f"this GPU has compute capability {found['major']}.{found['minor']}: 8.0 or more is "
+            "needed, which GPUs made since 2020 have (Ampere)"
+        )
     if free < LEAST_MEMORY:
         raise ImportError(
             f"too little device memory: {free / 1e9:.1f} of {total / 1e9:.1f} GB are free; end "
@@ -126,10 +133,11 @@ class Cublas:
         """
         (M, N), K = c.shape, a.shape[not transpose_a]
         kind = self.BFLOAT16 if a.dtype == "uint16" else self.FLOAT32
+        lda, ldb = (x.strides[0] // x.itemsize for x in (a, b))
         one, beta = ctypes.c_float(1), ctypes.c_float(add)
         self.call(
             "cublasGemmEx", self.handle, int(transpose_b), int(transpose_a), N, M, K,
-            ctypes.byref(one), pointer(b), kind, b.shape[1], pointer(a), kind, a.shape[1],
+            ctypes.byref(one), pointer(b), kind, ldb, pointer(a), kind, lda,
             ctypes.byref(beta), pointer(c), self.FLOAT32, N, self.FLOAT32_SUMS, self.BEST,
         )  # fmt: skip
 
@@ -187,7 +195,27 @@ class Device:
         return read
 
     def memory(self):
-        return self.xp.cuda.MemoryPool()
+        """A pool for a graph. Where the device is full it takes what the usual pool holds idle, and
+        never what is idle in itself: a graph that is being recorded has worked there already."""
+        cuda, usual = self.xp.cuda, self.xp.get_default_memory_pool()
+
+        def allot(size: int):
+            try:
+                return cuda.MemoryPointer(cuda.Memory(size), 0)
+            except cuda.runtime.CUDARuntimeError as error:
+                if error.status != cuda.runtime.errorMemoryAllocation:
+                    raise
+            usual.free_all_blocks()
+            try:
+                return cuda.MemoryPointer(cuda.Memory(size), 0)
+            except cuda.runtime.CUDARuntimeError as error:  # at which it would free its own
+                raise MemoryError(f"no {size:,} bytes for a graph") from error
+
+        return cuda.MemoryPool(allot)
+
+    def give_back(self, memory) -> None:
+        """What is idle in a pool of CuPy's stays taken, even when the pool is gone."""
+        memory.free_all_blocks()
 
     @contextmanager
     def apart(self, memory):
@@ -201,12 +229,15 @@ class Device:
             usual.wait_event(self.stream.record())
 
     def record(self, function):
+        self.blas.follow(self.stream.ptr)  # before: setting it is nothing to be recorded
         self.stream.begin_capture()
         try:
             found = function()
-        finally:
-            graph = self.stream.end_capture()
-        return graph, found
+        except BaseException:
+            with suppress(Exception):  # which only tells that nothing was recorded, not why
+                self.stream.end_capture()
+            raise
+        return self.stream.end_capture(), found
 
     def replay(self, graph) -> None:
         graph.launch(self.stream)
@@ -217,6 +248,7 @@ class Device:
 
     def free_bytes(self) -> int:
         """What may still be allotted: free on the device, or idle in CuPy's pool."""
+        gc.collect()  # a run that has ended, and its graph, hold each other
         pool = self.xp.get_default_memory_pool()
         return self.xp.cuda.runtime.memGetInfo()[0] + pool.free_bytes()
 

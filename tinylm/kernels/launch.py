@@ -7,7 +7,8 @@ arrays, by the tests an emulator that runs the same kernels on the CPU. A device
     launch(name, grid, block, shared, arguments)
     later(x)                        begins to copy x to the host; a function that gives it as a list
     multiply(a, b, c, ...)          its own matrix product, or None: then csrc/cuda/matmul.cu
-    memory(), apart(memory)         to work with memory of that pool, after all else and before it
+    memory(), give_back(memory)     a pool of memory; to give back what is idle in it
+    apart(memory)                   to work with memory of that pool, after all else and before it
     record(function), replay(graph) a graph of what function asks for, and what it returned
 
 Nothing here waits for the device but `global_norm`, `settle` and what `later` returns. So an
@@ -122,10 +123,13 @@ class Kernels(Attention):
         return x if self.products == "float32" or x.dtype == "uint16" else self.rounded(x)
 
     def rounded(self, x):
-        """The bits of x in bfloat16."""
-        y = self.xp.empty(x.shape, "uint16")
-        self.each("round_to_bfloat16", x, y)
-        return y
+        """The bits of x in bfloat16; for a library every row begins at 16 bytes, as tensor cores
+        want it."""
+        C = x.shape[-1]
+        wide = 8 * up(C, 8) if self.device.multiply else C
+        y = self.xp.empty((*x.shape[:-1], wide), "uint16")
+        self.each("round_to_bfloat16", x, y, rest=(C, wide))
+        return y[..., :C]
 
     def sum_shares(self, name: str, x, *arguments):
         """Sums over rows of x -> (C): the rows in shares, then the shares by the same kernel."""

@@ -41,6 +41,10 @@ class Recorded:
             self.device.replay(self.graph)
             return self.kernels.later(self.told)
 
+    def __del__(self):
+        self.inputs = self.graph = self.told = None
+        self.device.give_back(self.memory)
+
     def record(self) -> None:
         """Raises NotRecorded."""
         try:
