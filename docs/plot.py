@@ -15,7 +15,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from tinylm.lab.outwitted import COMPARISONS, FEEDBACK, curve
+from tinylm.lab.outwitted import COMPARISONS, FEEDBACK
+from tinylm.report import drift
+from tinylm.runs import Run
 from tinylm.train import read_metrics
 
 STYLE = Path(__file__).with_name("picture.mplstyle")
@@ -46,15 +48,15 @@ def learning(run: Path, panels) -> None:
 def outwitted(seed: Path, panels) -> None:
     titles = "What the judge thinks", "What it was to stand for (gold)"
     for n, shade in zip(COMPARISONS, (RED, GOLD, BLUE)):
-        run = seed / "outwitted" / f"feedback-{n}"
-        drift, judged, gold = np.array(curve(run)).T
-        turned = [row["step"] for row in read_metrics(run) if row.get("outwitted")]
+        run = Run(seed / "outwitted" / f"feedback-{n}", str(n))
+        (x, judged), (_, gold) = (np.array(drift(run, key, 20)).T for key in ("reward", "gold"))
+        turned = [row["step"] for row in run.rows if row.get("outwitted")]
         for axes, y, title in zip(panels, (judged, gold), titles):
-            axes.plot(drift, y, "o-", color=shade, label=f"{n:,} comparisons")
+            axes.plot(x, y, "o-", color=shade, label=f"{n:,} comparisons")
             axes.set(title=title, xlabel="√KL from the fine-tuned model, nats per token")
         if turned:
-            at = min(len(drift) - 1, turned[0] * len(drift) // FEEDBACK["max_steps"])
-            panels[1].plot(drift[at], gold[at], "o", mfc="none", mec=shade, markersize=11)
+            at = min(len(x) - 1, turned[0] * len(x) // FEEDBACK["max_steps"])
+            panels[1].plot(x[at], gold[at], "o", mfc="none", mec=shade, markersize=11)
     panels[0].set_ylabel("mean score")
     panels[1].legend(title="ring: the run said so", loc="lower left", alignment="left")
 
