@@ -41,7 +41,7 @@ def compiled(text: str) -> ctypes.CDLL:
         # The compiler itself need not be watched by a sanitizer.
         gxx = ["env", "-u", "LD_PRELOAD", "g++", *FLAGS, "-x", "c++", "-include", HEADER, source]
         expanded = subprocess.run([*gxx, "-E"], check=True, capture_output=True, text=True).stdout
-        kernels = re.findall(r'extern "C" {1,2}void (?!__)(\w+)\(', expanded)
+        kernels = re.findall(r'extern "C"\s+void\s+(?!__)(\w+)\(', expanded)
         with source.open("a", encoding="utf-8") as file:
             file.writelines(f"\nEXPORT({name})" for name in kernels)
         subprocess.run([*gxx, "-o", library], check=True)
