@@ -91,7 +91,7 @@ def cli():
 
 @cli.command("quickstart")
 @click.option("--out", type=Path, default=Path("runs/quickstart"), help="Directory for all of it.")
-@click.option("--seed", type=int, default=0, help="Seeds everything random.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seeds everything random.")
 @common
 def quick(out, seed, as_json):
     """All three stages on the almanac, in minutes.

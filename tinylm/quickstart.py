@@ -52,7 +52,7 @@ def run(out: Path, progress: Progress, seed: int = 0) -> dict:
     began = time.monotonic() - seconds_so_far(out)
     progress.say(f"tinylm quickstart in {out}, on {backend.describe()}", "bold")
     almanac, world = out / "almanac", Almanac(seed, KINDS, FACTS)
-    if not (almanac / "questions.jsonl").exists():  # it is written last
+    if not Checkpoint(out / "base").exists():
         world.write(almanac, PASSES, TOGETHER)
     progress.heading(
         "1 of 4  Pre-training: predict the next word of prose about "

@@ -135,7 +135,7 @@ class Trainer:
         if resumed:
             self.restore()
         claim(self.folder)
-        if resumed and self.finished():
+        if resumed and self.finished() and self.results.get("steps") == self.step:
             self.derive()  # a kill may have come between the checkpoint and these
             self.progress.say(f"{self.folder}: finished at step {self.step}, nothing left to do")
             return self.results
@@ -149,8 +149,8 @@ class Trainer:
             self.save()
         self.device = device_step(self)
         with asked_to_stop(self.stop), products(self.config.dtype), self.progress.training(self):
-            self.loop(metrics)
-        if self.stop_asked and not self.finished():
+            ended = self.loop(metrics)
+        if not ended:
             raise KeyboardInterrupt
         return self.results
 
@@ -161,18 +161,18 @@ class Trainer:
         self.stop_asked = True
         self.progress.say("stopping after this step (again: at once, losing it) ...")
 
-    def loop(self, metrics: Metrics) -> None:
-        began, c, done, due = time.perf_counter() - self.seconds, self.config, False, False
-        while not done:
+    def loop(self, metrics: Metrics) -> bool:
+        """Whether the run has ended; else it was asked to stop, and is saved."""
+        began, c, due = time.perf_counter() - self.seconds, self.config, False
+        while True:
             if not self.asked:
                 self.tick = time.perf_counter()
             try:
                 self.asked.append(self.ask() if self.device else partial(dict, self.update()))
                 self.seconds = time.perf_counter() - began
-                final = self.finished()
-                done = final or self.stop_asked
+                final, stopping = self.finished(), self.stop_asked
                 evaluating = final or self.step % c.eval_every == 0
-                saving = done or due or self.step % c.save_every == 0
+                saving = final or stopping or due or self.step % c.save_every == 0
                 self.tell(metrics, 1 if self.device and not evaluating and not saving else 0)
             except InputError:  # of a judge, say: what was learned before is kept
                 with suppress(InputError):
@@ -187,6 +187,8 @@ class Trainer:
             due = saving and self.guard.in_a_row > 0 and not self.stage.cautious
             if final or (saving and not due):
                 self.save()
+            if final or (stopping and not due):
+                return final
 
     def tell(self, metrics: Metrics, keep: int) -> None:
         """Log what came of the steps that were asked for, but for the last `keep` of them."""

@@ -111,7 +111,8 @@ static void pack_along_k(const float* src, long ld, long count, long depth, floa
             }
 }
 
-// The words `first` and following of panels that have `words` of them.
+// The words `first` and following of panels that have `words` of them; where P is no multiple of W
+// these must be all of them.
 template <class Word, int P>
 static void pack_across_k(const float* src, long ld, long count, long depth, float* dst, long first,
                           long words) {

@@ -79,7 +79,7 @@ class Person(Judge):
         self.look()
         self.show(
             phase="writing", question=None, messages=rows[0].messages, round=self.round,
-            rounds=self.config.max_steps * self.config.accumulate // self.config.updates,
+            rounds=self.config.max_steps * self.config.accumulate // self.config.updates or "?",
             answers=[""] * len(self.order), **self.learned(),
         )  # fmt: skip
         found = [self.store.find(self.run, "train", place + i) for i in range(len(rows))]

@@ -104,7 +104,8 @@ class Kernels(Attention):
             raise ValueError(self.checks[check - 1].format(value=value, limit=limit))
 
     def product(self, a, b, c, transpose_a=False, transpose_b=False, add=False) -> None:
-        """c (M, N) = op(a) op(b), or c += op(a) op(b); all contiguous."""
+        """c (M, N) = op(a) op(b), or c += op(a) op(b). Rows are contiguous; those of operands in
+        bfloat16 may lie apart."""
         M, N, K = *c.shape, a.shape[not transpose_a]
         if K == 0 and not add:
             c.fill(0)

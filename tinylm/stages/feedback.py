@@ -70,7 +70,7 @@ class FeedbackConfig(TrainConfig):
     block_size: int = setting(0, "Tokens in a row (0: the model's context).")
     learning_rate: float = setting(1e-4, "Peak learning rate: 0.2 to 0.5 of the fine-tuning's.")
     weight_decay: float = setting(0.0, "Decoupled decay of matrices.")
-    max_steps: int = setting(200, "Optimizer steps in all.", True)
+    max_steps: int = setting(200, "Optimizer steps in all (0: as many as --minutes allows).", True)
     eval_every: int = setting(50, "Steps between evaluations.", True)
     save_every: int = setting(50, "Steps between checkpoints.", True)
     held_out: int = setting(32, "Prompts held out for evaluation, of at least ten times as many.")
