@@ -165,7 +165,8 @@ def picture(found: list[dict], path: Path) -> None:
     right.axhline(1, color="C3", linewidth=1)
     right.set(title="How hard each pulls", ylabel="as a share of the true gradient")
     right.set_xticks(range(3), [f"right {100 * s:.0f} %" for s in ASKED])
-    right.set_ylim(0, 1.5)
+    right.set_ylim(0, 1.85)
+    right.legend(ncols=3, loc="upper center", fontsize="small", handlelength=0.8)
     figure.savefig(path)
 
 
