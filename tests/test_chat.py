@@ -218,6 +218,12 @@ def test_a_broken_line_is_told_with_its_number(tmp_path, line):
         list(read_conversations(path))
 
 
+def test_an_array_that_was_cut_off_is_not_taken_for_whole(tmp_path):
+    path = rows_file(tmp_path, '[{"prompt": "a", "completion": "b"},', name="a.json")
+    with pytest.raises(InputError, match="cut off"):
+        list(read_conversations(path))
+
+
 def test_a_file_without_rows_or_no_file(tmp_path):
     for path in (rows_file(tmp_path, ""), rows_file(tmp_path, "[]", name="a.json")):
         with pytest.raises(InputError, match="there are no rows in it"):

@@ -278,6 +278,8 @@ def test_a_tokenizer_of_its_own(capfd, text_file, tmp_path):
     assert run([*map(str, done), *SMALL[:-2]]) == 0
     ours, theirs = (json.loads((f / "tokenizer.json").read_text()) for f in (out, tmp_path / "r"))
     assert ours == theirs
+    again = ["tokenizer", text_file, "--out", tmp_path / "r"]
+    refused(capfd, *again, saying="holds a model, whose tokenizer would be lost")
 
 
 def test_every_command_explains_itself():

@@ -250,6 +250,8 @@ def count_preferences(run, as_json):
 @common
 def tokenizer(paths, out, vocab_size, characters, document_separator, as_json):
     """Learn a vocabulary from text."""
+    if (out / "config.json").exists():
+        raise InputError(f"{out} holds a model, whose tokenizer would be lost: name another")
     files = corpus.list_files(paths)
     size = sum(path.stat().st_size for path in files)
     with Progress().counting("vocabulary", size) as seen:

@@ -58,6 +58,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
             raise InputError(f"{path}, {place}: expected a JSON object, got {text[begin:at]}")
         yield place, content
         line += text.count("\n", begin, at)
+    if array and not text.rstrip().endswith("]"):
+        raise InputError(f"{path}: cut off, for there is no ] at the end of its array")
     if not row:
         raise InputError(f"{path}: there are no rows in it")
 
