@@ -238,6 +238,14 @@ def test_what_feedback_cannot_use(assistant, prompts, tmp_path):
     refused(*start, "--prompts", prompts, *verifier, saying="gave 'fine': expected a number")
 
 
+def test_who_names_minutes_does_not_want_the_steps_of_the_default(assistant, prompts, tmp_path):
+    out = tmp_path / "r"
+    minutes = [*FEEDBACK[2:], "--minutes", "0.01"]
+    succeeds("feedback", assistant[0], "--prompts", prompts, "--out", out, *minutes)
+    config = Checkpoint(out).state()["config"]
+    assert (config["max_steps"], config["minutes"]) == (0, 0.01)
+
+
 def test_feedback_on_a_base_model_warns_why_it_will_not_work(base, prompts, tmp_path):
     done = succeeds(
         "feedback", base, "--prompts", prompts, "--out", tmp_path / "r", *FEEDBACK,

@@ -129,6 +129,10 @@ def test_chat_tokens_are_added_where_they_are_missing(tmp_path, prose):
     assert grown.config.stop_ids == [tokenizer.special["<|end|>"]]
     checkpoint.save(grown, tokenizer, tmp_path / "again")
     assert checkpoint.load_for_chat(tmp_path / "again")[2] is None
+    grown.config.eos_token_id = 0  # of the text; only the tokenizer knows where a turn ends
+    checkpoint.save(grown, tokenizer, tmp_path / "foreign")
+    loaded, _ = checkpoint.load(tmp_path / "foreign")
+    assert loaded.config.stop_ids == [tokenizer.special["<|end|>"], 0]
 
 
 # ---- talks -------------------------------------------------------------------------------------
@@ -153,6 +157,15 @@ def test_a_long_talk_leaves_room_for_the_longest_answer(tokenizer, longest, room
         forgotten.append(talk.forgotten)
     assert forgotten[0] == 0 or room == 32
     assert forgotten[-1] > 4
+
+
+def test_an_answer_that_nobody_heard_to_its_end_is_remembered(tokenizer):
+    model = tinylm.Transformer(tinylm.ModelConfig(tokenizer.vocab_size, 1, 2, 2, 16, 32, 64))
+    talk = Conversation(model, tokenizer, "", {"max_new_tokens": 9, "seed": 0})
+    pieces = talk.ask("Is it late?")
+    said = next(pieces)
+    pieces.close()
+    assert talk.messages[1:] == messages(("assistant", said))
 
 
 # ---- files -------------------------------------------------------------------------------------

@@ -27,9 +27,8 @@
 // pack, and tiles prefetch nothing (with deeper blocks, steps on a Zen 3, AVX2: x1.2 to 1.4).
 //
 // A B that is multiplied by again and again, as weights are in generation, can be packed whole and
-// once (64 rows by weights out of cache, 384 x 1,024 and 1,024 x 384, one thread
-// of a Zen 4: 85 -> 92 and 68 -> 90 % of the float32 peak; bfloat16, two threads: 136 -> 173 and
-// 121 -> 165).
+// once (64 rows by weights out of cache, 384 x 1,024 and 1,024 x 384, one thread of a Zen 4:
+// 85 -> 92 and 68 -> 90 % of the float32 peak; bfloat16, two threads: 136 -> 173 and 121 -> 165).
 //
 // Each element of C is one chain of multiply-adds in the order of k, cut only at multiples of kc,
 // and kc depends on K alone: neither the tiles nor the threads change a bit.
