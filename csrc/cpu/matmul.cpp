@@ -23,8 +23,11 @@
 // in few sets of a cache; a small B that is not transposed is taken as it lies too (two cores of a
 // Zen 5, dW of 768 x 128 x 128: 69 -> 85 % of the peak, and 46 -> 80 while the cores are slow to
 // read from each other; of 16,384 x 384 x 65: x1.18). Then threads take columns more often: from
-// four panels on, if they divide evenly, and where A is larger than L2. Narrower vectors always
-// pack, and tiles prefetch nothing (with deeper blocks, steps on a Zen 3, AVX2: x1.2 to 1.4).
+// four panels on, if they divide evenly, and where A is larger than L2. Chips of Intel are slower
+// where operands lie far apart, and pack sooner (one thread of a Xeon, dW of 4,096 x 384 x 1,536:
+// x1.36, of 1,024 x 384 x 384 x1.17; steps of models 384 and 768 wide x1.16 and x1.19). Narrower
+// vectors always pack, and tiles prefetch nothing (with deeper blocks, steps on a Zen 3, AVX2: x1.2
+// to 1.4).
 //
 // A B that is multiplied by again and again, as weights are in generation, can be packed whole and
 // once (64 rows by weights out of cache, 384 x 1,024 and 1,024 x 384, one thread of a Zen 4:
@@ -57,6 +60,11 @@ constexpr int MR = 4, NV = REGISTERS == 32 ? 4 : 2;  // 16 + 4 + 1 = 21 of 32, o
 #endif
 constexpr bool WIDE = LANES == 16;  // or else operands are always packed, and tiles ask for nothing
 constexpr Blocking blocking = WIDE ? Blocking{768, 112, 3072, 14} : Blocking{384, 96, 2048, 6};
+#if LANES == 16
+static const bool INTEL = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
+#else
+constexpr bool INTEL = false;  // or of no matter
+#endif
 constexpr long AHEAD = 8;  // words of depth by which what caches lack is asked for
 constexpr int NR = NV * W;
 static_assert(MR <= W, "pack() writes a panel of A as one vector per word");
@@ -289,13 +297,16 @@ static Plan plan_for(const Product& p, int threads) {
     plan.row_blocks = up(M, plan.mc);
 
     const bool in_few_sets = p.lda % (p.transpose_a ? 512 : 1024) == 0;  // of the caches
-    plan.pack_a = PACKED<Word> || N > 2048 || in_few_sets;
-    plan.pack_b = PACKED<Word> || plan.kc * N > 1 << 17 || N % NR || p.transpose_b;
+    const long in_place = !INTEL ? 2048 : p.transpose_a ? 128 : 256;     // columns, at most
+    plan.pack_a = PACKED<Word> || N > in_place || in_few_sets;
+    plan.pack_b =
+        PACKED<Word> || plan.kc * N > 1 << 17 || N % NR || p.transpose_b || (INTEL && plan.pack_a);
 
     constexpr long L2 = Micro::TILES ? 1 << 19 : 1 << 18;  // in words
     const long panels = plan.nc / NR, packed = words_of<Word>(plan.kc) * Word::PARTS;
     const long share = up(panels, threads);  // of the thread that has most
-    const long reach = plan.pack_a ? L2 : p.transpose_a ? 2 * L2 : 8 * L2;  // A, read by all
+    // of an A that all threads read
+    const long reach = plan.pack_a || INTEL ? L2 : p.transpose_a ? 2 * L2 : 8 * L2;
     const bool by_panels = panels >= (plan.pack_a ? 12 : 4) && M * packed <= reach &&
                            share * threads <= panels + panels / 16 && (!Micro::TILES || N > 2 * M);
     plan.own_b = by_panels ? 3 : 0;
