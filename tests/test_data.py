@@ -16,7 +16,7 @@ from tinylm.corpus import (
 )
 from tinylm.data import Windows, in_order, next_token_batch, permuted
 from tinylm.errors import InputError
-from tinylm.evaluate import in_batches, shard_bytes, xz_bits_per_byte
+from tinylm.evaluate import encode_files, in_batches, shard_bytes, xz_bits_per_byte
 from tinylm.stages.pretrain import Blanks, PretrainConfig
 from tinylm.tokenizer import train_bpe
 
@@ -38,7 +38,7 @@ def test_every_kind_of_file_in_a_folder(tmp_path):
     (tmp_path / "a.txt").write_text("plain\n")
     with gzip.open(tmp_path / "b.txt.gz", "wt") as f:
         f.write("packed")
-    (tmp_path / "c.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "id": 3}\n')
+    (tmp_path / "c.jsonl").write_text('\ufeff{"text": "one"}\n\n{"text": "two", "id": 3}\n')
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "d.md").write_text("# deep")
     (tmp_path / "ignored.png").write_bytes(b"\x89PNG")
@@ -76,7 +76,10 @@ def test_a_separator_splits_a_file(tmp_path):
     assert documents(tmp_path / "a.txt", separator="<|doc|>") == ["one", "two", "three"]
 
 
-@pytest.mark.parametrize("line", ['{"text": "x"', "[1, 2]", '{"body": "x"}', '{"text": 5}'])
+DEEP = pytest.param('{"text": ' + "[" * 200_000, id="deep")
+
+
+@pytest.mark.parametrize("line", ['{"text": "x"', "[1, 2]", '{"body": "x"}', '{"text": 5}', DEEP])
 def test_a_bad_json_line_is_named_by_number(tmp_path, line):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(InputError, match=r"a\.jsonl, line 2"):
@@ -133,6 +136,17 @@ def test_shards_hold_the_text_to_the_byte(tmp_path, tokenizer, prose):
     assert corpus.invalid_bytes == 5
     assert abs(len(text[1]) / len(raw) - 0.1) < 0.01
     assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_newlines_around_documents_do_not_count_wherever_one_is_cut(tmp_path, tokenizer):
+    """Nor when a text is judged: it is what training would have read."""
+    documents, path = ["abc.\n" * (BLOCK // 4) + "moon", "cat"], tmp_path / "a.txt"
+    path.write_text("\n##\n".join(documents) + "\r\n")
+    corpus = make_corpus([path], tokenizer, tmp_path / "t", "##", held_out=0.0)
+    (shard,) = corpus.shards(tmp_path / "t", "train")
+    begin, end = tokenizer.special["<|begin|>"], tokenizer.special["<|end|>"]
+    assert shard.tolist() == [i for d in documents for i in (begin, *tokenizer.encode(d), end)]
+    assert encode_files(tokenizer, [path], "##").tolist() == shard.tolist()
 
 
 def test_duplicates_are_dropped_and_counted(tmp_path, tokenizer):

@@ -1,5 +1,7 @@
 """The model is the one that `transformers` knows, and the same on every backend."""
 
+import json
+
 import numpy
 import pytest
 
@@ -97,6 +99,8 @@ def test_both_spellings_of_the_rotary_base():
     new = {k: v for k, v in old.items() if k != "rope_theta"}
     new["rope_parameters"] = {"rope_theta": 777.0, "rope_type": "default"}
     assert from_json(old).rope_theta == from_json(new).rope_theta == 777.0
+    new["rope_scaling"] = new.pop("rope_parameters")  # transformers reads it here too
+    assert from_json(new).rope_theta == 777.0
     assert from_json(old).n_kv_head == 2
 
 
@@ -112,15 +116,28 @@ def test_both_spellings_of_the_rotary_base():
         ("model_type", "mistral"),
         ("num_hidden_layers", "six"),
         ("num_key_value_heads", 3),
+        ("rope_scaling", {"factor": 8}),
+        ("rope_theta", "1e4"),
+        ("head_dim", 5),
     ],
 )
 def test_what_would_change_the_arithmetic_is_refused_by_name(field, value):
     """A model that opens but computes something else is worse than one that does not open."""
     content = {"model_type": "llama", "vocab_size": 9, "num_hidden_layers": 1, "hidden_size": 8,
                "num_attention_heads": 2, "intermediate_size": 16}  # fmt: skip
-    name = {"rope_parameters": "rope_type", "num_key_value_heads": "n_kv_head"}.get(field, field)
-    with pytest.raises(InputError, match=name):
+    named = {"rope_parameters": "rope_type", "num_key_value_heads": "n_kv_head",
+             "rope_scaling": "rope_scaling|factor", "head_dim": "head size, not 5"}  # fmt: skip
+    with pytest.raises(InputError, match=named.get(field, field)):
         from_json(content | {field: value})
+
+
+@pytest.mark.parametrize("wrong", [{"num_key_value_heads": 3}, {"architectures": 5}])
+def test_a_config_that_makes_no_model_is_told_with_its_file(wrong, tmp_path):
+    tinylm.save(Transformer(tinylm.ModelConfig(9, 1, 2, 2, 8, 16, 8)), None, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    with pytest.raises(InputError, match=r"config\.json: "):
+        tinylm.load(tmp_path)
 
 
 def test_documents_in_one_row_do_not_see_each_other(model):

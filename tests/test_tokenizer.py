@@ -20,6 +20,7 @@ from tinylm._tokenizer_json import LLAMA3_PATTERN
 from tinylm.llama2c import load_tokenizer
 from tinylm.tokenizer import SPECIAL_TOKENS, Tokenizer
 
+COMPILED = tk.bpe is not _bpe_python
 SPACES = [*"\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2007\u200a\u200b\u200c\u200d"]
 SPACES += [*"\u2028\u2029\u202f\u205f\u3000\ufeff\u180e\u2060", "\r\n", "\n\r", "  ", " \n", "\n\n"]
 TRICKY = [
@@ -190,6 +191,13 @@ def test_the_commonest_pair_is_merged_first_and_the_smallest_among_equals():
     assert tokenizer.tokens[256:260] == [b"bc", b" x", b" bc", b"bcbc"]
 
 
+@pytest.mark.parametrize("module", [tk.bpe, _bpe_python])
+def test_a_pair_that_came_and_went_is_no_merge(module):
+    """Merging "ab" makes "ab" before "a", and unmakes it at once: no text holds this pair."""
+    merges = module.learn_merges({"ababab": 3}, 99)
+    assert merges == [(97, 98), (256, 256), (257, 256)]
+
+
 def test_a_text_too_small_for_the_vocabulary_says_what_is_possible():
     with pytest.raises(ValueError, match="allows only 266 tokens; use --vocab-size 266 or less"):
         tk.train_bpe(["abc"], 1000)
@@ -213,7 +221,7 @@ def test_progress_counts_merges_up_to_the_last():
 # ------------------------------------------------------------------ the compiled twin
 
 
-@pytest.mark.skipif(not tk.COMPILED, reason="the extension is not built: there is no twin")
+@pytest.mark.skipif(not COMPILED, reason="the extension is not built: there is no twin")
 def test_compiled_and_python_agree(bpe, strings, tmp_path):
     for text in (*strings, "".join(strings)):
         assert [*tk.bpe.split_words(text)] == [*_bpe_python.split_words(text)]
@@ -232,7 +240,7 @@ def test_compiled_and_python_agree(bpe, strings, tmp_path):
             np.testing.assert_array_equal(tokenizer._encoder.encode(pieces), ids)
 
 
-@pytest.mark.skipif(not tk.COMPILED, reason="the readable twin counts on one thread")
+@pytest.mark.skipif(not COMPILED, reason="the readable twin counts on one thread")
 def test_pieces_are_counted_alike_on_any_number_of_threads(strings):
     before, counts = backend.threads(), []
     for n in (1, 2, 5):
@@ -305,6 +313,7 @@ BYTE_LEVEL_KINDS = {
     "smollm": (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
                                         pre_tokenizers.ByteLevel(add_prefix_space=False)]), {}),
     "digits": (sequence(pre_tokenizers.Digits()), {}),
+    "matches only": (sequence(pre_tokenizers.Split(Regex(r"\p{L}+"), "removed", invert=True)), {}),
     "no split": (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), {}),
 }  # fmt: skip
 
@@ -385,6 +394,15 @@ REFUSED = {
             "pretokenizers": [BYTE_LEVEL, {"type": "Digits", "individual_digits": True}],
         }
     },
+    "pre_tokenizer before 'Metaspace'": {
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Digits", "individual_digits": True},
+                {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"},
+            ],
+        }
+    },
     "Split pattern": {
         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a"}, "behavior": "Isolated"}
     },
@@ -428,10 +446,14 @@ def test_a_broken_llama2c_file_is_named(tmp_path):
     llama2c(tmp_path)
     file = tmp_path / "tokenizer.bin"
     assert load_tokenizer(file, 280).vocab_size == 280
-    file.write_bytes(file.read_bytes()[:-20] + b"\0")
-    for path in (file, tmp_path / "missing.bin"):
-        with pytest.raises(ValueError, match=f"{path.name}: not a tokenizer.bin"):
-            load_tokenizer(path)
+    good, file = file.read_bytes(), tmp_path / "broken.bin"
+    backwards, no_utf8 = struct.pack("<fi", 0, -8), struct.pack("<fi", 0, 1) + b"\xff"
+    for broken in (good[:-20] + b"\0", good[:-1], good + backwards, good + no_utf8):
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"broken\.bin: not a tokenizer\.bin"):
+            load_tokenizer(file)
+    with pytest.raises(ValueError, match=r"missing\.bin: not a tokenizer\.bin"):
+        load_tokenizer(tmp_path / "missing.bin")
 
 
 def test_real_llama2c_tokenizer_where_the_shared_data_is():

@@ -564,7 +564,7 @@ def learn_merges(counts, n_merges, progress=None):
     cdef uint64_t key
     merges = []
     words.queue_fresh()
-    while len(merges) < n_merges and not words.heap.empty():
+    while len(merges) < n_merges and not words.heap.empty() and words.heap.top().first > 0:
         count, key = words.heap.top().first, ~words.heap.top().second
         words.heap.pop()
         true_count = words.pairs.find(key).value

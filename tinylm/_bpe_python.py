@@ -140,7 +140,7 @@ def learn_merges(
     heap = [(-count, pair) for pair, count in pairs.items()]
     heapq.heapify(heap)
     merges: list[tuple[int, int]] = []
-    while heap and len(merges) < n_merges:
+    while heap and heap[0][0] < 0 and len(merges) < n_merges:  # 0: came and went in one merge
         count, pair = heapq.heappop(heap)
         if pairs[pair] != -count:  # out of date: it has lost some of its occurrences meanwhile
             if pairs[pair] > 0:

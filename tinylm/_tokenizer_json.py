@@ -121,9 +121,11 @@ class Layout:
             case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}:
                 self.splitters.append(splitter(pattern))
             case {"type": "Split", "pattern": {"Regex": p}, "behavior": "Removed", "invert": True}:
-                self.splitters.append(splitter(p))  # GPT-4's pattern, which leaves nothing out
+                self.splitters.append(splitter(p, matches_only=True))
             case {"type": "Digits", "individual_digits": each}:
                 self.splitters.append(splitter(r"\p{N}" if each else r"\p{N}+"))
+            case {"type": "Metaspace"} if self.splitters:  # it would put a "▁" before pieces
+                raise unsupported("pre_tokenizer before", step)
             case {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme}:
                 self.spaces = True
                 self.prefix = {"never": "", "first": "first"}.get(scheme, "missing")
@@ -230,8 +232,8 @@ def steps_of(node: dict | None, key: str) -> list[dict]:
     return [node]
 
 
-def splitter(pattern: str) -> Splitter:
-    """What cuts a text into the matches of `pattern` and what lies between them."""
+def splitter(pattern: str, matches_only: bool = False) -> Splitter:
+    """What cuts a text into the matches of `pattern` and what lies between them, or drops that."""
     if pattern in (PATTERN, LLAMA3_PATTERN):
         return bpe.split_words
     if regex.search(r"\{\d+,?\d*\}\+", pattern):  # oniguruma repeats it, `regex` is possessive
@@ -242,7 +244,8 @@ def splitter(pattern: str) -> Splitter:
         raise InputError(f"unsupported Split pattern {pattern!r}: {error}") from None
     if compiled.groups > 1:
         raise InputError(f"unsupported Split pattern {pattern!r}: it has groups of its own")
-    return lambda text: filter(None, compiled.splititer(text))
+    cut = compiled.findall if matches_only else compiled.splititer
+    return lambda text: filter(None, cut(text))
 
 
 def valid(text: str) -> str:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -164,9 +165,7 @@ class ChatFormat:
             lstrip_blocks=True,
             extensions=[Generation, "jinja2.ext.loopcontrols"],
         )
-        environment.filters["tojson"] = lambda x, **settings: json.dumps(
-            x, ensure_ascii=False, **settings
-        )
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         environment.globals["raise_exception"] = refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         names = ("bos", "eos", "pad", "unk")
@@ -176,7 +175,8 @@ class ChatFormat:
         except TemplateError as error:
             raise InputError(f"the chat template cannot be read: {error}") from None
         longest_first = sorted(tokenizer.special, key=len, reverse=True)
-        self.special = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        either = "|".join(map(re.escape, longest_first)) or "(?!)"  # of none: matches nothing
+        self.special = re.compile(f"({either})")
 
     def ids(self, messages: list[dict], answer_next: bool = False) -> list[int]:
         """A conversation as ids; with answer_next, up to where the assistant begins to speak.
@@ -185,25 +185,31 @@ class ChatFormat:
         into a special token.
         """
         said = "".join(message["content"] for message in messages)
-        guard = next(chr(c) for c in range(0xFDD0, 0xFDF0) if chr(c) not in said)
+        guard = next(c for c in map(chr, range(0xFDD0, 0x110000)) if c not in said)
 
-        def defuse(text: str) -> str:  # <|end|> in a message: broken up now, mended below
-            return self.special.sub(lambda match: match[0][0] + guard + match[0][1:], text)
+        id_of, text_of = self.tokenizer.special, self.tokenizer.tokens
 
-        safe = [{**message, "content": defuse(message["content"])} for message in messages]
+        def defuse(text: str) -> str:  # <|end|> in a message becomes its id between guards
+            return self.special.sub(lambda match: f"{guard}{id_of[match[0]]}{guard}", text)
+
+        def mend(text: str) -> str:
+            found = f"{guard}([0-9]+){guard}"
+            return re.sub(found, lambda match: text_of[int(match[1])].decode(), text)
+
+        safe = [turn(message["role"], defuse(message["content"])) for message in messages]
         try:
             text = self.template.render(
                 messages=safe, tools=None, documents=None, add_generation_prompt=answer_next,
                 **self.names,
             )  # fmt: skip
-        except TemplateError as error:
+        except Exception as error:  # whatever an expression in the template can raise
             raise InputError(f"the chat template refuses this conversation: {error}") from None
         ids = []
         for i, part in enumerate(self.special.split(text)):
             if i % 2:
-                ids.append(self.tokenizer.special[part])
+                ids.append(id_of[part])
             elif part:
-                ids += self.tokenizer.encode(part.replace(guard, ""), begins=not ids)
+                ids += self.tokenizer.encode(mend(part), begins=not ids)
         return ids
 
     def example(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
@@ -248,6 +254,6 @@ def with_chat_tokens(tokenizer: Tokenizer) -> tuple[Tokenizer, list[str]]:
     """
     needed = CHAT_TOKENS if tokenizer.bos_id is not None else ("<|begin|>", *CHAT_TOKENS)
     missing = [name for name in needed if name not in tokenizer.special]
-    bos = tokenizer.config.get("bos_token") or "<|begin|>"
+    bos = "<|begin|>" if tokenizer.bos_id is None else tokenizer.config["bos_token"]
     names = {"bos_token": bos, "eos_token": "<|end|>", "pad_token": "<|end|>"}
     return tokenizer.with_special(missing, {**names, "chat_template": TEMPLATE}), missing

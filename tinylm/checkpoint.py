@@ -44,7 +44,13 @@ def load(path: str | Path) -> tuple[Transformer, Tokenizer | None]:
     described = folder / "config.json"
     if not described.exists():
         raise InputError(f"{described}: no such file; a model directory needs it")
-    config = from_json(read_json(described), str(described))
+    content = read_json(described)
+    try:
+        config = from_json(content)
+    except InputError as error:
+        raise InputError(f"{described}: {error}") from None
+    except (AttributeError, TypeError) as error:
+        raise InputError(f"{described}: not what a config.json holds ({error})") from None
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
     if tokenizer and tokenizer.vocab_size > config.vocab_size:
         raise InputError(

@@ -83,8 +83,8 @@ class ModelConfig:
             raise InputError("head_size: a gpt2 model splits n_embd evenly among its heads")
         if self.head_size < 1 or (self.is_llama and self.head_size % 2):
             raise InputError(
-                f"n_embd / n_head = {self.n_embd} / {self.n_head}: "
-                "rotary positions need an even head size"
+                f"n_embd {self.n_embd}, n_head {self.n_head}: "
+                f"rotary positions need an even head size, not {self.head_size}"
             )
 
 
@@ -117,25 +117,20 @@ FIELDS = {
 
 # what transformers assumes where config.json is silent
 DEFAULTS = {
-    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu"},
-    "gpt2": {
-        "layer_norm_epsilon": 1e-5,
-        "n_positions": 1024,
-        "tie_word_embeddings": True,
-        "activation_function": "gelu_new",
-    },
+    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "tie_word_embeddings": False},
+    "gpt2": {"layer_norm_epsilon": 1e-5, "n_positions": 1024, "tie_word_embeddings": True},
 }
 
-# the only values of each field that the arithmetic here covers
+# the only values of each field, where it has one, that the arithmetic here covers
 ONLY = {
     "llama": {
         "hidden_act": ("silu", "swish"),
         "attention_bias": (False,),
         "mlp_bias": (False,),
-        "rope_scaling": (None,),
-        "sliding_window": (None,),
-        "partial_rotary_factor": (None, 1.0),
-        "quantization_config": (None,),
+        "sliding_window": (),
+        "partial_rotary_factor": (1.0,),
+        "factor": (1.0,),
+        "quantization_config": (),
     },
     "gpt2": {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
@@ -143,7 +138,7 @@ ONLY = {
         "scale_attn_by_inverse_layer_idx": (False,),
         "reorder_and_upcast_attn": (False,),
         "add_cross_attention": (False,),
-        "quantization_config": (None,),
+        "quantization_config": (),
     },
 }
 
@@ -184,46 +179,41 @@ def to_json(config: ModelConfig) -> dict:
     return {**fixed, **values, "torch_dtype": "float32"}
 
 
-def from_json(content: dict, path: str = "config.json") -> ModelConfig:
+def from_json(content: dict) -> ModelConfig:
     """Read config.json. Raises InputError naming the field that is missing or not supported."""
     kind = content.get("model_type")
     if kind not in ("llama", "gpt2"):
-        raise InputError(f"{path}: model_type {kind!r} is not supported: expected llama or gpt2")
-    table, content = names_in(kind), {**DEFAULTS[kind], **content}
+        raise InputError(f"model_type {kind!r} is not supported: expected llama or gpt2")
     if kind == "llama":
-        content = plain_rope(content, path)
+        content = plain_rope(content)
+    content = DEFAULTS[kind] | {name: value for name, value in content.items() if value is not None}
     for name, allowed in ONLY[kind].items():
         if name in content and content[name] not in allowed:
-            raise InputError(f"{path}: {name} = {content[name]!r} is not supported")
-    values = {ours: content.get(theirs) for ours, theirs in table.items()}
-    missing = [table[n] for n in ("vocab_size", "n_layer", "n_head", "n_embd") if not values[n]]
+            raise InputError(f"{name} = {content[name]!r} is not supported")
+    table = names_in(kind)
+    values = {ours: content[theirs] for ours, theirs in table.items() if theirs in content}
+    missing = [table[n] for n in ("vocab_size", "n_layer", "n_head", "n_embd") if n not in values]
     if missing:
-        raise InputError(f"{path}: the field {missing[0]} is missing")
-    optional = {"bos_token_id", "eos_token_id"}
-    values = {name: v for name, v in values.items() if v is not None or name in optional}
-    if kind == "llama":
-        values.setdefault("tie_embeddings", False)
+        raise InputError(f"the field {missing[0]} is missing")
     exact = content.get("activation_function") == "gelu"
-    scores = any(name.endswith(CLASSIFIER) for name in content.get("architectures") or ())
+    scores = any(name.endswith(CLASSIFIER) for name in content.get("architectures", ()))
     if scores and len(content.get("id2label", "01")) != 1:  # two are transformers' default
-        raise InputError(f"{path}: a classifier of several labels; a reward model has one")
+        raise InputError("a classifier of several labels; a reward model has one")
     known = {field.name: field.type for field in fields(ModelConfig)}
     for name, value in values.items():
         if known[name] == "int" and not isinstance(value, int):
-            raise InputError(f"{path}: {table[name]}: expected a whole number, got {value!r}")
+            raise InputError(f"{table[name]}: expected a whole number, got {value!r}")
+        if known[name] == "float" and not isinstance(value, (int, float)):
+            raise InputError(f"{table[name]}: expected a number, got {value!r}")
     return ModelConfig(**values, architecture=kind, exact_gelu=exact, scores=scores)
 
 
-def plain_rope(content: dict, path: str) -> dict:
-    """Both spellings of the rotary base: rope_theta, and rope_parameters of newer transformers."""
-    parameters = content.get("rope_parameters") or {}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default":
-        raise InputError(f"{path}: rope_type = {kind!r} is not supported")
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise InputError(f"{path}: partial_rotary_factor is not supported")
-    scaling = content.get("rope_scaling")
-    if isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) == "default":
-        content = {**content, "rope_scaling": None}
-    theta = parameters.get("rope_theta", content.get("rope_theta"))
-    return {**content, "rope_theta": theta if theta is not None else 10000.0}
+def plain_rope(content: dict) -> dict:
+    """With the fields of rope_parameters, or rope_scaling, where transformers wrote them before."""
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = content.get(name) or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise InputError(f"{name}: rope_type = {kind!r} is not supported")
+        content = content | rope
+    return content

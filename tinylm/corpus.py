@@ -94,7 +94,7 @@ def json_pieces(file, path: Path) -> Iterator[tuple[str, bool]]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: not valid JSON ({error})") from None
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str):
@@ -153,6 +153,19 @@ def as_documents(pieces: Iterable[tuple[str, bool]]) -> Iterator[Iterator[str]]:
 
     for text, ends in pieces:
         yield rest(text, ends)
+
+
+def stripped(pieces: Iterable[str]) -> Iterator[str]:
+    """Those of a document without the newlines around it, which belong to the separator's line.
+
+    These are all in the first and the last piece: safe_cut leaves no newline before another one.
+    """
+    text = ""
+    for piece in pieces:
+        if text:
+            yield text
+        text = piece if text else piece.lstrip("\r\n")
+    yield text.rstrip("\r\n")
 
 
 # ---- token shards ------------------------------------------------------------------------------
@@ -235,20 +248,11 @@ def make_corpus(
 
 
 def write_document(pieces, tokenizer, dtype, file, counts, strip: bool) -> bytes | None:
-    """Append `<|begin|> tokens <|end|>`; returns the hash of the text, or None if it was empty.
-
-    strip: leave out the newlines around it, which belong to the separator's line.
-    """
+    """Append `<|begin|> tokens <|end|>`; returns the hash of the text, or None if it was empty."""
     begin, end = (tokenizer.special[name] for name in ("<|begin|>", "<|end|>"))
     hasher, empty = hashlib.blake2b(digest_size=16), True
     file.write(numpy.array([begin], dtype).tobytes())
-    kept = ""  # newlines that stay only if text follows
-    for piece in pieces:
-        text = kept + piece
-        if strip:
-            text = text.lstrip("\r\n") if empty else text
-            kept = text[len(text.rstrip("\r\n")) :]
-            text = text.removesuffix(kept)
+    for text in stripped(pieces) if strip else pieces:
         if not text:
             continue
         empty = False

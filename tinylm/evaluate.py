@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy
 
 from tinylm.chat import template_of, turn
-from tinylm.corpus import Corpus, as_documents, byte_lengths, list_files, read_texts
+from tinylm.corpus import Corpus, as_documents, byte_lengths, list_files, read_texts, stripped
 from tinylm.data import Batch, in_order, next_token_batch
 from tinylm.errors import InputError
 from tinylm.generate import answers, complete_in_parts, encode_prompt
@@ -234,7 +234,8 @@ def encode_files(tokenizer: Tokenizer, files: list, separator: str) -> numpy.nda
     begin, end = (tokenizer.bos_id, tokenizer.eos_id) if begin is None else (begin, end)
     parts = []
     for document in as_documents(read_texts(files, separator)):
-        ids = [i for text in document for i in tokenizer.encode(text)]
+        texts = stripped(document) if separator else document
+        ids = [i for text in texts for i in tokenizer.encode(text)]
         if ids:
             parts.append([i for i in (begin, *ids, end) if i is not None])
     return numpy.array([i for part in parts for i in part], numpy.int64)

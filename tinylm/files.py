@@ -22,7 +22,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object")
@@ -51,11 +51,10 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
         place = f"row {row}" if array else f"line {line}"
         try:
             content, at = decoder.raw_decode(text, begin)
-        except json.JSONDecodeError as error:
-            where = error.lineno if array else line
-            raise InputError(f"{path}, line {where}: not valid JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, {place}: not valid JSON ({error})") from None
         if not isinstance(content, dict):
-            raise InputError(f"{path}, {place}: expected a JSON object, got {text[begin:at]}")
+            raise InputError(f"{path}, {place}: expected a JSON object, got {text[begin:at]:.60}")
         yield place, content
         line += text.count("\n", begin, at)
     if array and not text.rstrip().endswith("]"):
@@ -82,7 +81,7 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(
             f"{path}: cannot be written ({reason}); what was saved before is intact: "
-            "make room or mend the permissions, then run again with --resume"
+            "make room or mend the permissions, then run it again, a stage with --resume"
         ) from error
 
 

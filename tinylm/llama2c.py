@@ -111,7 +111,7 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
     names = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
     scores = {}
     for score, piece in read_tokens(Path(path), vocab_size)[len(names) :]:
-        names.append(piece.decode().replace(" ", "▁"))
+        names.append(piece.replace(" ", "▁"))
         scores[names[-1]] = score
     best_first = sorted(scores, key=scores.__getitem__, reverse=True)
     merges = [
@@ -126,14 +126,15 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
     return Tokenizer(add_special(spec, names[:3]), CONFIG | texts | {"add_bos_token": True})
 
 
-def read_tokens(file: Path, vocab_size: int | None) -> list[tuple[float, bytes]]:
+def read_tokens(file: Path, vocab_size: int | None) -> list[tuple[float, str]]:
     try:
         data = file.read_bytes()
         tokens, at = [], 4
         while at < len(data) if vocab_size is None else len(tokens) < vocab_size:
             score, length = struct.unpack_from("<fi", data, at)
-            tokens.append((score, data[at + 8 : at + 8 + length]))
+            (text,) = struct.unpack_from(f"{length}s", data, at + 8)
+            tokens.append((score, text.decode()))
             at += 8 + length
-    except (OSError, struct.error) as error:
+    except (OSError, struct.error, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not a tokenizer.bin of llama2.c: {error}") from None
     return tokens

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tinylm import _bpe_python
 from tinylm._bpe_python import PATTERN
 from tinylm._tokenizer_json import (
     BYTE_CHARACTERS,
@@ -35,8 +34,6 @@ from tinylm._tokenizer_json import (
 )
 from tinylm.errors import InputError
 from tinylm.files import read_json, write_json
-
-COMPILED = bpe is not _bpe_python
 
 # Begin of a document; end of a document, a turn or a filled blank; who speaks; fill in the middle.
 SPECIAL_TOKENS = (
@@ -194,9 +191,9 @@ def train_bpe(
     """Learn byte-level BPE: 256 bytes, then merges, then SPECIAL_TOKENS: `vocab_size` in all.
 
     The texts are read once, and never all in memory. The result depends on nothing but the texts,
-    not even on their order; learn_merges says how ties are broken. `progress` is called with
-    (done, total) merges. A text with too few pairs for `vocab_size` is an InputError, or, if
-    `at_most`, gets the vocabulary it allows.
+    and not on their order where they have MOST_PIECES distinct pieces or fewer; learn_merges says
+    how ties are broken. `progress` is called with (done, total) merges. A text with too few pairs
+    for `vocab_size` is an InputError, or, if `at_most`, gets the vocabulary it allows.
     """
     n_merges = vocab_size - 256 - len(SPECIAL_TOKENS)
     if n_merges < 0:

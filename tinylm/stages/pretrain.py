@@ -27,6 +27,7 @@ from tinylm.tokenizer import Tokenizer, train_bpe, train_characters
 from tinylm.train import train
 
 OBJECTIVES = ("next", "missing", "mixed")
+BLANKED = ("<|prefix|>", "<|suffix|>", "<|middle|>", "<|end|>", "<|begin|>")
 TOKENIZER_SAMPLE = 100_000_000  # characters of text from which a vocabulary is learned
 
 
@@ -152,8 +153,7 @@ class Blanks:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        names = ("<|prefix|>", "<|suffix|>", "<|middle|>", "<|end|>", "<|begin|>")
-        ids = [tokenizer.special[name] for name in names]
+        ids = [tokenizer.special[name] for name in BLANKED]
         self.prefix, self.suffix, self.middle, self.end, self.begin = ids
         texts = tokenizer.texts()
         self.opens = numpy.array([is_word(t[:1]) for t in texts])  # begins inside a word
@@ -285,7 +285,7 @@ def prepare(
 
 def make_tokenizer(files, size: int, config: PretrainConfig, progress: Progress) -> Tokenizer:
     if config.tokenizer not in ("bpe", "characters"):
-        return foreign_tokenizer(config.tokenizer)
+        return foreign_tokenizer(config.tokenizer, config.objective)
     with progress.counting("vocabulary", size) as seen:
         texts = (t for t, _ in read_texts(files, config.document_separator, seen))
         texts = first_characters(texts, TOKENIZER_SAMPLE)
@@ -295,13 +295,16 @@ def make_tokenizer(files, size: int, config: PretrainConfig, progress: Progress)
         return train_bpe(texts, config.vocab_size or fitted_vocabulary(size), at_most=fitted)
 
 
-def foreign_tokenizer(path: str) -> Tokenizer:
+def foreign_tokenizer(path: str, objective: str) -> Tokenizer:
     if not Path(path).exists():
         raise InputError(f"--tokenizer {path}: expected bpe, characters, or a directory")
     tokenizer = Tokenizer.load(path)
-    missing = [name for name in ("<|begin|>", "<|end|>") if name not in tokenizer.special]
+    needed = BLANKED if objective != "next" else ("<|begin|>", "<|end|>")
+    missing = [name for name in needed if name not in tokenizer.special]
     if missing:
-        raise InputError(f"--tokenizer {path}: it has no {missing[0]} token, which documents need")
+        raise InputError(
+            f"--tokenizer {path}: it has no {missing[0]} token, which --objective {objective} needs"
+        )
     return tokenizer
 
 
