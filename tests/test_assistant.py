@@ -1,9 +1,20 @@
 """sft, feedback and chat as commands: what they make, what they refuse, what they survive."""
 
 import json
+import os
+import subprocess
 
 import pytest
-from commands import SMALL, kill_at_random, metrics, refused, succeeds, weights, write_rows
+from commands import (
+    SMALL,
+    command,
+    kill_at_random,
+    metrics,
+    refused,
+    succeeds,
+    weights,
+    write_rows,
+)
 
 from tinylm import checkpoint
 from tinylm.checkpoint import Checkpoint
@@ -76,6 +87,15 @@ def test_chat_without_a_terminal_answers_line_by_line(assistant):
     done = succeeds("chat", assistant[0], *flags, said=said)
     roles = [message["role"] for message in json.loads(done.stdout)["messages"]]
     assert roles == ["user", "assistant", "user", "assistant"]
+
+
+def test_a_byte_that_is_no_text_is_no_reason_to_stop(assistant):
+    """Nor one that cannot be shown."""
+    strict, said = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}, b"the \xff cat\n"
+    for name, *prompt in (["chat"], ["generate", said]):
+        whole = [*command(name, assistant[0], "--max-new-tokens", 1, "--seed", 0), *prompt]
+        done = subprocess.run(whole, input=said, capture_output=True, env=strict, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 def test_chat_with_a_base_model_says_what_it_is(base):
@@ -233,6 +253,7 @@ def test_what_feedback_cannot_use(assistant, prompts, tmp_path):
     refused(*start, "--prompts", prompts, *twice, saying="the same answers would be added up")
     forgotten = ["--reward-model", assistant[0]]
     refused(*start, "--prompts", prompts, *forgotten, saying="add --judge reward-model")
+    refused(*start, "--prompts", prompts, "--port", 70000, saying="--port: expected 0 to 65535")
     (tmp_path / "bad.py").write_text("def f(prompt, answer, row):\n    return 'fine'\n")
     verifier = ["--verifier", f"{tmp_path}/bad.py:f", "--max-new-tokens", 20]
     refused(*start, "--prompts", prompts, *verifier, saying="gave 'fine': expected a number")

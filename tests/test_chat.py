@@ -175,6 +175,20 @@ def test_chat_tokens_are_added_where_they_are_missing(tmp_path, prose):
     assert loaded.config.stop_ids == [tokenizer.special["<|end|>"], 0]
 
 
+def test_chat_tokens_do_not_begin_as_the_padding_of_a_table(tmp_path, prose):
+    """Rows that are no tokens were pushed away from all text: nothing to begin with."""
+    bare = Tokenizer({**train_bpe([prose], 300).spec, "added_tokens": []}, {})
+    n = bare.vocab_size
+    model = tinylm.Transformer(tinylm.ModelConfig(n + 40, 1, 2, 2, 16, 32, 64))
+    model.head_weight.data[n:] = -7
+    checkpoint.save(model, bare, tmp_path)
+    grown, tokenizer, _ = checkpoint.load_for_chat(tmp_path)
+    weight = grown.head_weight.data
+    assert weight.shape == (n + 40, 16)
+    assert numpy.allclose(weight[n : tokenizer.vocab_size], weight[:n].mean(0))
+    assert (weight[tokenizer.vocab_size :] == -7).all()
+
+
 # ---- talks -------------------------------------------------------------------------------------
 
 
@@ -197,6 +211,18 @@ def test_a_long_talk_leaves_room_for_the_longest_answer(tokenizer, longest, room
         forgotten.append(talk.forgotten)
     assert forgotten[0] == 0 or room == 32
     assert forgotten[-1] > 4
+
+
+def test_a_talk_of_short_answers_goes_on_when_it_is_long(tokenizer):
+    """What does not leave room for 8 tokens more leaves room for 4."""
+    model = tinylm.Transformer(tinylm.ModelConfig(tokenizer.vocab_size, 1, 2, 2, 16, 32, 64))
+    talk = Conversation(model, tokenizer, "", {"max_new_tokens": 4})
+    form, sizes = ChatFormat(tokenizer), set()
+    for n in range(40, 52):
+        talk.messages = messages(("user", "a"), ("assistant", "b"), ("user", "a" * n))
+        talk.pieces()
+        sizes.add(len(form.ids(talk.seen(), True)))
+    assert sizes >= {57, 58, 59, 60}
 
 
 def test_an_answer_that_nobody_heard_to_its_end_is_remembered(tokenizer):

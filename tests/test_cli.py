@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 
 import numpy
 import pytest
@@ -64,6 +65,20 @@ def test_ctrl_c_while_it_is_still_importing(late, tmp_path):
     assert process.returncode == 130, told
     assert "Traceback" not in told
     assert "tinylm: interrupted" in told
+
+
+def test_ctrl_c_of_another_program_is_its_own(tmp_path):
+    """A package that imports tinylm, run with -m: it puts away what it has to put away."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "__init__.py").write_text("import tinylm")
+    program = "import atexit\natexit.register(print, 'put away')\nraise KeyboardInterrupt"
+    (tmp_path / "other" / "__main__.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, "-B", "-m", "other"], capture_output=True, text=True, cwd=tmp_path,
+        check=False,
+    )  # fmt: skip
+    assert "put away" in done.stdout
+    assert "tinylm: interrupted" not in done.stderr
 
 
 def test_files_that_cannot_be_read(capfd, tmp_path, text_file):
@@ -132,8 +147,11 @@ def test_settings_that_make_no_sense(capfd, tmp_path, text_file):
     refused(capfd, "pretrian", text_file, saying="pretrain")
     refused(capfd, *start, "--tokenizer", "nowhere", saying="nowhere")
     refused(capfd, *start, "--n-kv-head", 3, saying="n_kv_head")
+    shape = ("--architecture", "gpt2", "--n-kv-head", 1)
+    refused(capfd, *start, *shape, saying="a gpt2 model has as many as n_head")
     refused(capfd, *start, "--seed", -1, saying="--seed: expected at least 0")
     refused(capfd, *start, "--beta2", 1, saying="--beta2: expected 0 or more, below 1")
+    refused(capfd, *start, "--eval-tokens", -5, saying="--eval-tokens: expected at least 0")
 
 
 def test_a_directory_that_holds_another_run(capfd, base, text_file):
@@ -278,6 +296,12 @@ def test_a_tokenizer_of_its_own(capfd, text_file, tmp_path):
     assert run([*map(str, done), *SMALL[:-2]]) == 0
     ours, theirs = (json.loads((f / "tokenizer.json").read_text()) for f in (out, tmp_path / "r"))
     assert ours == theirs
+    ours["added_tokens"] = [t for t in ours["added_tokens"] if t["content"] != "<|middle|>"]
+    (out / "tokenizer.json").write_text(json.dumps(ours))
+    blanks = ["--objective", "mixed", "--out", tmp_path / "mixed"]
+    refused(
+        capfd, *done[:2], *blanks, *done[4:], saying="has no <|middle|> token, which --objective"
+    )
     again = ["tokenizer", text_file, "--out", tmp_path / "r"]
     refused(capfd, *again, saying="holds a model, whose tokenizer would be lost")
 

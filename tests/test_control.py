@@ -213,6 +213,45 @@ def test_half_of_the_judgements_are_enough(tokenizer, tmp_path):
     train(stage, 2, tmp_path)
 
 
+@pytest.mark.usefixtures("ending")
+def test_a_judge_that_fails_in_an_evaluation_loses_no_step(tokenizer, tmp_path):
+    """At the end of a run, too: what is left to do then is the evaluation alone."""
+
+    def fails(groups):
+        if groups[0].place is None:
+            raise InputError("nothing is known of held-out prompts")
+        return count_of_a(groups)
+
+    def begin(judge):
+        stage = make_stage(tokenizer, judge, max_steps=3, save_every=100)
+        stage.heldout = stage.prompts[:1]
+        return Trainer(stage, stage.config, tmp_path, Progress())
+
+    with pytest.raises(InputError, match="held-out prompts"):
+        begin(fails).run(False)
+    assert Checkpoint(tmp_path).state()["step"] == 3
+    assert begin(count_of_a).run(True)["steps"] == 3
+    assert [row["step"] for row in read_metrics(tmp_path) if "lr" in row] == [1, 2, 3]
+
+
+@pytest.mark.usefixtures("ending")
+def test_a_run_whose_end_was_put_off_is_not_finished(tokenizer, tmp_path):
+    """Its card does not tell of what the weights of the earlier end could do."""
+
+    def begin(steps):
+        stage = make_stage(tokenizer, count_of_a, max_steps=steps)
+        return Trainer(stage, stage.config, tmp_path, Progress())
+
+    begin(2).run(False)
+    longer = begin(4)
+    longer.stop_asked = True
+    with pytest.raises(KeyboardInterrupt):
+        longer.run(True)
+    state = Checkpoint(tmp_path).state()
+    assert (state["step"], state["results"]) == (3, {})
+    assert "not finished yet" in (tmp_path / "README.md").read_text()
+
+
 # ---- answers that all score alike --------------------------------------------------------------
 
 

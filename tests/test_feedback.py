@@ -9,7 +9,7 @@ import numpy
 import pytest
 
 import tinylm
-from tinylm import ops
+from tinylm import memory, ops
 from tinylm.answers import Answers
 from tinylm.chat import Row, turn, with_chat_tokens
 from tinylm.data import SharedPrompts
@@ -162,8 +162,10 @@ def broken(prompt, answer, row):
         (lambda p, a, r: "good", "'good'"),
         (lambda p, a, r: float("nan"), "nan"),
         (lambda p, a, r: [1.0], "expected a number"),
+        (lambda p, a, r: 10**400, "expected a number"),
         (lambda p: 1.0, "TypeError"),
         (verifier.exact(0.5), '"accepted"'),
+        (lambda p, a, r: verifier.exact(0.5)(p, a, {"accepted": [4]}), "as texts"),
     ],
 )
 def test_a_verifier_that_fails_is_named_with_the_line(score, said):
@@ -180,6 +182,20 @@ def test_a_verifier_of_one_s_own_is_loaded(tmp_path):
     for name in (f"{path}:long", f"{tmp_path}/none.py:f", "no.such.module:f", "short"):
         with pytest.raises(InputError, match="--verifier"):
             verifier.load(name)
+
+
+def test_a_verifier_may_define_dataclasses(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass\n"
+        "class Mark:\n"
+        "    value: float\n"
+        "def score(prompt, answer, row):\n"
+        "    return Mark(2.0).value\n"
+    )
+    assert verifier.load(f"{path}:score")("", "", {}) == 2.0
 
 
 # ---- the stage ---------------------------------------------------------------------------------
@@ -453,3 +469,21 @@ def test_sampling_is_part_of_the_state(tokenizer, tmp_path, updates):
         for field in ("tokens", "targets", "start", "gap", "answer", "old_logp", "advantages"):
             assert numpy.array_equal(getattr(one, field), getattr(two, field)), field
         assert one.notes == two.notes
+
+
+def test_memory_is_foreseen_for_answers_that_share_their_prompt(tokenizer, monkeypatch):
+    """And what would fit is a setting that is allowed: the answers to a prompt stay together."""
+    stage = make_stage(tokenizer, count_of_a, batch_size=12)
+    tokens, besides = stage.memory()
+    assert stage.fresh().tokens.size <= 12 * tokens < 12 * 64
+    shape, n = stage.model.config, stage.model.n_parameters()
+    room = memory.needed(shape, n, 6, tokens, besides=besides)
+    monkeypatch.setattr(memory, "available", lambda: room)
+    with pytest.raises(InputError, match="--batch-size 4 --accumulate 3 or --recompute"):
+        memory.check(stage)
+
+
+def test_the_card_names_the_judge_that_judged(tokenizer):
+    stage = make_stage(tokenizer, count_of_a, judge_model="this", reward_model="another")
+    stage.config.judge = "model"
+    assert stage.facts()["stage"] == "feedback: rloo, judged by model `this`"

@@ -208,3 +208,22 @@ def test_beam_search_finds_the_most_likely_answer():
     found, score = beam_search(model, [4, 5], 3, 36, [1])[0]
     assert tuple(found) == best
     assert abs(score - answers[best]) < 1e-4
+
+
+def test_beam_search_knows_that_a_text_may_end_in_several_ways():
+    """Both stop tokens are the likeliest after everything; they end one and the same answer."""
+    model = tinylm.Transformer(tinylm.ModelConfig(40, 1, 2, 2, 16, 32, 16, tie_embeddings=False))
+    model.norm.weight.data[:] = numpy.eye(16)[0]
+    model.embedding.weight.data[:] = numpy.eye(16)[0]
+    model.head.weight.data[:] = 0
+    model.head.weight.data[[1, 2], 0] = 5, 4.9
+    logits = model([4, 5]).data[0, -1].astype(float)
+    found = beam_search(model, [4, 5], 5, 4, [1, 2])
+    assert len({ids for ids, _ in found}) == 4
+    assert found[0][0] == ()
+    p = numpy.exp(logits)[[1, 2]].sum() / numpy.exp(logits).sum()
+    assert numpy.exp(found[0][1]) == pytest.approx(p)
+
+
+def test_a_blank_that_nothing_may_fill_is_not_called_too_long(lm):
+    assert fill(*lm, "a ___ cat", max_new_tokens=0) == [("", 0.0)]

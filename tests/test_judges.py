@@ -135,6 +135,24 @@ def test_a_model_s_verdict_is_how_much_likelier_it_says_a(base):
     assert judge.notes() == {}
 
 
+def test_the_letters_are_those_of_a_reply(base, tmp_path):
+    """Many a tokenizer puts a space before a text; not before what follows a special token."""
+    model, tokenizer = checkpoint.load(base)
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"}
+    tokenizer.spec |= {"pre_tokenizer": metaspace, "decoder": metaspace}
+    checkpoint.save(model, tokenizer, tmp_path)
+    judge = Model(str(tmp_path), "pairwise")
+    assert [judge.a, judge.b] == [tokenizer.spec["model"]["vocab"][letter] for letter in "AB"]
+
+
+def test_a_model_to_which_a_and_b_are_the_same_cannot_compare(tmp_path):
+    """Else all would be ties. By likelihood it can judge."""
+    folder = untrained(tmp_path / "model", "no capitals, say", 1, 1, 1, 16, 32, 512)
+    with pytest.raises(InputError, match="no tokens to it"):
+        Model(str(folder), "pairwise")
+    assert None not in Model(str(folder), "likelihood")([group("a", "b")])[0]
+
+
 def test_a_model_that_cannot_judge_is_a_sentence(base, tmp_path):
     for folder, mode, said in (
         ("", "pairwise", "--judge-model DIR"),
@@ -246,7 +264,8 @@ def test_replies_that_can_be_read(parse, reply, found):
 @pytest.mark.parametrize(
     "parse, reply",
     [(letter, "A good question!"), (letter, ""), (letter, "A or B"), (letter, "AB"),
-     (mark, "11"), (mark, "0"), (mark, "7 or 8"), (mark, "seven"), (mark, "100")],
+     (mark, "11"), (mark, "0"), (mark, "-10"), (mark, ".9"),
+     (mark, "7 or 8"), (mark, "seven"), (mark, "100")],
 )  # fmt: skip
 def test_replies_that_cannot(parse, reply):
     with pytest.raises(ValueError, match="but the reply was"):
@@ -332,6 +351,22 @@ def test_what_cannot_get_better_ends_at_once_and_keeps_the_key(status, monkeypat
     assert (KEY in str(error.value)) == (status == 401)
 
 
+def test_half_of_a_character_is_asked_about_and_said_back():
+    """A lone surrogate, as of an emoji that was cut in two, is no reason to fall over."""
+    replies = iter(["\ud83d", "A", "B"])
+    with serving(lambda content: next(replies)) as server:
+        judge = Endpoint(server.url, "wise", "pairwise", 1, 5.0)
+        assert judge([group("aaa", "a", prompt="say \ud83d")]) == [[1, -1]]
+
+
+def test_a_reply_that_repeats_the_key_does_not_spread_it(monkeypatch):
+    monkeypatch.setenv(KEY, "sk-secret")
+    with serving(lambda content: b"you sent: sk-secret") as server:
+        judge = endpoint(server.url)
+        judge([group("aaa", "a")])
+    assert "you sent: …" in judge.trouble
+
+
 def test_a_question_that_is_refused_is_left_out_once_others_were_answered():
     def reply(content):
         return (400, b"filtered") if "bbb" in content["messages"][0]["content"] else "A"
@@ -355,6 +390,10 @@ def test_what_an_endpoint_needs_is_a_sentence(monkeypatch):
     with pytest.raises(InputError, match=KEY) as error:
         Endpoint("http://x", "x", "rubric", 1, 1.0)
     assert "secret" not in str(error.value)
+    monkeypatch.delenv(KEY)
+    monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1080")  # GNOME's way to say it
+    with pytest.raises(InputError, match="proxy"):
+        Endpoint("http://x", "x", "rubric", 1, 1.0)
     monkeypatch.setitem(__import__("sys").modules, "httpx", None)
     with pytest.raises(InputError, match=r"tinylm\[judge\]"):
         Endpoint("http://x", "x", "rubric", 1, 1.0)

@@ -13,6 +13,7 @@ import pytest
 from commands import command, python, weights
 from persons import REPLIES, arguments, judge, judgements
 
+from tinylm.errors import InputError
 from tinylm.page import HEADERS, MOST, Page
 
 EVIL = "<script>document.title = 'evil'</script><img src=x onerror=\"document.title = 'evil'\">"
@@ -147,9 +148,8 @@ def test_the_state_is_sent_at_once(page):
 
 
 def test_a_port_that_is_taken(page):
-    other = Page("127.0.0.1", urlsplit(page.link).port)
-    with pytest.raises(ValueError, match="--port"):
-        other.open(Told())
+    with pytest.raises(InputError, match="--port"):
+        Page("127.0.0.1", urlsplit(page.link).port).open(Told())
 
 
 def test_without_the_web_server_it_names_what_to_install(assistant, tmp_path):

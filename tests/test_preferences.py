@@ -77,7 +77,12 @@ def test_pairs_that_have_a_label_too_stay_pairs(tmp_path):
         ({"prompt": "x", "chosen": 3, "rejected": "b"}, "an answer must be a text"),
         ({"chosen": "a", "rejected": "b"}, "lists of messages"),
         ({"chosen": said("a"), "rejected": said("b")}, "do not begin alike"),
+        (
+            {"chosen": ASKED + said("a") + ASKED, "rejected": ASKED + said("b") + ASKED},
+            "one message, got",  # they begin alike, though what follows is no single answer
+        ),
         ({"prompt": "x"}, 'expected "prompt", "chosen" and "rejected"'),
+        ({"prompt": "x", "completion": "a", "label": "false"}, "true or false, got 'false'"),
         ({"prompt": said("x"), "chosen": "a", "rejected": "b"}, "before the user"),
         ({"prompt": ASKED + said("x"), "chosen": "a", "rejected": "b"}, "must end with"),
         ({"prompt": "x", "answers": ["a"], "scores": [1, 2]}, "same length"),

@@ -7,11 +7,12 @@ import sqlite3
 import pytest
 from commands import refused, succeeds, tinylm
 from persons import log_probabilities
+from rich.console import Console
 
-from tinylm.agreement import kappa, outcomes, statistics
+from tinylm.agreement import kappa, outcomes, statistics, tables
 from tinylm.chat import turn
 from tinylm.errors import InputError
-from tinylm.preferences import FORMS, read_preferences
+from tinylm.preferences import FORMS, Judged, read_preferences
 from tinylm.store import Store
 
 ASKED = [turn("user", "How are you?")]
@@ -65,10 +66,33 @@ def test_a_judgement_can_be_withdrawn(store):
     assert [j.judge for j in store.judgements(item)] == ["verifier"]
 
 
+def test_half_of_a_character_is_stored_as_a_replacement(store):
+    """An emoji that was cut in two: SQLite takes no lone surrogates."""
+    judged = Judged(ASKED, ["cut \ud83d", "whole"], [0.0, 1.0])
+    for judge in ("one", "other"):
+        store.add_all("file", [judged], judge)
+    (item,) = store.items()
+    assert item.answers == ["cut \ufffd", "whole"]
+    store.judge(item.id, "person", [1.0, 0.0], comment="\ud83d")
+    assert [j.scores for j in store.judgements()] == [[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]
+
+
+def test_messages_are_the_same_in_whatever_order_their_fields_stand(store):
+    for fields in (ASKED[0].items(), reversed(ASKED[0].items())):
+        store.add_all("file", [Judged([dict(fields)], ["a", "b"], [0.0, 1.0])], "judge")
+    assert len(store.items()) == 1
+
+
 def test_another_file_is_not_a_store(tmp_path):
     (tmp_path / "x").write_text("no database" * 100)
     with pytest.raises(InputError, match="not a store"):
         Store(tmp_path / "x")
+    foreign = sqlite3.connect(tmp_path / "z")
+    foreign.execute("CREATE TABLE bookmark (url)")
+    with pytest.raises(InputError, match="another program's"):
+        Store(tmp_path / "z")
+    assert foreign.execute("SELECT name FROM sqlite_master").fetchall() == [("bookmark",)]
+    foreign.close()
     newer = sqlite3.connect(tmp_path / "y")
     newer.execute("PRAGMA user_version = 9")
     newer.close()
@@ -182,6 +206,16 @@ def test_what_was_not_picked_was_not_compared():
     assert outcomes([0.5, 0.5]) == {(0, 1): 0}
     assert outcomes([None, 0.0, 1.0]) == {(1, 2): -1}
     assert outcomes([None, None]) == {}
+
+
+def test_a_judge_s_name_is_shown_as_it_is(store):
+    """Brackets are no markup."""
+    store.add_all("file", [Judged(ASKED, TEXTS[:2], [1.0, 0.0])], "wise [rubric]")
+    store.add_all("file", [Judged(ASKED, TEXTS[:2], [1.0, 0.0])], "[/b]")
+    console = Console(width=200)
+    with console.capture() as told:
+        console.print(*tables(statistics(store)))
+    assert "wise [rubric] and [/b]" in told.get()
 
 
 def test_counts_and_position(store):

@@ -79,6 +79,13 @@ def test_a_template_with_an_unknown_or_missing_field(tmp_path, sentence):
         read_wordings(path, ["lair", "age"])
 
 
+def test_a_template_that_is_written_with_escapes(tmp_path):
+    path = wordings(tmp_path, lambda wordings: wordings["opening"].append("Voilà {nmae}."))
+    assert "\\u00e0" in path.read_text()
+    with pytest.raises(InputError, match=r"dragon.json: expected {name} once in 'Voilà {nmae}.'"):
+        read_wordings(path, ["lair", "age"])
+
+
 def test_wordings_that_are_not_json(tmp_path):
     path = tmp_path / "dragon.json"
     path.write_text('{\n "opening": [}\n')

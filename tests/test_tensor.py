@@ -105,3 +105,18 @@ def test_a_tensor_that_needs_no_gradient_gets_none():
     (x * w).sum().backward()
     assert x.grad is None
     assert w.grad.tolist() == [1, 1]
+
+
+def test_an_infinite_loss_has_the_gradient_of_any_other():
+    x = Tensor(numpy.array([numpy.inf, 1.0]), requires_grad=True)
+    (x * 2).sum().backward()
+    assert x.grad.tolist() == [2, 2]
+
+
+def test_an_array_may_stand_on_either_side():
+    """numpy would make an array of Tensors, one for each number."""
+    x, array = Tensor(numpy.ones(3), requires_grad=True), numpy.arange(3.0)
+    for y, slope in ((array * x, [0, 1, 2]), (array + x, [1] * 3), (array - x, [-1] * 3)):
+        x.grad = None
+        y.sum().backward()
+        assert x.grad.tolist() == slope

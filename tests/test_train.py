@@ -321,19 +321,21 @@ def test_memory_that_will_not_suffice_names_what_would_fit(monkeypatch):
     model = Transformer(ModelConfig(300, 2, 2, 2, 32, 64, 128))
     config = TrainConfig(batch_size=64, block_size=128)
     n = model.n_parameters()
+    stage = SimpleNamespace(model=model, config=config, memory=lambda: (128, 0))
     fits = memory.needed(model.config, n, 16, 128)
     monkeypatch.setattr(memory, "available", lambda: fits + 1000)
     with pytest.raises(InputError) as raised:
-        memory.check(model, config)
+        memory.check(stage)
     ways = "--batch-size 16 --accumulate 4 or --recompute --batch-size 16 --accumulate 4 would fit"
     assert ways in str(raised.value)
     fits = memory.needed(model.config, n, 64, 128, recompute=True)
     with pytest.raises(InputError, match="or --recompute would fit"):
-        memory.check(model, config)
-    memory.check(model, dataclasses.replace(config, recompute=True))
+        memory.check(stage)
+    config.recompute = True
+    memory.check(stage)
     monkeypatch.setattr(memory, "available", lambda: 10**6)
     with pytest.raises(InputError, match="--n-embd"):
-        memory.check(model, config)
+        memory.check(stage)
 
 
 def gradients(model, recompute: bool) -> dict:

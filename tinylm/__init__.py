@@ -8,8 +8,8 @@ import sys
 
 from tinylm.errors import told_of
 
-if sys.argv[0].endswith(("tinylm", "-m")):  # the command: importing the rest takes a while
-    sys.excepthook = told_of
+if sys.argv[0].endswith("tinylm") or (sys.argv[0] == "-m" and "tinylm" in sys.orig_argv):
+    sys.excepthook = told_of  # the command: importing the rest takes a while
 
 from tinylm import ops
 from tinylm.backend import use

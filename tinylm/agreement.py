@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from itertools import combinations
 
 from rich.table import Table
+from rich.text import Text
 
 from tinylm.evaluate import wilson
 from tinylm.progress import table
@@ -137,17 +138,17 @@ def tables(found: dict) -> list[Table]:
     judges = table(title, "judge", *counts, "first shown preferred", "same in both orders")
     for judge, row in found["judges"].items():
         numbers = [f"{row[name]:,}" for name in counts]
-        judges.add_row(judge, *numbers, told(row["first_shown"]), told(row["position_consistency"]))
+        shares = [told(row[name]) for name in ("first_shown", "position_consistency")]
+        judges.add_row(Text(judge), *numbers, *shares)
     headings = ("judges", "pairs", "agree", "Cohen's κ", "95 %")
     agreed = table("Agreement, pair by pair of answers", *headings)
+    forms = {"n": "{n:,}", "agreement": "{agreement:.0%}", "kappa": "{kappa:.2f}",
+             "low": "{low:.2f} – {high:.2f}"}  # fmt: skip
     for row in found["agreement"]:
-        known = row["kappa"] is not None
-        k = ("{kappa:.2f}", "{low:.2f} – {high:.2f}") if known else ("-", "-")
-        alike = "-" if row["agreement"] is None else "{agreement:.0%}"
-        cells = [cell.format(**row) for cell in ("{n:,}", alike, *k)]
-        agreed.add_row(" and ".join(row["judges"]), *cells)
+        cells = ["-" if row[name] is None else form.format(**row) for name, form in forms.items()]
+        agreed.add_row(Text(" and ".join(row["judges"])), *cells)
     return [judges, *([agreed] if found["agreement"] else [])]
 
 
-def told(share: dict | None) -> str:
-    return "-" if share is None else "{share:.0%} ({low:.0%} – {high:.0%})".format(**share)
+def told(found: dict | None) -> str:
+    return "{share:.0%} ({low:.0%} – {high:.0%})".format(**found) if found else "-"

@@ -1,7 +1,8 @@
 """The command line: its subcommands, and how mistakes are told.
 
-What subcommands share is in flags.py. Exit codes: 0 done, 2 the input is wrong (one line, no
-traceback), 75 a person's judgement is waited for, 130 interrupted with progress saved.
+What subcommands share is in flags.py. Exit codes: 0 done, 1 a kernel is wrong (selfcheck), 2 the
+input is wrong (one line, no traceback), 75 a person's judgement is waited for, 130 interrupted with
+progress saved.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ from tinylm.train import read_metrics
 
 def main() -> None:
     """The `tinylm` command."""
+    for stream in filter(None, (sys.stdin, sys.stdout)):  # either may be closed
+        stream.reconfigure(errors="replace")  # of bytes that are no text
     sys.exit(run(sys.argv[1:]))
 
 

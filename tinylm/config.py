@@ -79,6 +79,8 @@ class ModelConfig:
                 raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.n_head % self.n_kv_head:
             raise InputError(f"n_kv_head {self.n_kv_head} must divide n_head {self.n_head}")
+        if self.n_kv_head != self.n_head and not self.is_llama:
+            raise InputError("n_kv_head: a gpt2 model has as many as n_head")
         if self.head_size * self.n_head != self.n_embd and not self.is_llama:
             raise InputError("head_size: a gpt2 model splits n_embd evenly among its heads")
         if self.head_size < 1 or (self.is_llama and self.head_size % 2):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 
 import click
@@ -70,22 +70,18 @@ def common(command):
     return wrapped
 
 
-def settings_of(config):
-    """A flag for each field of a stage's config dataclass."""
-
-    def decorate(command):
-        for field in reversed(dataclasses.fields(config)):
-            choices = field.metadata["choices"]
-            command = click.option(
-                flag(field.name),
-                type=click.Choice(choices) if choices else None,  # None: that of the default
-                is_flag=field.default is False,
-                default=field.default,
-                help=field.metadata["help"],
-            )(command)
-        return command
-
-    return decorate
+def settings_of(config, command):
+    """The command with a flag for each field of a stage's config dataclass."""
+    for field in reversed(dataclasses.fields(config)):
+        choices = field.metadata["choices"]
+        command = click.option(
+            flag(field.name),
+            type=click.Choice(choices) if choices else None,  # None: that of the default
+            is_flag=field.default is False,
+            default=field.default,
+            help=field.metadata["help"],
+        )(command)
+    return command
 
 
 def stage_of(config, then: str, out_required: bool = True):
@@ -95,7 +91,7 @@ def stage_of(config, then: str, out_required: bool = True):
     def decorate(command):
         @click.option("--out", required=out_required, type=Path, help="Directory of the run.")
         @click.option("--resume", is_flag=True, help="Continue the run in --out.")
-        @settings_of(config)
+        @partial(settings_of, config)
         @common
         @click.pass_context
         @wraps(command)
@@ -125,13 +121,10 @@ def stage_of(config, then: str, out_required: bool = True):
 
 def sampling(command):
     """The flags of everything that writes text."""
-    for option in (
-        click.option("--seed", type=click.IntRange(0), help="Of sampling; none: new each time."),
-        click.option("--top-p", type=click.FloatRange(0, 1), default=1.0, help="Nucleus."),
-        click.option("--top-k", type=click.IntRange(0), default=0, help="Likeliest (0: all)."),
-    ):
-        command = option(command)
-    return command
+    seed = click.option("--seed", type=click.IntRange(0), help="Of sampling; none: new each time.")
+    top_p = click.option("--top-p", type=click.FloatRange(0, 1), default=1.0, help="Nucleus.")
+    top_k = click.option("--top-k", type=click.IntRange(0), default=0, help="Likeliest (0: all).")
+    return top_k(top_p(seed(command)))
 
 
 def tell(as_json: bool, found: dict, *shown: str | Table | Text, err: bool = False) -> None:

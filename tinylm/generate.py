@@ -192,17 +192,17 @@ def read(
     more tokens.
     """
     place = {row: i for i, row in enumerate(dict.fromkeys(map(tuple, rows)))}
-    longest = max(map(len, rows))
     cache = KVCache(model)
-    tokens, padding = pad_left(list(place), longest)
+    tokens, padding = pad_left(list(place))
     logits = last_logits(model, tokens, padding, cache)
     prompt = [place[tuple(row)] for row in rows]
-    cache.go_on(prompt, min(model.config.block_size - longest, more))
+    cache.go_on(prompt, min(model.config.block_size - cache.length, more))
     return logits[prompt], padding[prompt], cache
 
 
-def pad_left(rows: Sequence[Sequence[int]], width: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Rows of unequal length as one (B, width) array, and how much padding each has, (B, 1)."""
+def pad_left(rows: Sequence[Sequence[int]]) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Rows of unequal length as one array (B, T), and how much padding each has, (B, 1)."""
+    width = max(map(len, rows))
     padding = numpy.array([[width - len(row)] for row in rows], numpy.int32)
     return numpy.array([[0] * (width - len(row)) + list(row) for row in rows]), padding
 
@@ -249,11 +249,12 @@ def stream_answer(
 ) -> Iterator[str]:
     """What the assistant says next in a conversation, piece by piece; settings as above.
 
-    Raises InputError if no 8 tokens of answer fit the context after the conversation.
+    Raises InputError if 8 tokens of answer, or max_new_tokens where these are fewer, do not fit the
+    context after the conversation.
     """
     ids = ChatFormat(tokenizer).ids(messages, answer_next=True)
     room = model.config.block_size - len(ids)
-    if room < 8:
+    if room < min(8, max_new_tokens):
         raise InputError(
             f"the conversation has {len(ids)} tokens, too many for a context of "
             f"{model.config.block_size} and an answer: shorten it"
@@ -412,9 +413,10 @@ def fill(
     for which top_k and top_p are settings too.
     """
     ids, stop = blank_ids(tokenizer, text), model.config.stop_ids
-    max_new_tokens = min(max_new_tokens, model.config.block_size - len(ids))
-    if max_new_tokens < 1:
+    room = model.config.block_size - len(ids)
+    if room < 1:
         raise InputError(f"the text is longer than the context of {model.config.block_size} tokens")
+    max_new_tokens = min(max_new_tokens, room)
     if temperature == 0:
         found = beam_search(model, ids, max_new_tokens, max(n, 4), stop)[:n]
     else:
@@ -427,29 +429,31 @@ def fill(
 
 def beam_search(
     model: Transformer, prompt: list[int], max_new_tokens: int, width: int, stop_ids: list[int]
-) -> list[tuple[list[int], float]]:
-    """The likeliest continuations that reach a stop token: [(ids without it, log-probability)].
+) -> list[tuple[tuple[int, ...], float]]:
+    """The likeliest continuations that reach a stop token: [(ids without it, log-probability)],
+    whichever of several stop tokens it is.
 
     Short answers only: every step reads the whole sequences again.
     """
-    beams: list[tuple[list[int], float]] = [([], 0.0)]
-    done: list[tuple[list[int], float]] = []
+    beams: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
+    done: dict[tuple[int, ...], float] = {}
+    enough = (1 + len(stop_ids)) * width  # each beam may end in so many ways, and width go on
     for _ in range(max_new_tokens):
-        x = last_logits(model, numpy.array([prompt + ids for ids, _ in beams]))
+        x = last_logits(model, numpy.array([[*prompt, *ids] for ids, _ in beams]))
         x = x.astype(numpy.float64)
         logp = x - x.max(-1, keepdims=True)
         logp -= numpy.log(numpy.exp(logp).sum(-1, keepdims=True))
         total = logp + numpy.array([[score] for _, score in beams])
-        best = numpy.argsort(-total, axis=None, kind="stable")[: 2 * width]
+        best = numpy.argsort(-total, axis=None, kind="stable")[:enough]
         candidates = []
         for row, token in zip(*numpy.unravel_index(best, total.shape)):
             ids, score = beams[row][0], float(total[row, token])
             if token in stop_ids:
-                done.append((ids, score))
+                done[ids] = float(numpy.logaddexp(done.get(ids, -numpy.inf), score))
             elif len(candidates) < width:
-                candidates.append(([*ids, int(token)], score))
+                candidates.append(((*ids, int(token)), score))
         beams = candidates
-        done = sorted(done, key=lambda found: -found[1])[:width]
-        if len(done) == width and done[-1][1] >= beams[0][1]:
+        done = dict(sorted(done.items(), key=lambda found: -found[1])[:width])
+        if len(done) == width and min(done.values()) >= beams[0][1]:
             break
-    return done or beams
+    return [*done.items()] or beams

@@ -7,7 +7,7 @@ from pathlib import Path
 from tinylm import backend
 from tinylm.errors import InputError
 from tinylm.kernels.launch import LOGITS
-from tinylm.model import ModelConfig, Transformer
+from tinylm.model import ModelConfig
 
 BASE = 80e6  # Python, NumPy, what is small, and gaps in the pool, bytes
 
@@ -27,9 +27,13 @@ def activation_floats(c: ModelConfig, recompute: bool) -> int:
 
 
 def needed(
-    c: ModelConfig, n_parameters: int, rows: int, block_size: int, recompute: bool = False
-) -> int:
-    """Bytes at the peak of a training step on rows x block_size tokens, float32."""
+    c: ModelConfig, n_parameters: int, rows: int, block_size: int, recompute: bool = False,
+    besides: int = 0,
+) -> int:  # fmt: skip
+    """Bytes at the peak of a training step on rows x block_size tokens, float32.
+
+    besides: floats that the stage keeps.
+    """
     tokens = rows * block_size
     # weights, gradients, at most two moments; what the layers keep; gradients on their way; a
     # logits block
@@ -37,7 +41,7 @@ def needed(
     logits = min(tokens, 512) * c.vocab_size
     if backend.name == "cuda":  # and their bits in bfloat16; evaluations have memory of their own
         logits = 2 * 1.5 * min(tokens * c.vocab_size, LOGITS)
-    floats = 4 * n_parameters + tokens * (activation_floats(c, recompute) + on_their_way)
+    floats = besides + 4 * n_parameters + tokens * (activation_floats(c, recompute) + on_their_way)
     return int(BASE + 4 * (floats + logits))
 
 
@@ -66,18 +70,19 @@ def available() -> int | None:
     return min(limits) if limits else None
 
 
-def check(model: Transformer, config) -> None:
+def check(stage) -> None:
     """Raise InputError, with the settings that would fit, where a run would not fit the memory."""
-    room, n, c = available(), model.n_parameters(), config
+    room, model, c, (width, besides) = available(), stage.model, stage.config, stage.memory()
+    together = getattr(c, "answers", 1)  # rows, of which all or none are in a batch
 
     def needs(rows: int, recompute: bool) -> int:
-        return needed(model.config, n, rows, c.block_size, recompute)
+        return needed(model.config, model.n_parameters(), rows, width, recompute, besides)
 
     def that_fit(recompute: bool) -> str:
         """Flags for as many rows as fit, or ""."""
         rows = c.batch_size
-        while rows > 1 and needs(rows, recompute) > room:
-            rows //= 2
+        while rows > together and needs(rows, recompute) > room:
+            rows = max(1, rows // together // 2) * together
         flags = ["--recompute"] if recompute and not c.recompute else []
         if rows < c.batch_size:
             times = c.accumulate * -(-c.batch_size // rows)

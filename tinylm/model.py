@@ -20,36 +20,20 @@ __all__ = ["ModelConfig", "Transformer"]
 # How each part is called in model.safetensors: the vocabulary of transformers' two classes.
 FILE_NAMES = {
     "llama": {
-        "embedding": "model.embed_tokens",
-        "blocks": "model.layers",
-        "norm_1": "input_layernorm",
-        "attention": "self_attn",
-        "q": "q_proj",
-        "k": "k_proj",
-        "v": "v_proj",
-        "out": "o_proj",
+        "embedding": "model.embed_tokens", "blocks": "model.layers",
+        "norm_1": "input_layernorm", "attention": "self_attn",
+        "q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "o_proj",
         "norm_2": "post_attention_layernorm",
-        "gate": "gate_proj",
-        "up": "up_proj",
-        "down": "down_proj",
-        "norm": "model.norm",
-        "head": "lm_head",
+        "gate": "gate_proj", "up": "up_proj", "down": "down_proj",
+        "norm": "model.norm", "head": "lm_head",
     },
     "gpt2": {
-        "embedding": "transformer.wte",
-        "positions": "transformer.wpe",
-        "blocks": "transformer.h",
-        "norm_1": "ln_1",
-        "attention": "attn",
-        "qkv": "c_attn",
-        "out": "c_proj",
-        "norm_2": "ln_2",
-        "up": "c_fc",
-        "down": "c_proj",
-        "norm": "transformer.ln_f",
-        "head": "lm_head",
+        "embedding": "transformer.wte", "positions": "transformer.wpe", "blocks": "transformer.h",
+        "norm_1": "ln_1", "attention": "attn", "qkv": "c_attn", "out": "c_proj",
+        "norm_2": "ln_2", "up": "c_fc", "down": "c_proj",
+        "norm": "transformer.ln_f", "head": "lm_head",
     },
-}
+}  # fmt: skip
 
 
 class Attention(nn.Module):
@@ -207,11 +191,14 @@ class Transformer(nn.Module):
         return {name for name, p in named if name.startswith(blocks) and p.ndim == 2}
 
     def grow_vocabulary(self, size: int) -> None:
-        """Make room for tokens up to `size`; each new one begins as the mean of all others."""
+        """Make room for tokens up to `size`; each new one begins as the mean of all others. In a
+        longer table they take the place of rows that were no tokens."""
         for table in {self.embedding, getattr(self, "head", self.embedding)}:
             rows = backend.to_numpy(table.weight.data)
-            mean = numpy.repeat(rows.mean(0, keepdims=True), max(0, size - len(rows)), 0)
-            table.weight = nn.parameter(numpy.concatenate([rows, mean]))
+            known = rows[: self.n_tokens]
+            mean = numpy.repeat(known.mean(0, keepdims=True), max(0, size - len(known)), 0)
+            rest = rows[len(known) + len(mean) :]
+            table.weight = nn.parameter(numpy.concatenate([known, mean, rest]))
         self.config.vocab_size, self.n_tokens = max(size, self.config.vocab_size), size
 
     def hidden(

@@ -44,19 +44,18 @@ class Linear(Module):
 
     def __init__(self, rng, n_in, n_out, std=0.02, bias=False, transposed=False):
         self.weight = normal(rng, (n_in, n_out) if transposed else (n_out, n_in), std)
-        if bias:
-            self.bias = parameter(numpy.zeros(n_out))
+        self.bias = parameter(numpy.zeros(n_out)) if bias else None
         self._transposed = transposed
 
     def __call__(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, getattr(self, "bias", None), self._transposed)
+        return ops.linear(x, self.weight, self.bias, self._transposed)
 
 
 class Embedding(Module):
     """A table with one row of width C for each of V tokens."""
 
-    def __init__(self, rng, n_rows, width, std=0.02):
-        self.weight = normal(rng, (n_rows, width), std)
+    def __init__(self, rng, n_rows, width):
+        self.weight = normal(rng, (n_rows, width), 0.02)
 
     def __call__(self, tokens: Array) -> Tensor:
         return ops.embedding(tokens, self.weight)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from tinylm.chat import as_prompt, as_turns, check_messages, turn
@@ -69,7 +70,9 @@ def as_judged(row: dict, where: str) -> Iterator[Judged]:
         prompt, answers = (row["prompt"], pair) if "prompt" in row else divided(*pair, where)
         found = [(prompt, answers, [1.0, 0.0])]
     elif {"prompt", "completion", "label"} <= set(row):
-        found = [(row["prompt"], [row["completion"]], [float(bool(row["label"]))])]
+        if row["label"] not in (True, False):
+            raise InputError(f'{where}"label" must be true or false, got {row["label"]!r:.60}')
+        found = [(row["prompt"], [row["completion"]], [float(row["label"])])]
     elif {"prompt", "answers", "scores"} <= set(row):
         found = [(row["prompt"], row["answers"], row["scores"])]
     else:
@@ -90,11 +93,10 @@ def divided(chosen, rejected, where: str) -> tuple[list[dict], list[list[dict]]]
     """The messages with which two conversations begin alike, and the rest of each."""
     if not isinstance(chosen, list) or not isinstance(rejected, list):
         raise InputError(where + 'without "prompt", "chosen" and "rejected" are lists of messages')
-    alike = [a for a, b in zip(chosen, rejected) if a == b]
-    n = len(alike)
-    if not n or chosen[:n] != alike or rejected[:n] != alike:
+    n = len([*takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected))])
+    if not n:
         raise InputError(where + '"chosen" and "rejected" do not begin alike: there is no prompt')
-    return alike, [chosen[n:], rejected[n:]]
+    return chosen[:n], [chosen[n:], rejected[n:]]
 
 
 def check_ranking(answers, scores, where: str) -> None:

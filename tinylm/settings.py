@@ -25,6 +25,7 @@ RANGES = {
     "at least 1": lambda x: x >= 1,
     "more than 0": lambda x: x > 0,
     "0 to 1": lambda x: 0 <= x <= 1,
+    "0 to 65535": lambda x: 0 <= x <= 65535,
     "0 or more, below 1": lambda x: 0 <= x < 1,
     "between 0 and 1": lambda x: 0 < x < 1,
 }

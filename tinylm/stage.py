@@ -48,6 +48,11 @@ class Stage(ABC):
     def evaluate(self, final: bool) -> dict[str, Any]:
         """Numbers on held-out data, and perhaps a sample; must not touch the state below."""
 
+    def memory(self) -> tuple[int, int]:
+        """Tokens to a row of --batch-size, at the most, and floats kept besides: what a run takes
+        is foreseen by these."""
+        return self.config.block_size, 0
+
     def sample(self, messages: list[dict]) -> str:
         """What the model now answers, for people to see."""
         (said,) = answers(self.model, self.tokenizer, [messages], max_new_tokens=60)
@@ -80,8 +85,9 @@ class Stage(ABC):
         """The model card, Markdown: what a run directory says of itself to people."""
         rows = "\n".join(f"| {name} | {value} |" for name, value in self.facts().items() if value)
         found = "\n".join(self.numbers(results)) if results else "not finished yet"
-        files = [each for each in self.source if not isinstance(each, str)][:50]
-        data = "\n".join(f"- {name}, {size:,} bytes" for name, size in files)
+        files = [each for each in self.source if not isinstance(each, str)]
+        data = "\n".join(f"- {name}, {size:,} bytes" for name, size in files[:50])
+        data += f"\n- and {len(files) - 50:,} more" if files[50:] else ""
         return f"""# {self.about}
 
 | | |

@@ -13,6 +13,7 @@ process killed at any moment has lost nothing. How far judges agree is computed 
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -73,11 +74,14 @@ class Store:
         self.path = Path(path)
         try:
             self.db = sqlite3.connect(self.path, isolation_level=None)
-            self.db.execute("PRAGMA journal_mode = WAL")
             (version,) = self.db.execute("PRAGMA user_version").fetchone()
             if version not in (0, VERSION):
                 raise InputError(f"{path}: written by a newer tinylm")
-            self.db.executescript(f"{SCHEMA} PRAGMA user_version = {VERSION}")
+            if not version and self.db.execute("SELECT 1 FROM sqlite_master").fetchone():
+                raise sqlite3.DatabaseError("another program's tables are in it")
+            self.db.execute("PRAGMA journal_mode = WAL")
+            made = f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT"
+            self.db.executescript(made)
         except sqlite3.DatabaseError as error:
             raise InputError(f"{path}: not a store of judgements ({error})") from None
 
@@ -111,7 +115,7 @@ class Store:
             values = (run, kind, place, round, kl, json.dumps(messages))
             columns = "INSERT INTO item (run, kind, place, round, kl, messages)"
             item = self.db.execute(f"{columns} VALUES (?, ?, ?, ?, ?, ?)", values).lastrowid
-            rows = [(item, i, *row) for i, row in enumerate(zip(answers, *texts))]
+            rows = [(item, i, *row) for i, row in enumerate(zip(map(whole, answers), *texts))]
             self.db.executemany("INSERT INTO response VALUES (?, ?, ?, ?, ?)", rows)
         return item
 
@@ -135,7 +139,7 @@ class Store:
         shown: Sequence[int] | None = None, comment: str = "",
     ) -> None:  # fmt: skip
         """Store somebody's scores; shown: the answers' numbers in the order of showing."""
-        values = (json.dumps([*scores]), shown and json.dumps([*shown]), comment, now())
+        values = (json.dumps([*scores]), shown and json.dumps([*shown]), whole(comment), now())
         columns = "INSERT INTO judgement (item, judge, scores, shown, comment, made)"
         self.db.execute(f"{columns} VALUES (?, ?, ?, ?, ?, ?)", (item, judge, *values))
 
@@ -149,7 +153,7 @@ class Store:
         for each in judged:
             item = known.get(alike(each.messages, each.answers))
             if item:
-                of_text = dict(zip(each.answers, each.scores))
+                of_text = dict(zip(map(whole, each.answers), each.scores))
                 self.judge(item.id, judge, [of_text[text] for text in item.answers])
             else:
                 new = self.add_item(number, each.messages, each.answers, "imported")
@@ -184,12 +188,17 @@ class Store:
                 continue
             scores = dict(zip(reversed(item.answers), reversed(judgement.scores)))
             answers = [*dict.fromkeys(item.answers)]
-            yield Judged(item.messages, answers, [scores[answer] for answer in answers], id)
+            yield Judged(item.messages, answers, [scores[answer] for answer in answers])
 
 
 def alike(messages: list[dict], answers: list[str]) -> tuple:
     """Equal for the same answers to the same prompt, in whatever order."""
-    return json.dumps(messages), *sorted(set(answers))
+    return json.dumps(messages, sort_keys=True), *sorted({*map(whole, answers)})
+
+
+def whole(text: str) -> str:
+    """The text with U+FFFD for every lone surrogate, which SQLite does not take."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def matching(**wanted) -> tuple[str, list]:

@@ -70,11 +70,11 @@ def check_fields(path: Path, sentence: str, expected: list[str]) -> None:
 
 
 def line_of(path: Path, text: str) -> str:
-    """Where a text of a JSON file stands."""
+    """Where a text of a JSON file stands; without a line where it is written with escapes."""
     lines = path.read_text(encoding="utf-8").splitlines()
     quoted = json.dumps(text, ensure_ascii=False)
-    line = next(n for n, line in enumerate(lines, 1) if quoted in line)
-    return f"{path}, line {line}: "
+    place = next((f", line {n}" for n, line in enumerate(lines, 1) if quoted in line), "")
+    return f"{path}{place}: "
 
 
 def check_names(folder: Path, tables: dict[str, Table]) -> None:

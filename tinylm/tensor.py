@@ -83,6 +83,7 @@ class Tensor:
     """
 
     __slots__ = ("again", "data", "node")
+    __array_ufunc__ = None  # an array leaves array · Tensor to us, and makes no array of Tensors
 
     def __init__(self, data: Array, requires_grad: bool = False):
         self.data, self.again = data, None
@@ -139,7 +140,8 @@ class Tensor:
         nodes = sorted(ancestors(self.node), key=lambda node: node.index, reverse=True)
         if any(node.vjp is _freed for node in nodes):
             raise RuntimeError("backward: this graph was freed by an earlier backward")
-        self.node.receive(self.data * 0 + 1 if grad is None else grad, new=grad is None)
+        # x**0 is 1 of an infinite loss, too
+        self.node.receive(self.data**0 if grad is None else grad, new=grad is None)
         for node in nodes:
             if node.vjp is None or node.grad is None:  # a leaf, or reached by no gradient
                 continue

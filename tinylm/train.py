@@ -4,8 +4,8 @@ The stages share it, and each brings its model, its batches and its loss (stage.
 that keeps a long run safe is here: the guard against bad steps, whole checkpoints, metrics that are
 cut back on resume, Ctrl-C.
 
-Read `Trainer.update` and `Trainer.backward` first: they are one step. `ask` and `tell` do the same
-on a device that nobody waits for.
+Read `Trainer.update` and `Trainer.backward` first: they are one step. `ask` is the same on a device
+that nobody waits for; `tell` logs what came of either.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Guard:
         if finite:
             self.seen += 1
             weight = max(1 / self.seen, 0.02)
-            self.mean += weight * (min(norm, 10 * self.mean if spike else norm) - self.mean)
+            self.mean += weight * ((10 * self.mean if spike else norm) - self.mean)
         if finite and not spike and not harm:
             self.in_a_row = 0
             return None
@@ -139,12 +139,13 @@ class Trainer:
             self.derive()  # a kill may have come between the checkpoint and these
             self.progress.say(f"{self.folder}: finished at step {self.step}, nothing left to do")
             return self.results
+        self.results = {}  # those of an earlier end are no longer true
         metrics = Metrics(self.folder, self.step if resumed else -1)
         if resume:
             metrics.write(step=self.step, event="resume")
             self.progress.say(f"resuming at step {self.step}")
         if not resumed:
-            memory.check(self.stage.model, self.config)
+            memory.check(self.stage)
             checkpoint.save_description(self.stage.model, self.stage.tokenizer, self.folder)
             self.save()
         self.device = device_step(self)
@@ -168,20 +169,21 @@ class Trainer:
             if not self.asked:
                 self.tick = time.perf_counter()
             try:
-                self.asked.append(self.ask() if self.device else partial(dict, self.update()))
+                if not self.finished():  # else only the evaluation at the end is still to be made
+                    self.asked.append(self.ask() if self.device else partial(dict, self.update()))
                 self.seconds = time.perf_counter() - began
                 final, stopping = self.finished(), self.stop_asked
                 evaluating = final or self.step % c.eval_every == 0
                 saving = final or stopping or due or self.step % c.save_every == 0
                 self.tell(metrics, 1 if self.device and not evaluating and not saving else 0)
+                if evaluating:
+                    self.evaluate(metrics, final)
             except InputError:  # of a judge, say: what was learned before is kept
                 with suppress(InputError):
                     self.tell(metrics, 0)
                 if self.guard.in_a_row < PATIENCE:
                     self.save()
                 raise
-            if evaluating:
-                self.evaluate(metrics, final)
             self.seconds = time.perf_counter() - began
             # a cautious stage has gone back already; elsewhere these weights may be the harm
             due = saving and self.guard.in_a_row > 0 and not self.stage.cautious
@@ -260,8 +262,7 @@ class Trainer:
             return row
         if refusal != NOTHING:
             self.progress.say(f"step {row['step']}: update skipped, {refusal}")
-        wrong = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
-        return {**row, "event": "skip", "reason": refusal, **dict.fromkeys(wrong)}
+        return in_json({**row, "event": "skip", "reason": refusal})
 
     def draw(self) -> list[Batch]:
         """The batches of one step; if one of them fails, none of them was drawn."""
@@ -278,7 +279,8 @@ class Trainer:
         """Of a cautious stage: these weights are in order, with a finite loss and no harm done."""
         due = not self.good or self.step >= self.guard.remembered + REMEMBER
         if due and self.stage.cautious:
-            self.good = copied(checkpoint.tensors_of(self.stage.model, self.optimizer))
+            for name, x in checkpoint.tensors_of(self.stage.model, self.optimizer).items():
+                self.good[name] = x.copy()  # one after another, so that there are never two of all
             self.guard.remembered, self.guard.returns = self.step, 0
 
     def go_back(self, refusal: str) -> None:

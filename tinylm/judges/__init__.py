@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 
 from tinylm.chat import ChatFormat, Row
@@ -63,11 +64,7 @@ def by_reading(
     """The scores of all answers that fit a context of `most` tokens, some prompts at a time."""
     asked = [form.asked(group.row.messages, group.answers) for group in groups]
     fits = [[len(prompt) + len(ids) <= most for ids in answers] for prompt, answers in asked]
-    short = [
-        (prompt, [ids for ids, fit in zip(answers, some) if fit])
-        for (prompt, answers), some in zip(asked, fits)
-        if any(some)
-    ]
+    short = [(p, [*compress(of, fit)]) for (p, of), fit in zip(asked, fits) if any(fit)]
     found = iter(in_parts(short, scores))
     return [[next(found) if fit else None for fit in some] for some in fits]
 

@@ -27,6 +27,7 @@ from tinylm.judges.pairwise import agreement, compare, request
 
 MODES = ("pairwise", "rubric")
 KEY = "TINYLM_JUDGE_KEY"
+JSON = {"Content-Type": "application/json"}
 ATTEMPTS = 4  # to reach it, with a pause that doubles
 LONGEST_PAUSE = 60.0  # seconds
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses after which it may go better
@@ -59,7 +60,7 @@ def letter(reply: str) -> float:
 
 def mark(reply: str) -> float:
     """A mark of 1 to 10, as −1 to 1. Raises ValueError for any other reply."""
-    found = re.fullmatch(r"\W*(10|[1-9])(?:\s*/\s*10)?\W*", reply)
+    found = re.fullmatch(r"\W*(?<![-−.])(10|[1-9])(?:\s*/\s*10)?\W*", reply)
     if not found:
         raise ValueError(f"Expected a whole number from 1 to 10, but the reply was {reply!r:.80}.")
     return (int(found[1]) - 5.5) / 4.5
@@ -123,13 +124,14 @@ class Endpoint(Judge):
 
     def judgement(self, question: str, parse: Callable) -> float | None:
         """A reply that cannot be read gets one more chance, and is shown why."""
-        key = hashlib.blake2b(f"{self.name}\n{question}".encode(), digest_size=16).hexdigest()
+        asked = f"{self.name}\n{question}".encode("utf-8", "backslashreplace")
+        key = hashlib.blake2b(asked, digest_size=16).hexdigest()
         if key in self.known:
             self.count("cached")
             return self.known[key]
         messages, found = [turn("user", question)], None
         try:
-            for last in (False, True):
+            for _ in range(2):
                 reply = self.reply(messages)
                 try:
                     found = parse(reply)
@@ -137,7 +139,8 @@ class Endpoint(Judge):
                 except ValueError as error:
                     messages += [turn("assistant", reply), turn("user", str(error))]
                     self.trouble = f"it talks junk: {reply!r:.80}"
-                    self.count("junk" if last else "misread")
+            else:
+                self.count("junk")
         except Unreachable as error:
             self.trouble = str(error)
             self.count("unreachable")
@@ -180,14 +183,14 @@ class Endpoint(Judge):
         import httpx
 
         try:
-            answer = self.client.post(self.url, json=content)
+            answer = self.client.post(self.url, content=json.dumps(content))  # all in ASCII
         except httpx.HTTPError as error:
             return None, f"{type(error).__name__} {error}".strip(), 0.0
+        body = answer.text.replace(self.key, "…") if self.key else answer.text
         if answer.status_code in AGAIN:
             wait = answer.headers.get("retry-after", "")
             return None, f"status {answer.status_code}", float(wait) if wait.isdecimal() else 0.0
         if answer.status_code != 200:
-            body = answer.text.replace(self.key, "…") if self.key else answer.text
             hint = f" (the key is read from {KEY})" if answer.status_code in (401, 403) else ""
             told = f"{self.url}: status {answer.status_code}{hint}: {body:.200}"
             if answer.status_code in OF_A_QUESTION and self.known:  # it has answered others
@@ -196,7 +199,7 @@ class Endpoint(Judge):
         try:
             return "" + (answer.json()["choices"][0]["message"]["content"] or ""), "", 0.0
         except (ValueError, KeyError, IndexError, TypeError):
-            return None, f"not a chat completion: {answer.text!r:.80}", 0.0
+            return None, f"not a chat completion: {body!r:.80}", 0.0
 
 
 def rubric(group: Group, answer: str) -> str:
@@ -216,7 +219,11 @@ def open_client(url: str, timeout: float, key: str):
         raise InputError(f"--judge-url {url}: expected http://… or https://…")
     if not re.fullmatch(r"[\x21-\x7e]*", key):
         raise InputError(f"{KEY} has characters in it that no key has; spaces or a line end?")
-    return httpx.Client(timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key else {})
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        return httpx.Client(timeout=timeout, headers={**JSON, **headers})
+    except ValueError as error:  # of a proxy in the environment
+        raise InputError(f"--judge endpoint: {error}") from None
 
 
 def kept(line: str) -> tuple[str, float | None] | None:

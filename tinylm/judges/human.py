@@ -280,6 +280,7 @@ class Terminal(Nobody):
 
     def open(self, progress) -> None:
         self.progress, progress.live = progress, False  # a moving bar would run over the question
+        sys.stdin.reconfigure(errors="replace")
 
     def show(self, state: dict) -> None:
         if state["phase"] != "asking":
@@ -315,7 +316,7 @@ class Terminal(Nobody):
             if not line:
                 raise EOFError
             key, _, comment = line.strip().partition(" ")
-            if key.isdecimal() and 1 <= int(key) <= n:
+            if len(key) == 1 and "1" <= key <= str(n):  # n is 4 at most
                 return int(key) - 1, comment.strip()
             named = [word for word in (TIE, SKIP, UNDO) if key and word.startswith(key.lower())]
             if named:

@@ -37,10 +37,13 @@ class Model(Judge):
         if added is not None:
             raise InputError(f"--judge-model {folder}: it was never fine-tuned to answer")
         self.form, self.mode, self.agreed = ChatFormat(tokenizer), mode, []
-        letters = [tokenizer.encode(letter) for letter in "AB"]
-        if mode == "pairwise" and any(len(ids) != 1 for ids in letters):
-            raise InputError(f"--judge-model {folder}: A and B are no tokens to it; use likelihood")
-        self.a, self.b = (ids[0] for ids in letters)
+        if mode == "pairwise":
+            _, replies = self.form.asked([turn("user", "A or B?")], ["A", "B"])
+            (self.a, *end), (self.b, *other) = replies  # as ids, with the ends of the turns
+            if self.a == self.b or end != other:
+                raise InputError(
+                    f"--judge-model {folder}: A and B are no tokens to it; use likelihood"
+                )
 
     def __call__(self, groups: list[Group]) -> list[list[float | None]]:
         if self.mode == "pairwise":

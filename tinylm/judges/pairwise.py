@@ -53,7 +53,7 @@ def compare(
     agreed: list[bool] = []
 
     def results(group: Group) -> dict[tuple[str, str], float]:
-        found = {}
+        found = {(text, text): 0.0 for text in group.answers}
         for a, b in combinations(dict.fromkeys(group.answers), 2):
             first, second = asked[question(group, a, b)], asked[question(group, b, a)]
             if first is None or second is None:
@@ -79,8 +79,7 @@ def mean_results(texts: list[str], results: dict[tuple[str, str], float]) -> lis
     """Each answer's mean result against all others that it was compared with."""
     found: list[float | None] = []
     for i, text in enumerate(texts):
-        others = texts[:i] + texts[i + 1 :]
-        of = [0.0 if text == other else results.get((text, other)) for other in others]
-        of = [result for result in of if result is not None]
+        others = [(text, other) for j, other in enumerate(texts) if j != i]
+        of = [results[pair] for pair in others if pair in results]
         found.append(sum(of) / len(of) if of else None)
     return found

@@ -11,9 +11,9 @@ import importlib
 import importlib.util
 import math
 import re
+import sys
 import unicodedata
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from tinylm.chat import Row
 from tinylm.errors import InputError
@@ -52,8 +52,8 @@ def exact(confidence: float) -> Score:
 
     def score(prompt: str, answer: str, row: dict) -> float:
         accepted = row.get("accepted")
-        if not isinstance(accepted, list):
-            raise InputError('the row has no "accepted", a list of right answers')
+        if not isinstance(accepted, list) or not all(isinstance(text, str) for text in accepted):
+            raise InputError('the row has no "accepted", a list of right answers as texts')
         found = verdict(answer, accepted)
         return paid["wrong" if found == "idk" and row.get("must_answer") else found]
 
@@ -67,8 +67,9 @@ def load(name: str) -> Score:
         raise InputError(f"--verifier {name}: expected file.py:function or module:function")
     try:
         if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            spec = importlib.util.spec_from_file_location(place, place)
             module = importlib.util.module_from_spec(spec)
+            sys.modules[place] = module  # where a dataclass in it looks for its types
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
@@ -103,7 +104,7 @@ def checked(score: Score, row: Row, answer: str) -> float | None:
         return None
     try:
         number = float(found)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number) or isinstance(found, str):
         raise InputError(f"{where}, gave {found!r}: expected a number, or None for no judgement")

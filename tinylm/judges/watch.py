@@ -1,4 +1,4 @@
-"""Whether a judge is being outwitted."""
+"""Whether a judge is being outwitted: its scores rise, and what they stand for falls."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import numpy
 
 @dataclass
 class Watch:
-    """Whether the judge is being outwitted: its scores rise, and what they stand for falls.
+    """Compares judge and gold by their means over windows of steps.
 
-    Judge and gold are compared by means of windows of steps: outwitted is, once and for all, a
-    model of which the judge thinks more than in the window that was best by gold, and gold less, by
-    twice the standard error of that difference, in two windows one after the other (the turn of the
-    curves of arXiv 2210.10760).
+    Outwitted is, once and for all, a judge that thinks more of the model than in the window that
+    was best by gold while gold thinks less, by twice the standard error of that difference, in two
+    windows one after the other (the turn of the curves of arXiv 2210.10760).
     """
 
     window: int = 20

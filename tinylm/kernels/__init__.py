@@ -3,7 +3,7 @@
     B  batch                 H  query heads           C  model width
     T  query tokens          G  key/value heads       F  feed-forward width
     S  key tokens            D  head size             V  vocabulary
-    N  rows: B·T             P  positions
+    N  rows: B·T             P  positions; in prefix_attention, prefixes
 
 The same names stand in reference.py (NumPy, written to be read), in csrc/cpu (C++ with OpenMP) and
 in cases.py (what the parity and gradient checks walk). A kernel takes and returns plain

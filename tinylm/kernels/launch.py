@@ -169,7 +169,7 @@ class Kernels(Attention):
         args = Arguments(self, "linear_forward")
         x = args.floats("x", x)
         weight = self.weight_of(args, weight, transposed, x.shape[-1], None)
-        F = weight.shape[1 if transposed else 0]
+        F = weight.shape[transposed]
         y = self.empty((*x.shape[:-1], F))
         self.product(rows_of(x), weight, rows_of(y), transpose_b=not transposed)
         if bias is not None:
@@ -177,9 +177,8 @@ class Kernels(Attention):
         return y
 
     def weight_of(self, args, weight, transposed, C, F):
-        if transposed:
-            return args.floats("weight", weight, "(C, F)", (C, F))
-        return args.floats("weight", weight, "(F, C)", (F, C))
+        letters, shape = ("(C, F)", (C, F)) if transposed else ("(F, C)", (F, C))
+        return args.floats("weight", weight, letters, shape)
 
     def linear_backward(self, dy, x, weight, transposed=False, has_bias=False, dx=None):
         args = Arguments(self, "linear_backward")

@@ -11,7 +11,6 @@ import asyncio
 import json
 import queue
 import secrets
-from contextlib import suppress
 from importlib import resources
 from threading import Thread
 
@@ -76,7 +75,7 @@ class Page:
             self.application(host), host, port, loop="asyncio", http="h11", ws="none",
             lifespan="off", log_config=None, server_header=False, timeout_graceful_shutdown=1,
         )  # fmt: skip
-        self.server, self.closed = uvicorn.Server(self.config), False
+        self.server = uvicorn.Server(self.config)
 
     # ---- for the judge -------------------------------------------------------------------------
 
@@ -104,8 +103,7 @@ class Page:
         """Every browser shows this from now on."""
         self.choices, self.question = len(state.get("answers", [])), state.get("question")
         self.state = json.dumps(state)
-        with suppress(RuntimeError):  # the loop has ended
-            self.loop.call_soon_threadsafe(self.wake)
+        self.loop.call_soon_threadsafe(self.wake)
 
     def wake(self) -> None:
         for event in self.looking:
@@ -117,9 +115,8 @@ class Page:
 
     def close(self) -> None:
         """End once every browser has the last state."""
-        self.closed = True
-        self.show(json.loads(self.state))
         self.server.should_exit = True
+        self.loop.call_soon_threadsafe(self.wake)
         self.thread.join(timeout=3)
 
     # ---- for the browser -----------------------------------------------------------------------
@@ -171,7 +168,7 @@ class Page:
         changed, seen = asyncio.Event(), None
         self.looking.add(changed)
         try:
-            while not (self.closed and seen is self.state):
+            while not (self.server.should_exit and seen is self.state):
                 changed.clear()
                 if seen is not self.state:
                     seen = self.state

@@ -13,10 +13,6 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-function fill(place, ...children) {
-  place.replaceChildren(...children);
-}
-
 // ---- the question ------------------------------------------------------------------------------
 
 function draw(next) {
@@ -27,11 +23,11 @@ function draw(next) {
   by("question").dataset.number = state.question;
   by("where").textContent = where();
   const count = state.of || 1;
-  fill(by("steps"), ...Array.from({length: count}, (_, i) => element("li", {class: step(i + 1)})));
+  by("steps").replaceChildren(...Array.from({length: count}, (_, i) => element("li", {class: step(i + 1)})));
   const messages = state.messages || [];
-  fill(by("talk"), ...messages.slice(0, -1).map((m) => element("p", {}, m.content)));
+  by("talk").replaceChildren(...messages.slice(0, -1).map((m) => element("p", {}, m.content)));
   by("prompt").textContent = ending() || (messages.length ? messages[messages.length - 1].content : "One moment …");
-  if (other) fill(by("answers"), ...state.answers.map((_, i) => card(i)));
+  if (other) by("answers").replaceChildren(...state.answers.map((_, i) => card(i)));
   state.answers.forEach((text, i) => { by("answers").children[i].querySelector("p").textContent = text; });
   by("most").textContent = state.answers.length;
   by("cut").textContent = state.phase === "asking" && state.cut ? `${state.cut} more did not come to an end` : "";
@@ -42,8 +38,8 @@ function draw(next) {
 
 function where() {
   if (state.phase === "learning") return "Learning from your judgements …";
-  const judged = `${state.judged} ${state.judged === 1 ? "judgement" : "judgements"}`;
   if (!state.round) return "";
+  const judged = `${state.judged} ${state.judged === 1 ? "judgement" : "judgements"}`;
   const at = state.phase === "asking" ? ` · ${state.at} of ${state.of}` : "";
   return `Round ${state.round} of ${state.rounds}${at} · ${judged}`;
 }
@@ -102,10 +98,11 @@ document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") { comment(false); by("comment-toggle").focus(); }
     return;
   }
-  const words = {t: "tie", s: "skip", u: "undo", Backspace: "undo"};
-  if (/^[1-4]$/.test(event.key)) choose(Number(event.key) - 1);
-  else if (event.key.toLowerCase() === "c") { event.preventDefault(); comment(true); }
-  else if (words[event.key] || words[event.key.toLowerCase()]) choose(words[event.key] || words[event.key.toLowerCase()]);
+  const words = {t: "tie", s: "skip", u: "undo", backspace: "undo"};
+  const key = event.key.toLowerCase();
+  if (/^[1-4]$/.test(key)) choose(Number(key) - 1);
+  else if (key === "c") { event.preventDefault(); comment(true); }
+  else if (words[key]) choose(words[key]);
 });
 for (const button of document.querySelectorAll("[data-choice]"))
   button.addEventListener("click", () => choose(button.dataset.choice));
@@ -121,19 +118,19 @@ function learned() {
   drawn = shown;
   const history = state.history, last = history[history.length - 1];
   const win = last && last.win;
-  if (last) fill(by("figures"),
+  const changed = state.fixed.filter((row) => row.now !== row.before);
+  if (last) by("figures").replaceChildren(
     figure(win ? percent(win.rate) : "–", win
       ? `of the last ${win.n} blind comparisons won against the model as it was (95 %: ${percent(win.low)} – ${percent(win.high)})`
       : "of blind comparisons won against the model as it was: the first comes in round 2"),
     figure(last.kl.toFixed(3), "nats per token of drift from it (KL)"),
-    figure(String(state.fixed.filter((row) => row.now !== row.before).length), `of ${state.fixed.length} fixed prompts answered otherwise than before`));
+    figure(String(changed.length), `of ${state.fixed.length} fixed prompts answered otherwise than before`));
   const won = history.filter((row) => row.win);
-  fill(by("charts"),
+  by("charts").replaceChildren(
     ...(won.length > 1 ? [chart("Win rate", "ties are halves", won, (row) => row.win.rate, 0, 1, percent, true)] : []),
     ...(history.length > 1 ? [chart("Drift", "KL, nats per token", history, (row) => row.kl, 0, Math.max(...history.map((row) => row.kl), 1e-3), (x) => x.toPrecision(2))] : []));
-  const changed = (row) => row.now !== row.before;
-  const rows = [...state.fixed.filter(changed), ...state.fixed.filter((row) => !changed(row))];
-  fill(by("fixed"), ...rows.map(fixed));
+  const rows = [...changed, ...state.fixed.filter((row) => !changed.includes(row))];
+  by("fixed").replaceChildren(...rows.map(fixed));
 }
 
 function percent(share) {

@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy
 
 from tinylm import backend, checkpoint, estimators
-from tinylm.answers import Answers, opinion
+from tinylm.answers import EXACT_KL, Answers, opinion
 from tinylm.chat import ChatFormat, Row, read_prompts
-from tinylm.data import shuffled, source_of
+from tinylm.data import ROW, shuffled, source_of
 from tinylm.errors import InputError
 from tinylm.estimators import CAUSES, cause, exact_kl, surrogate
 from tinylm.evaluate import variety
@@ -39,7 +39,10 @@ from tinylm.tensor import Tensor, no_grad
 from tinylm.tokenizer import Tokenizer
 from tinylm.train import NOT_FINITE, train
 
-JUDGES_OF = {"reward_model": "reward-model", "judge_model": "model", "judge_url": "endpoint"}
+JUDGES_OF = {  # by a setting that is for it alone
+    "verifier": "verifier", "reward_model": "reward-model", "judge_model": "model",
+    "judge_name": "endpoint", "judge_url": "endpoint",
+}  # fmt: skip
 LEAST_BETA = 0.01  # what a drift beyond its limit costs at least from then on
 
 
@@ -84,8 +87,9 @@ class FeedbackConfig(TrainConfig):
     def check(self) -> None:
         super().check()
         self.expect("at least 1", "answers", "updates", "max_new_tokens", "judge_concurrency")
-        self.expect("at least 0", "resample", "kl", "kl_limit")
+        self.expect("at least 0", "resample", "kl", "kl_limit", "held_out", "comparisons")
         self.expect("more than 0", "judge_timeout")
+        self.expect("0 to 65535", "port")
         self.expect("0 or more, below 1", "confidence")
         if self.answers < 2:
             raise InputError("--answers 1: an answer is judged beside others, so at least 2")
@@ -99,7 +103,7 @@ class FeedbackConfig(TrainConfig):
                 "would be added up in one step, not learned from again; raise --batch-size instead"
             )
         for name, judge in JUDGES_OF.items():
-            if self.judge == "verifier" and getattr(self, name):
+            if self.judge == "verifier" and judge != "verifier" and getattr(self, name):
                 raise InputError(f"{flag(name)} belongs to another judge: add --judge {judge}")
         if self.judge == "human" and self.resample:
             raise InputError("--resample: a person is not asked more often for it; leave it out")
@@ -320,6 +324,16 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
             nll = self.model.loss(batch.tokens, batch.targets, batch.start, False, batch.gap)
         return surrogate(nll, batch.old_logp, batch.advantages)
 
+    def memory(self) -> tuple[int, int]:
+        """A row is an answer with its share of a prompt. Besides, there are the fine-tuned model,
+        the weights and moments to go back to, and both models' logits."""
+        c, most, V = self.config, self.model.config.block_size, self.model.config.vocab_size
+        asked = max(len(self.form.ids(row.messages, True)) for row in self.prompts)
+        whole = asked + c.answers * c.max_new_tokens
+        logits = 2 * c.batch_size * c.max_new_tokens * V if V <= EXACT_KL else 0
+        tokens = -(-min(most, max(ROW, whole)) // c.answers) if whole <= most else most
+        return tokens, 4 * self.model.n_parameters() + logits
+
     def evaluate(self, final: bool) -> dict:
         """Greedy answers to held-out prompts, before feedback and now: scores, how often the new
         one scores more (a tie counts half), and one such pair."""
@@ -372,7 +386,7 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
 
     def facts(self) -> dict[str, str]:
         c = self.config
-        judge = c.verifier or c.reward_model or c.judge_model or c.judge_name
+        judge = next((getattr(c, name) for name, of in JUDGES_OF.items() if of == c.judge), "")
         return {
             **super().facts(),
             "stage": f"feedback: {c.estimator}, judged by {c.judge}{judge and f' `{judge}`'}",

@@ -51,6 +51,7 @@ class PretrainConfig(TrainConfig):
     def check(self) -> None:
         super().check()
         self.expect("between 0 and 1", "held_out")
+        self.expect("at least 0", "vocab_size", "eval_tokens")
         self.shape(vocab_size=1)
 
     def shape(self, vocab_size: int, **ids) -> ModelConfig:
