@@ -29,6 +29,7 @@ from playwright.sync_api import Page, sync_playwright
 import tinylm
 from tinylm.chat import turn
 from tinylm.evaluate import wilson
+from tinylm.files import write_rows
 from tinylm.generate import answers
 from tinylm.train import read_metrics
 
@@ -55,10 +56,6 @@ def talk(seed: int) -> dict[str, list[str]]:
     return {said: answers for said, answers in pairs if answers}
 
 
-def write(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def make_assistant(base: Path, out: Path) -> tuple[Path, list[str]]:
     """(directory of the assistant, prompts that are kept); prompts.jsonl holds the others."""
     rng, found = Random(0), talk(0)
@@ -73,8 +70,8 @@ def make_assistant(base: Path, out: Path) -> tuple[Path, list[str]]:
     rng.shuffle(rows)
     out.mkdir(parents=True, exist_ok=True)
     asked = [*found]
-    write(out / "conversations.jsonl", rows)
-    write(out / "prompts.jsonl", [{"prompt": said} for said in asked[UNSEEN:]])
+    write_rows(out / "conversations.jsonl", rows)
+    write_rows(out / "prompts.jsonl", [{"prompt": said} for said in asked[UNSEEN:]])
     if not (out / "sft").exists():
         run("sft", base, "--data", out / "conversations.jsonl", "--out", out / "sft", "--epochs", 4,
             "--learning-rate", 2e-3, "--floor", 0.02, "--threads", 1)  # fmt: skip

@@ -56,8 +56,7 @@ def write_data(source: Path, out: Path) -> None:
         "proxy": pairs[:middle],
         "gold": pairs[middle:],
     }.items():
-        lines = (json.dumps(row) + "\n" for row in rows)
-        (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        files.write_rows(out / f"{name}.jsonl", rows)
 
 
 def sentences(path: Path) -> list[str]:

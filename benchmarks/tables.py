@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
+from tinylm import progress
 
-def table(title: str, *headings: str, words: int = 1) -> Table:
-    """The first columns hold words, the others numbers."""
-    made = Table(title=title, title_style="bold", title_justify="left", box=SIMPLE_HEAD)
-    for i, heading in enumerate(headings):
-        made.add_column(heading, justify="left" if i < words else "right")
-    return made
+# The first columns hold words, the others numbers.
+table = partial(progress.table, title_style="bold", title_justify="left", box=SIMPLE_HEAD)
 
 
 def percent(share: float | None) -> str:

@@ -1,5 +1,6 @@
-"""Runs the tinylm command as a user does: in a process of its own."""
+"""Runs the tinylm command, and looks at what it left."""
 
+import io
 import json
 import os
 import random
@@ -9,11 +10,16 @@ import subprocess
 import sys
 import sysconfig
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import pytest
+
 import tinylm as package
+from tinylm import backend
 from tinylm.chat import with_chat_tokens
 from tinylm.checkpoint import Checkpoint
+from tinylm.cli import run
 from tinylm.tokenizer import train_characters
 
 SMALL = ["--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--block-size", "32",
@@ -26,12 +32,25 @@ def command(*arguments) -> list[str]:
     return [installed, *map(str, arguments)]
 
 
-def tinylm(*arguments, said=None, cwd=None, **environment) -> subprocess.CompletedProcess:
-    """said: what is typed, on standard input."""
-    return subprocess.run(
-        command(*arguments), input=said, capture_output=True, text=True, timeout=300, cwd=cwd,
-        env={**os.environ, **environment}, check=False,
-    )  # fmt: skip
+def tinylm(*arguments, said="", cwd=None, **environment) -> subprocess.CompletedProcess:
+    """Run a command; said: what is typed, on standard input.
+
+    In a process of its own where it gets another folder or environment; else in this one, which
+    saves the second that starting it takes.
+    """
+    if cwd or environment:
+        return subprocess.run(
+            command(*arguments), input=said, capture_output=True, text=True, timeout=300, cwd=cwd,
+            env={**os.environ, **environment}, check=False,
+        )  # fmt: skip
+    out, err, name, threads = io.StringIO(), io.StringIO(), backend.name, backend.threads()
+    with redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.StringIO(said))
+        code = run([*map(str, arguments)])
+    backend.use(name)
+    if backend.threads() != threads:
+        backend.set_threads(threads)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def succeeds(*arguments, **more) -> subprocess.CompletedProcess:
@@ -41,12 +60,13 @@ def succeeds(*arguments, **more) -> subprocess.CompletedProcess:
     return done
 
 
-def refused(*arguments, saying: str, **more) -> None:
+def refused(*arguments, saying: str, **more) -> subprocess.CompletedProcess:
     """The command ends with 2 and a sentence."""
     done = tinylm(*arguments, **more)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert saying in " ".join(done.stderr.split()), done.stderr
+    return done
 
 
 def python(program: str, *arguments, cwd: Path, code: int = 0) -> subprocess.CompletedProcess:

@@ -14,8 +14,10 @@ from commands import untrained, write_rows
 
 import tinylm
 from tinylm import backend
+from tinylm.chat import with_chat_tokens
 from tinylm.kernels import CONTRACT, ON_A_DEVICE
 from tinylm.kernels.launch import Kernels
+from tinylm.tokenizer import train_characters
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +98,12 @@ def text_file(prose, tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "prose.txt"
     path.write_text(prose)
     return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(prose):
+    """The prose's characters, and tokens to chat with."""
+    return with_chat_tokens(train_characters([prose + "?"]))[0]
 
 
 @pytest.fixture(scope="session")

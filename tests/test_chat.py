@@ -261,9 +261,11 @@ def test_every_kind_of_row_is_the_same_conversation(tmp_path):
     array.write_text(json.dumps([alpaca, {"prompt": "a"}]))
     with pytest.raises(InputError, match=r"rows\.json, row 2: no assistant turn"):
         list(read_conversations(array))
+    lines.write_bytes(b"\xef\xbb\xbf" + lines.read_bytes())  # as Windows writes it
     packed = tmp_path / "rows.jsonl.gz"
-    packed.write_bytes(gzip.compress(b"\xef\xbb\xbf" + lines.read_bytes()))
-    assert [row.messages for row in read_conversations(packed)] == [talk] * 2
+    packed.write_bytes(gzip.compress(lines.read_bytes()))
+    for path in (lines, packed):
+        assert [row.messages for row in read_conversations(path)] == [talk] * 2
 
 
 WRONG = {

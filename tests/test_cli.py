@@ -6,15 +6,19 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import click
 import numpy
 import pytest
 from commands import SMALL, command, succeeds, tinylm, write_rows
 from safetensors.numpy import load_file, save_file
 
-from tinylm.cli import run
+from tinylm.cli import cli, run
 from tinylm.errors import asked_to_stop
 from tinylm.progress import Progress
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -306,11 +310,20 @@ def test_a_tokenizer_of_its_own(capfd, text_file, tmp_path):
     refused(capfd, *again, saying="holds a model, whose tokenizer would be lost")
 
 
-def test_every_command_explains_itself():
-    done = succeeds("--help")
-    for name in ("tokenizer", "pretrain", "generate", "fill", "eval", "info", "selfcheck"):
-        assert name in done.stdout
-        succeeds(name, "--help")
+def test_the_installed_command_explains_itself(tmp_path):
+    done = succeeds("--help", cwd=tmp_path)
+    assert all(name in done.stdout for name in cli.commands)
+
+
+@pytest.mark.parametrize("name", cli.commands)
+def test_every_command_and_every_flag_explains_itself(capfd, name):
+    command = cli.commands[name]
+    for each in getattr(command, "commands", {"": command}).values():
+        assert all(p.help for p in each.params if isinstance(p, click.Option))
+    assert run([name, "--help"]) == 0
+    shown = " ".join(capfd.readouterr().out.split())
+    assert " ".join(command.help.split("\n\n")[0].split()) in shown
+    assert f"tinylm {name}" in README
 
 
 @pytest.mark.parametrize("asked", [(), ("-h",), ("preferences",)])

@@ -7,37 +7,19 @@ import json
 
 import numpy
 import pytest
-from test_feedback import constant, count_of_a, snapshot, train
-from test_feedback import make_stage as untitled
+from tiny_feedback import begin, constant, count_of_a, make_stage, same, snapshot, train
 
-from tinylm.chat import turn, with_chat_tokens
+from tinylm.chat import turn
 from tinylm.checkpoint import Checkpoint
 from tinylm.errors import InputError
 from tinylm.estimators import cause
 from tinylm.judges import Judge
-from tinylm.progress import Progress
-from tinylm.tokenizer import train_characters
-from tinylm.train import Trainer, read_metrics
-
-
-@pytest.fixture
-def tokenizer(prose):
-    return with_chat_tokens(train_characters([prose + "?"]))[0]
-
-
-def make_stage(*arguments, **settings):
-    stage = untitled(*arguments, **settings)
-    stage.source = ["hash of the model", ["prompts.jsonl", 1]]  # for the model card
-    return stage
+from tinylm.train import read_metrics
 
 
 def lively(groups):
     """Tells the answers to every prompt apart."""
     return [[i + a.count("a") for i, a in enumerate(group.answers)] for group in groups]
-
-
-def same(weights, model) -> bool:
-    return all(numpy.array_equal(weights[name], p.data) for name, p in model.parameters().items())
 
 
 def poison(model):
@@ -97,7 +79,7 @@ def test_the_third_nan_since_the_same_weights_ends_the_run(tokenizer, tmp_path):
 
 def test_beyond_the_limit_it_goes_back_and_drift_costs_twice(tokenizer, tmp_path):
     stage = make_stage(tokenizer, lively, kl=0.05, truncated=0.0, kl_limit=0.2)
-    trainer = Trainer(stage, stage.config, tmp_path, Progress())
+    trainer = begin(stage, tmp_path)
     before, rows = snapshot(stage.model), []
     while not (rows and "drift" in rows[-1].get("reason", "")):
         rows.append(trainer.update())
@@ -116,19 +98,15 @@ def test_drift_was_free_and_now_costs_something(tokenizer):
 
 def test_a_run_that_always_drifts_stops_itself(tokenizer, tmp_path):
     stage = make_stage(tokenizer, lively, kl=0.0, truncated=0.0, kl_limit=0.05)
-    trainer = Trainer(stage, stage.config, tmp_path, Progress())
     with pytest.raises(InputError, match=r"3rd time.*--kl"):
-        train_more(trainer, 60)
+        train(stage, 60, tmp_path)
 
 
 @pytest.mark.parametrize("accident", ["nan", "drift"])
 def test_what_it_goes_back_to_survives_a_resume(tokenizer, tmp_path, accident):
     """The same bits, though the run is interrupted between the good weights and the accident."""
 
-    def begin(folder):
-        settings = {"kl": 0.0, "truncated": 0.0, "save_every": 3, "updates": 2}
-        stage = make_stage(tokenizer, lively, **settings)
-        return Trainer(stage, stage.config, folder, Progress())
+    settings = {"kl": 0.0, "truncated": 0.0, "save_every": 3, "updates": 2}
 
     def go_on(trainer):
         if accident == "nan":
@@ -141,13 +119,13 @@ def test_what_it_goes_back_to_survives_a_resume(tokenizer, tmp_path, accident):
         train_more(trainer, 3)
         return trainer
 
-    one = begin(tmp_path / "one")
-    train_more(one, 13)
+    one, two = (
+        train(make_stage(tokenizer, lively, **settings), 13, tmp_path / name)[0]
+        for name in ("one", "two")
+    )
     go_on(one)
-    two = begin(tmp_path / "two")
-    train_more(two, 13)
     two.save()
-    resumed = begin(tmp_path / "two")
+    resumed = begin(make_stage(tokenizer, lively, **settings), tmp_path / "two")
     resumed.restore()
     go_on(resumed)
     assert same(snapshot(one.stage.model), resumed.stage.model)
@@ -188,12 +166,12 @@ def ending(monkeypatch):
 def test_a_judge_that_is_mostly_silent_ends_the_run_and_it_can_go_on(tokenizer, tmp_path):
     stage = make_stage(tokenizer, Silent(5, 0.75), max_steps=9, warmup=0.0)
     with pytest.raises(InputError, match=r"6 of 8 .*connection refused.*--resume"):
-        Trainer(stage, stage.config, tmp_path, Progress()).run(False)
+        begin(stage, tmp_path).run(False)
     assert Checkpoint(tmp_path).state()["step"] == 5
     again = make_stage(tokenizer, count_of_a, max_steps=9, warmup=0.0)
-    Trainer(again, again.config, tmp_path, Progress()).run(True)
+    begin(again, tmp_path).run(True)
     whole = make_stage(tokenizer, count_of_a, max_steps=9, warmup=0.0)
-    Trainer(whole, whole.config, tmp_path / "whole", Progress()).run(False)
+    begin(whole, tmp_path / "whole").run(False)
     assert same(snapshot(whole.model), again.model)
 
 
@@ -201,9 +179,8 @@ def test_a_judge_that_is_mostly_silent_ends_the_run_and_it_can_go_on(tokenizer, 
 def test_a_failure_in_the_middle_of_a_step_draws_nothing(tokenizer, tmp_path):
     """Two batches to a step, of which the second fails: the first is drawn again on resume."""
     stage = make_stage(tokenizer, Silent(1, 1.0), accumulate=2)
-    trainer = Trainer(stage, stage.config, tmp_path, Progress())
     with pytest.raises(InputError, match="nothing to say"):
-        trainer.update()
+        train(stage, 1, tmp_path)
     assert stage.drawn == 0
 
 
@@ -222,15 +199,15 @@ def test_a_judge_that_fails_in_an_evaluation_loses_no_step(tokenizer, tmp_path):
             raise InputError("nothing is known of held-out prompts")
         return count_of_a(groups)
 
-    def begin(judge):
+    def judged_by(judge):
         stage = make_stage(tokenizer, judge, max_steps=3, save_every=100)
         stage.heldout = stage.prompts[:1]
-        return Trainer(stage, stage.config, tmp_path, Progress())
+        return begin(stage, tmp_path)
 
     with pytest.raises(InputError, match="held-out prompts"):
-        begin(fails).run(False)
+        judged_by(fails).run(False)
     assert Checkpoint(tmp_path).state()["step"] == 3
-    assert begin(count_of_a).run(True)["steps"] == 3
+    assert judged_by(count_of_a).run(True)["steps"] == 3
     assert [row["step"] for row in read_metrics(tmp_path) if "lr" in row] == [1, 2, 3]
 
 
@@ -238,12 +215,10 @@ def test_a_judge_that_fails_in_an_evaluation_loses_no_step(tokenizer, tmp_path):
 def test_a_run_whose_end_was_put_off_is_not_finished(tokenizer, tmp_path):
     """Its card does not tell of what the weights of the earlier end could do."""
 
-    def begin(steps):
-        stage = make_stage(tokenizer, count_of_a, max_steps=steps)
-        return Trainer(stage, stage.config, tmp_path, Progress())
-
-    begin(2).run(False)
-    longer = begin(4)
+    shorter, longer = (
+        begin(make_stage(tokenizer, count_of_a, max_steps=steps), tmp_path) for steps in (2, 4)
+    )
+    shorter.run(False)
     longer.stop_asked = True
     with pytest.raises(KeyboardInterrupt):
         longer.run(True)
@@ -339,7 +314,7 @@ def test_an_empty_answer_goes_to_the_judge_as_nothing(tokenizer, tmp_path, monke
 
 def test_the_log_tells_how_varied_the_answers_are(tokenizer, tmp_path):
     stage = make_stage(tokenizer, count_of_a, max_steps=2, truncated=0.0)
-    Trainer(stage, stage.config, tmp_path, Progress()).run(False)
+    begin(stage, tmp_path).run(False)
     row = next(row for row in read_metrics(tmp_path) if "lr" in row)
     assert {"distinct_2", "repetition", "entropy", "answer_tokens", "truncated", "beta"} <= set(row)
     assert 0 < row["entropy"] < numpy.log(tokenizer.vocab_size) + 1

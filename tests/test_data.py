@@ -69,6 +69,8 @@ def test_what_windows_writes_is_the_same_text(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_bytes("\ufeffthe cat\r\n##\r\nthe moon\r\n".encode())
     corpus = make_corpus([tmp_path / "a.txt"], tokenizer, tmp_path / "t", "##", held_out=0.0)
     assert corpus_text(tokenizer, corpus, tmp_path / "t", "train") == b"the catthe moon"
+    (tmp_path / "b.jsonl").write_bytes('\ufeff{"text": "the cat"}\r\n{"text": "a"}\r\n'.encode())
+    assert documents(tmp_path / "b.jsonl") == ["the cat", "a"]
 
 
 def test_a_separator_splits_a_file(tmp_path):

@@ -7,21 +7,17 @@ import json
 
 import numpy
 import pytest
+from tiny_feedback import Says, constant, count_of_a, make_stage, same, snapshot, train
 
-import tinylm
 from tinylm import memory, ops
 from tinylm.answers import Answers
-from tinylm.chat import Row, turn, with_chat_tokens
+from tinylm.chat import Row, turn
 from tinylm.data import SharedPrompts
 from tinylm.errors import InputError
 from tinylm.estimators import RunningMean, advantages, rloo, surrogate
-from tinylm.judges import Group, Judge, verifier
+from tinylm.judges import Group, verifier
 from tinylm.judges.watch import Watch
-from tinylm.progress import Progress
-from tinylm.stages.feedback import Feedback, FeedbackConfig
 from tinylm.tensor import Tensor, no_grad
-from tinylm.tokenizer import train_characters
-from tinylm.train import Trainer
 
 # ---- the mathematics ---------------------------------------------------------------------------
 
@@ -198,9 +194,6 @@ def test_a_verifier_may_define_dataclasses(tmp_path):
     assert verifier.load(f"{path}:score")("", "", {}) == 2.0
 
 
-# ---- the stage ---------------------------------------------------------------------------------
-
-
 # ---- is the judge outwitted? -------------------------------------------------------------------
 
 
@@ -237,52 +230,7 @@ def test_gold_is_logged_and_changes_nothing(tokenizer, tmp_path):
     assert "gold" not in one.notes
 
 
-@pytest.fixture
-def tokenizer(prose):
-    return with_chat_tokens(train_characters([prose + "?"]))[0]
-
-
-class Says(Judge):
-    """The judge that is a function of groups."""
-
-    def __init__(self, scores):
-        self.scores = scores
-
-    def __call__(self, groups):
-        return self.scores(groups)
-
-
-def make_stage(tokenizer, judge, **settings):
-    shape = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    config = tinylm.ModelConfig(tokenizer.vocab_size, 2, 2, 2, 32, 64, 64, **shape)
-    model, reference = tinylm.Transformer(config, 1), tinylm.Transformer(config, 1)
-    rng = numpy.random.default_rng(2)
-    for p, q in zip(model.parameters().values(), reference.parameters().values()):
-        p.data = p.data + 0.1 * rng.standard_normal(p.shape, "float32")
-        q.data = p.data.copy()
-    words = ["the cat", "a moon?", "red bird near an old tree", "it sang"]
-    rows = [Row(f"line {i + 1}", [turn("user", text)], {}) for i, text in enumerate(words)]
-    defaults = {"answers": 4, "batch_size": 8, "max_new_tokens": 6, "learning_rate": 1e-2}
-    config = FeedbackConfig(**{**defaults, **settings})
-    judge = judge if isinstance(judge, Judge) else Says(judge)
-    return Feedback(model, reference, tokenizer, rows, judge, config, [])
-
-
-def constant(groups):
-    return [[0.3] * len(group.answers) for group in groups]
-
-
-def count_of_a(groups):
-    return [[float(answer.count("a")) for answer in group.answers] for group in groups]
-
-
-def train(stage, steps, folder):
-    trainer = Trainer(stage, stage.config, folder, Progress())
-    return trainer, [trainer.update() for _ in range(steps)]
-
-
-def snapshot(model):
-    return {name: p.data.copy() for name, p in model.parameters().items()}
+# ---- the stage ---------------------------------------------------------------------------------
 
 
 def test_a_constant_reward_leaves_the_weights_as_they_are(tokenizer, tmp_path):
@@ -292,7 +240,7 @@ def test_a_constant_reward_leaves_the_weights_as_they_are(tokenizer, tmp_path):
     before, steps = snapshot(stage.model), trainer.optimizer.steps
     stage.judge = Says(constant)
     rows = [trainer.update() for _ in range(3)]
-    assert all(numpy.array_equal(before[n], p.data) for n, p in stage.model.parameters().items())
+    assert same(before, stage.model)
     assert trainer.optimizer.steps == steps
     assert [row["reason"] for row in rows] == ["nothing to learn"] * 3
     assert trainer.guard.refused == 0

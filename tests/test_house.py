@@ -1,6 +1,10 @@
 """The rules that keep the house in order: who may import whom, and what must be there."""
 
 import ast
+import importlib
+import re
+import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -8,7 +12,7 @@ from commands import python
 
 import tinylm
 from tinylm import _bpe, backend
-from tinylm.kernels import CONTRACT, _cpu, reference
+from tinylm.kernels import _cpu
 
 PACKAGE = Path(tinylm.__file__).parent
 ROOT = Path(__file__).parent.parent
@@ -90,9 +94,37 @@ def test_the_compiled_extensions_are_here_and_in_use():
     assert _bpe.__file__.endswith((".so", ".pyd"))
 
 
-def test_every_kernel_of_the_contract_is_in_every_backend():
-    for kernels in (reference, _cpu):
-        assert not [name for name in CONTRACT if not hasattr(kernels, name)]
+def test_imports_go_down_only():
+    """A circle of imports is two files that can only be understood together."""
+    known = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in MODULES}
+    floors = TopologicalSorter()
+    for path in MODULES:
+        if path.parent != PACKAGE or path.stem != "__init__":  # it gathers what there is
+            name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+            named = {each for each in imported(path) if each.startswith("tinylm.")}
+            floors.add(name, *(each for each in named if each in known))
+    floors.prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*ROOT.glob("benchmarks/*.py"), *ROOT.glob("docs/*.py")]), ids=lambda p: p.name
+)
+def test_what_is_run_once_in_months_asks_for_names_that_are_there(path):
+    for name in (name for name in imported(path) if name.startswith("tinylm.")):
+        module, _, what = name.rpartition(".")
+        if not hasattr(importlib.import_module(module), what):
+            importlib.import_module(name)
+
+
+def test_the_model_of_a_hundred_lines_learns(text_file, monkeypatch, capsys):
+    path = ROOT / "docs" / "minimal.py"
+    whole, few = path.read_text(), "32, 48, 4, 100, 4"
+    assert whole.count("64, 96, 4, 600, 16") == 1
+    monkeypatch.setattr(sys, "argv", [str(path), str(text_file)])
+    program = compile(whole.replace("64, 96, 4, 600, 16", few), path, "exec")
+    exec(program, {"__name__": "__main__", "__file__": str(path)})
+    first, last = re.findall(r"on unseen text ([\d.]+)", capsys.readouterr().out)
+    assert float(last) < float(first) - 0.5
 
 
 def test_the_installed_package_is_what_is_tested():

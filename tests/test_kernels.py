@@ -54,6 +54,14 @@ def test_reference_gradients_are_finite_differences(case):
     assert cases.gradient_error(case) <= cases.GRADIENT_TOLERANCE
 
 
+def test_a_gradient_that_is_nan_is_infinitely_wrong(monkeypatch):
+    case = next(case for case in CASES if case.op == "gelu" and case.smooth)
+    arguments, expected, dy = cases.prepared(case, "float64")
+    wrong = expected | {"dx": np.nan * expected["dx"]}
+    monkeypatch.setattr(cases, "prepared", lambda *_: (arguments, wrong, dy))
+    assert cases.gradient_error(case) == np.inf
+
+
 @every_isa
 @every_case
 def test_parity_with_reference(case, isa):

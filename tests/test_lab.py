@@ -76,6 +76,15 @@ def test_an_unknown_claim_is_told_in_one_sentence(tmp_path, capsys):
     assert not (tmp_path / "lab").exists()
 
 
+@pytest.mark.parametrize("content", ["{", "3", "[{}]"])
+def test_broken_claims_are_told_before_anything_is_measured(tmp_path, capsys, content):
+    (tmp_path / "claims.json").write_text(content)
+    assert cli.run(["lab", "cutoff", "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}/claims.json: not a list of claims" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["claims.json"]
+
+
 def test_the_command_prints_what_it_measured(monkeypatch, tmp_path, capsys):
     def measure(workshop):
         return [Measure("share", 0.5 + workshop.seed / 4, 2 + workshop.seed, 4, 0.25)]

@@ -8,6 +8,7 @@ import pytest
 
 import tinylm
 from tinylm.errors import InputError
+from tinylm.evaluate import encode_files, evaluate_text
 from tinylm.llama2c import load_llama2c
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data" / "stories260K"
@@ -95,6 +96,19 @@ def test_the_converted_directory_opens_again(files, tmp_path):
     assert (again([1, 5]).data == model([1, 5]).data).all()
     assert words.add_bos
     assert words.encode("cab ab!") == tokenizer.encode("cab ab!")
+
+
+def test_it_is_evaluated_on_documents_that_begin_with_its_own_token(files, tmp_path):
+    """With <s>, for it knows no <|begin|>; none sees the one before, nor is <s> predicted."""
+    model, tokenizer = load_llama2c(*files[:2])
+    (tmp_path / "a.txt").write_text("cab##ab!")
+    shard = encode_files(tokenizer, [tmp_path / "a.txt"], "##")
+    one, two = ([1, *tokenizer.encode(text), 2] for text in ("cab", "ab!"))
+    assert shard.tolist() == one + two
+    found = evaluate_text(model, tokenizer, [shard])
+    alone = sum(model.loss(ids[:-1], ids[1:]).data.sum() for ids in (one, two))
+    assert found["tokens"] == len(shard) - 2
+    assert found["loss"] == pytest.approx(alone / found["tokens"], rel=1e-5)
 
 
 def test_a_file_of_the_wrong_length_is_refused(files):

@@ -97,8 +97,10 @@ def test_both_spellings_of_the_rotary_base():
     old = {"model_type": "llama", "vocab_size": 9, "num_hidden_layers": 1, "hidden_size": 8,
            "num_attention_heads": 2, "intermediate_size": 16, "rope_theta": 777.0}  # fmt: skip
     new = {k: v for k, v in old.items() if k != "rope_theta"}
-    new["rope_parameters"] = {"rope_theta": 777.0, "rope_type": "default"}
-    assert from_json(old).rope_theta == from_json(new).rope_theta == 777.0
+    assert from_json(old | {"rope_scaling": {"type": "default"}}).rope_theta == 777.0
+    for kind in ("rope_type", "type"):  # as it was called before
+        new["rope_parameters"] = {"rope_theta": 777.0, kind: "default"}
+        assert from_json(old).rope_theta == from_json(new).rope_theta == 777.0
     new["rope_scaling"] = new.pop("rope_parameters")  # transformers reads it here too
     assert from_json(new).rope_theta == 777.0
     assert from_json(old).n_kv_head == 2
@@ -109,6 +111,8 @@ def test_both_spellings_of_the_rotary_base():
     [
         ("rope_scaling", {"rope_type": "llama3", "factor": 8}),
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
+        ("rope_parameters", {"type": "linear", "factor": 2.0}),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
         ("attention_bias", True),
         ("mlp_bias", True),
         ("hidden_act", "gelu"),

@@ -9,7 +9,7 @@ import sys
 import device_arrays
 import numpy
 import pytest
-from commands import SMALL, metrics, weights
+from commands import SMALL, metrics, weights, write_rows
 
 import tinylm
 from tinylm import backend, memory, selfcheck, train
@@ -33,14 +33,10 @@ def command(*arguments) -> None:
     assert run([*map(str, arguments)]) == 0
 
 
-def lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def all_stages(folder, text, backend, dtype) -> list[dict]:
     """Pre-train, fine-tune, learn from preferences and a judge; -> the rows of their metrics."""
-    rows, pairs = lines(folder / "rows.jsonl", SAID), lines(folder / "pairs.jsonl", JUDGED)
+    rows = write_rows(folder / "rows.jsonl", SAID)
+    pairs = write_rows(folder / "pairs.jsonl", JUDGED)
     common = ["--backend", backend, "--dtype", dtype]
     base, sft, better = (folder / backend / name for name in ("base", "sft", "better"))
     shape = ["--block-size", 48, "--objective", "mixed", "--optimizer", "muon", "--accumulate", 2]

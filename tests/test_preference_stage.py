@@ -11,7 +11,7 @@ from tinylm import checkpoint
 from tinylm.chat import Row, turn
 from tinylm.checkpoint import Checkpoint
 from tinylm.errors import InputError
-from tinylm.evaluate import calibration
+from tinylm.evaluate import calibration, wilson
 from tinylm.judges import Group
 from tinylm.judges.reward import RewardModel, scores
 from tinylm.preferences import Judged
@@ -19,10 +19,12 @@ from tinylm.stages.preference import (
     DPO,
     Compared,
     DPOConfig,
+    Reward,
+    RewardConfig,
     bradley_terry,
     held_out,
     with_score,
-)  # fmt: skip
+)
 from tinylm.tensor import Tensor
 
 
@@ -56,6 +58,19 @@ def test_every_prompt_counts_once_however_many_answers(model):
     assert sorted(map(tuple, batch.pairs.tolist())) == [(1, 0), (1, 2), (2, 0), (3, 4)]
     assert batch.weights.sum() == pytest.approx(2)
     assert batch.denominator() == 2
+
+
+def test_pairs_of_one_prompt_that_are_judged_alike_count_as_one(model, monkeypatch):
+    """Three answers make three pairs, but 40 prompts do not make an interval of 120 trials."""
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    made = [Compared(Judged([turn("user", str(i))], [], []), ([], []), pairs) for i in range(40)]
+    stage = Reward(model, None, made, RewardConfig(max_steps=1), [])
+    stage.heldout, margins = made, numpy.repeat([1.0, -1.0] * 20, 3)
+    monkeypatch.setattr(stage, "scored", lambda prompts: (margins, margins))
+    found = stage.evaluate(False)
+    assert (found["accuracy"], found["pairs"]) == (0.5, 120)
+    interval = found["accuracy_low"], found["accuracy_high"]
+    assert interval == pytest.approx(wilson(0.5, 39))  # of 40, one is lost to the mean
 
 
 def test_what_is_held_out_was_not_learned_from():

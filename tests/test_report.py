@@ -208,6 +208,44 @@ def test_broken_claims_are_named(tmp_path, capsys, content):
     assert said.count("\n") == 1
 
 
+def test_claims_below_zero_stay_on_their_scale(tmp_path):
+    low = {"name": "gold", "value": -1.0, "low": -1.5, "high": 3.0, "by_seed": [-1.5], "n": 3}
+    claim = {"title": "", "says": "", "holds": True, "measures": [low | {"chance": None}]}
+    (tmp_path / "claims.json").write_text(json.dumps([claim]))
+    places = re.findall(r' d="M(\S+) 8[h]', drawn(tmp_path))
+    assert [float(x) for x in places] == pytest.approx([0.0, 100 * 0.5 / 4.5])  # the seed, the mean
+
+
+@pytest.mark.parametrize(
+    "content", [{"asked": [{}]}, {"stages": 1}, {"sets": {"known": ""}, "stages": {"sft": {}}}]
+)
+def test_a_foreign_results_json_is_named(runs, capsys, content):
+    (runs / "results.json").write_text(json.dumps(content))
+    assert cli.run(["report", str(runs)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"tinylm: {runs}/results.json: not what a quickstart found")
+    assert said.count("\n") == 1
+
+
+def test_quickstarts_of_one_name_are_told_apart(tmp_path):
+    shares = {"right": 0.5, "wrong": 0.3, "idk": 0.2, "n": 20}
+    content = {"sets": {"known": "known things"}, "stages": {"sft": {"known": shares}}}
+    results = {tmp_path / of / "quickstart" / "results.json": content for of in ("one", "two")}
+    (found,) = report.tested(results)
+    assert [*found["stages"]] == ["one/quickstart/sft", "two/quickstart/sft"]
+
+
+def test_gold_that_is_silent_on_a_step_moves_no_other_score(runs):
+    rows = metrics(runs / "feedback")
+    steps = [row for row in rows if "kl" in row]
+    for row in steps:
+        row |= {"kl": float(row["step"]) ** 2, "gold": float(row["step"])}
+    del steps[0]["gold"]  # all its answers were None to the function
+    write_rows(runs / "feedback" / "training" / "metrics.jsonl", rows)
+    run = Run(runs / "feedback", "feedback")
+    assert report.drift(run, "gold", 99) == [(s, s) for s in (2, 3, 4, 5, 6)]
+
+
 def test_a_directory_without_runs_is_refused(tmp_path, capsys):
     for folder, why in ((tmp_path, "no run in it"), (tmp_path / "x", "no such directory")):
         assert cli.run(["report", str(folder)]) == 2
@@ -259,7 +297,9 @@ def test_a_character_of_several_tokens_is_one_piece():
 
 
 @pytest.mark.parametrize("log", [False, True])
-@pytest.mark.parametrize("values", [[3.0], [0.0, 1e-7], [2.0, 2.5], [1e-3, 40.0], [-1e4, 1e5]])
+@pytest.mark.parametrize(
+    "values", [[0.3], [0.0, 1e-7], [0.693, 0.6931], [2.0, 2.5], [1e-3, 40.0], [-1e4, 1e5]]
+)
 def test_ticks_lie_on_the_chart(values, log):
     chart = Chart("", "", lines=[("run", [*enumerate(values)])], log=log)
     for axis in (chart.x, chart.y):

@@ -179,11 +179,10 @@ def measure_preset(preset: str, machine: dict, corpus: dict | None) -> dict[str,
     speed = {dtype: B * T / seconds for dtype, seconds in found.items()}
     gflops = flops_per_token(model.config, T) * speed["float32"] / 1e9
     usual = speed[backend.product_dtype(config.dtype)]
-    steps = config.max_steps * config.accumulate * B * T / usual
     row |= {
         "tokens_per_second": speed,
         "share_of_peak": gflops / machine["fma_gflops"]["all"],
-        "run_seconds": 60 * config.minutes or steps,
+        "run_seconds": 60 * config.minutes or config.max_steps * config.accumulate * B * T / usual,
     }
     if corpus:
         n = corpus["characters" if characters else "tokens"] * (1 - config.held_out)
@@ -208,19 +207,20 @@ def seconds_of_step(model: Transformer, optimizer: AdamW, rows: int, T: int) -> 
 def measure_corpus(files: list[Path]) -> dict[str, Any]:
     """Bytes, and about how many characters and BPE tokens they are, judged by their beginning."""
     size = sum(path.stat().st_size for path in files)
-    read, texts = [], []
+    read, texts, characters = [], [], 0
     for text, _ in read_texts(files, seen=read.append):
         texts.append(text)
-        if sum(map(len, texts)) >= SAMPLE:
+        characters += len(text)
+        if characters >= SAMPLE:
             break
-    if not any(texts):
+    if not characters:
         raise InputError(f"{files[0]}: there is no text in it")
     tokenizer = train_bpe(texts, fitted_vocabulary(size), at_most=True)
     n_tokens = sum(len(tokenizer.encode_array(text)) for text in texts)
     scale = size / sum(read)
     return {
         "bytes": size,
-        "characters": round(scale * sum(map(len, texts))),
+        "characters": round(scale * characters),
         "tokens": round(scale * n_tokens),
         "vocab_size": tokenizer.vocab_size,
     }

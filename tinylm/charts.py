@@ -35,8 +35,10 @@ class Axis:
 
 
 def steps(low: float, high: float, most: int = 5) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten, at most so many and one."""
-    rough = (high - low) / most or 1.0
+    """Multiples of 1, 2 or 5 times a power of ten, at most so many and one; or the one value."""
+    if low == high:
+        return [float(f"{low:.6g}")]
+    rough = (high - low) / most
     power = 10 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
@@ -52,7 +54,8 @@ def decades(low: float, high: float) -> list[float]:
 
 
 def label(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}".replace("e-0", "e-")
+    """All digits of a round number: on an axis from 0.6930 to 0.6931, three would not do."""
+    return f"{value:,.12g}".replace("e-0", "e-")
 
 
 @dataclass

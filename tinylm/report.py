@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 
@@ -26,6 +29,7 @@ from tinylm.runs import SPEED, Run, facts, find_runs, finite
 
 GREETING = "Hello!"
 CLAIM = ("title", "says", "holds", "measures")
+QUICKSTART = "what a quickstart found"
 READ = 140  # tokens of held-out text that are shown
 FIGURES = (  # the number that sums up a run of each stage: what is needed for it, itself, its name
     ("bits_per_byte", "{bits_per_byte:.3f}",
@@ -79,11 +83,15 @@ def of_feedback(run: Run, others: list[Run]) -> list[Chart]:
 
 
 def drift(run: Run, scores: str = "reward", parts: int = 12) -> Points:
-    """(√KL, scores), each the mean of one of so many parts (the axes of arXiv 2210.10760)."""
-    kl, reward = ([value for _, value in run.points(key)] for key in ("kl", scores))
-    size = max(1, math.ceil(len(kl) / parts))
-    places = [slice(i, i + size) for i in range(0, len(kl), size)]
-    return [(math.sqrt(max(0.0, fmean(kl[of]))), fmean(reward[of])) for of in places]
+    """(√KL, scores), each the mean of one of so many parts (the axes of arXiv 2210.10760).
+
+    Of the steps with such a score: gold may have nothing to say on all the answers of one.
+    """
+    drifts = dict(run.points("kl"))
+    found = [(drifts[step], score) for step, score in run.points(scores) if step in drifts]
+    size = max(1, math.ceil(len(found) / parts))
+    means = (map(fmean, zip(*found[i : i + size])) for i in range(0, len(found), size))
+    return [(math.sqrt(max(0.0, kl)), score) for kl, score in means]
 
 
 def speed_note(run: Run) -> str:
@@ -113,47 +121,57 @@ def figures(runs: list[Run]) -> list[tuple[str, str]]:
     return found
 
 
+@contextmanager
+def expected(path: Path, what: str) -> Iterator[None]:
+    """Raise InputError where a file turns out to hold something else."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise InputError(f"{path}: not {what} ({type(error).__name__}: {error})") from None
+
+
 def tested(results: dict[Path, dict]) -> list[dict]:
     """results.json of quickstarts: for each set of questions, every stage's shares."""
     sets: dict[tuple, dict] = {}
-    for folder, content in results.items():
-        for stage, found in content.get("stages", {}).items():
-            name = f"{folder.name}/{stage}" if len(results) > 1 else stage
-            for part, about in content.get("sets", {}).items():
-                n = found[part]["n"]
-                worth = found[part].get("n_effective", {})
-                sets.setdefault((about, n), {})[name] = [
-                    (v, found[part][v], *wilson(found[part][v], worth.get(v, n)))
-                    for v in ("right", "wrong", "idk")
-                ]
+    for path, content in results.items():
+        inside = path.parent.relative_to(os.path.commonpath([of.parent for of in results]))
+        with expected(path, QUICKSTART):
+            for stage, found in content.get("stages", {}).items():
+                for part, about in content.get("sets", {}).items():
+                    n = found[part]["n"]
+                    worth = found[part].get("n_effective", {})
+                    sets.setdefault((about, n), {})[str(inside / stage)] = [
+                        (v, found[part][v], *wilson(found[part][v], worth.get(v, n)))
+                        for v in ("right", "wrong", "idk")
+                    ]
     return [{"name": about, "n": n, "stages": stages} for (about, n), stages in sets.items()]
 
 
 def read_claims(path: Path) -> list[dict]:
-    """claims.json of a lab, each with the `top` of its scale. Raises InputError where it is not."""
+    """claims.json of a lab, each with the ends of its scale. Raises InputError where it is not."""
     if not path.exists():
         return []
-    try:
+    with expected(path, "a list of claims"):
         claims = json.loads(path.read_text(encoding="utf-8"))
         claims = [{key: claim[key] for key in CLAIM} for claim in claims]
         for claim in claims:
-            ends = [m.get(end) for m in claim["measures"] for end in ("value", "high")]
+            ends = [m.get(end) for m in claim["measures"] for end in ("value", "low", "high")]
+            claim["bottom"] = min([0.0, *filter(finite, ends)])
             claim["top"] = max([1.0, *filter(finite, ends)])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path}: not a list of claims ({why})") from None
     return claims
 
 
 def prompts(runs: list[Run], results: dict, ask: list[str]) -> list[tuple[str, list[dict]]]:
     """(what it is, conversation) of everything that the models are asked.
 
-    That is what the quickstart's test has picked, or else what the runs themselves held out.
+    That is what a quickstart's test has picked, or else what the runs themselves held out.
     """
     found: list[tuple[str, list[dict]]] = []
-    for row in next((content["asked"] for content in results.values() if "asked" in content), []):
-        about = " · ".join(filter(None, (row["set"], row.get("answer"))))
-        found.append((about, [turn("user", row["question"])]))
+    for path in [path for path, content in results.items() if "asked" in content][:1]:
+        with expected(path, QUICKSTART):
+            for row in results[path]["asked"]:
+                about = " · ".join(filter(None, (row["set"], row.get("answer"))))
+                found.append((about, [turn("user", row["question"])]))
     if not found:
         rows = [messages for run in runs for messages in run.state["stage"].get("prompts", [])]
         found = [("held out from training", m) for i, m in enumerate(rows) if m not in rows[:i]][:6]
@@ -178,7 +196,7 @@ def content(folders: list[Path], ask: list[str]) -> dict:
     """Everything that templates/report.html shows."""
     runs = find_runs(folders)
     paths = [folder / "results.json" for folder in folders]
-    results = {path.parent.resolve(): read_json(path) for path in paths if path.exists()}
+    results = {path.resolve(): read_json(path) for path in paths if path.exists()}
     asked = prompts(runs, results, ask)
     said = [run.answers([m for _, m in asked]) for run in runs]
     return {

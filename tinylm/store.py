@@ -77,11 +77,14 @@ class Store:
             (version,) = self.db.execute("PRAGMA user_version").fetchone()
             if version not in (0, VERSION):
                 raise InputError(f"{path}: written by a newer tinylm")
-            if not version and self.db.execute("SELECT 1 FROM sqlite_master").fetchone():
-                raise sqlite3.DatabaseError("another program's tables are in it")
-            self.db.execute("PRAGMA journal_mode = WAL")
-            made = f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT"
-            self.db.executescript(made)
+            if not version:
+                if self.db.execute("SELECT 1 FROM sqlite_master").fetchone():
+                    raise sqlite3.DatabaseError("another program's tables are in it")
+                self.db.execute("PRAGMA journal_mode = WAL")
+                made = f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT"
+                self.db.executescript(made)
+        except sqlite3.OperationalError as error:  # another process is writing it, say
+            raise InputError(f"{path}: cannot be opened ({error}); try again") from None
         except sqlite3.DatabaseError as error:
             raise InputError(f"{path}: not a store of judgements ({error})") from None
 

@@ -6,9 +6,8 @@
 #include "simd.h"
 
 namespace ISA {
-static void adamw(const AdamW& step, float* param, const float* grad, float* m, float* v, long n,
+static void adamw(const AdamW& s, float* param, const float* grad, float* m, float* v, long n,
                   int threads) {
-    const AdamW s = step;
     for_all_vectors(n, threads, [=](long i, long n) {
         const vf g = load_n(grad + i, n) * s.grad_scale, p = load_n(param + i, n);
         vf mi = load_n(m + i, n), vi = load_n(v + i, n);

@@ -33,10 +33,6 @@ namespace ISA {
 constexpr long BQ = 64, BK = 64;
 constexpr long FEW = W / 2;  // so few queries, as in generation, are answered one by one
 
-INLINE float* at(const Heads& x, long b, long h, long t) {
-    return x.data + b * x.b + h * x.h + t * x.t;
-}
-
 // ---- keys and values ---------------------------------------------------------------------------
 
 struct Rows {  // of one head: the prefix, and what follows it

@@ -85,11 +85,14 @@ static bool matches(const py::array& x, const Shape& shape) {
 
 // ---- arguments ---------------------------------------------------------------------------------
 
+// What a kernel is given for an argument.
 template <class T>
-static T* pointer(const py::array_t<T, py::array::c_style>& x) {
-    return const_cast<T*>(x.data());
+static const T& raw(const T& x) {
+    return x;
 }
-static Heads heads(const Strided& x) {
+static float* raw(const Floats& x) { return const_cast<float*>(x.data()); }
+static int32_t* raw(const Ints& x) { return const_cast<int32_t*>(x.data()); }
+static Heads raw(const Strided& x) {
     const long f = sizeof(float);
     return {const_cast<float*>(x.data()), x.strides(0) / f, x.strides(1) / f, x.strides(2) / f};
 }
@@ -181,17 +184,20 @@ private:
 };
 
 // Calls a kernel without the interpreter's lock.
-template <class... Params, class... Args>
-static void run(void (*kernel)(Params...), Args&&... args) {
+template <class Kernel, class... Args>
+static auto call(Kernel kernel, const Args&... args) {
     py::gil_scoped_release unlocked;
-    kernel(std::forward<Args>(args)...);
+    return kernel(raw(args)...);
+}
+// The same with a last argument: as many threads as so many operations are worth.
+template <class Kernel, class... Args>
+static auto run(double work, Kernel kernel, const Args&... args) {
+    return call(kernel, args..., threads_for(work));
 }
 
 // ---- products ----------------------------------------------------------------------------------
 
-static void multiply(const Product& p) {
-    run(kernels().matmul, p, threads_for(2.0 / 6 * p.M * p.N * p.K));
-}
+static void multiply(const Product& p) { run(2.0 / 6 * p.M * p.N * p.K, kernels().matmul, p); }
 
 static Floats matmul(const py::array& a_, const py::array& b_, bool transpose_a, bool transpose_b) {
     const Op op("matmul");
@@ -207,10 +213,10 @@ static Floats matmul(const py::array& a_, const py::array& b_, bool transpose_a,
                                transpose_b ? shape(ANY, K) : shape(K, ANY));
     const long N = b.shape(stack + !transpose_b);
     Floats c = empty(shape(M, N));
-    const Product p = {transpose_a, transpose_b, M,          N,          K, pointer(a),
-                       last_of(a),  pointer(b),  last_of(b), pointer(c), N};
+    const Product p = {transpose_a, transpose_b, M,          N,      K, raw(a),
+                       last_of(a),  raw(b),      last_of(b), raw(c), N};
     if (stack)
-        run(kernels().matmul_stack, p, a.shape(0), threads_for(2.0 / 6 * c.size() * K));
+        run(2.0 / 6 * c.size() * K, kernels().matmul_stack, p, a.shape(0));
     else
         multiply(p);
     return c;
@@ -242,10 +248,10 @@ class PackedWeights {
         Kept& found = kept[{p.B, p.N, p.K, p.transpose_b, size}];
         if (found.packed.size() == 0) {
             const Floats packed = empty({size});
-            run(isa->pack, p, pointer(packed), threads_for(1.0 * p.N * p.K));
+            run(1.0 * p.N * p.K, isa->pack, p, packed);
             if (found.packed.size() == 0) found = {weight, packed};  // or another thread was first
         }
-        return pointer(found.packed);
+        return raw(found.packed);
     }
 
 public:
@@ -271,8 +277,8 @@ static Floats linear_forward(const py::array& x_, const py::array& weight_, cons
     const long F = weight.shape(transposed);
     Floats bias, y = empty(with_last(leading(x), F));
     if (bias_) bias = op.floats("bias", *bias_, "(F)", {F});
-    multiply(PackedWeights::use({false, !transposed, N, F, C, pointer(x), C, pointer(weight),
-                                 weight.shape(1), pointer(y), F, bias_ ? pointer(bias) : nullptr},
+    multiply(PackedWeights::use({false, !transposed, N, F, C, raw(x), C, raw(weight),
+                                 weight.shape(1), raw(y), F, bias_ ? raw(bias) : nullptr},
                                 weight_));
     return y;
 }
@@ -288,14 +294,13 @@ static py::tuple linear_backward(const py::array& dy_, const py::array& x_,
     Floats dx = op.place("dx", dx_, shape_of(x)), dweight = empty(shape_of(weight));
     if (dx_ && dx.data() == dy.data()) op.wrong("dx", "another array than dy");
     if (transposed)
-        multiply({true, false, C, F, N, pointer(x), C, pointer(dy), F, pointer(dweight), F});
+        multiply({true, false, C, F, N, raw(x), C, raw(dy), F, raw(dweight), F});
     else
-        multiply({true, false, F, C, N, pointer(dy), F, pointer(x), C, pointer(dweight), C});
-    multiply({false, transposed, N, C, F, pointer(dy), F, pointer(weight), weight.shape(1),
-              pointer(dx), C});
+        multiply({true, false, F, C, N, raw(dy), F, raw(x), C, raw(dweight), C});
+    multiply({false, transposed, N, C, F, raw(dy), F, raw(weight), weight.shape(1), raw(dx), C});
     if (!has_bias) return py::make_tuple(dx, dweight, py::none());
     Floats dbias = empty({F});
-    run(kernels().sum_rows, pointer(dy), pointer(dbias), N, F, threads_for(N * F));
+    run(N * F, kernels().sum_rows, dy, dbias, N, F);
     return py::make_tuple(dx, dweight, dbias);
 }
 
@@ -307,8 +312,7 @@ static Floats embedding_forward(const py::array& tokens_, const py::array& weigh
     const Ints tokens = op.ints("tokens", tokens_, "(B, T)", shape_of(tokens_), 0, weight.shape(0));
     const long N = tokens.size(), C = weight.shape(1);
     Floats y = empty(with_last(shape_of(tokens), C));
-    run(kernels().embedding_forward, pointer(tokens), pointer(weight), pointer(y), N, C,
-        threads_for(N * C));
+    run(N * C, kernels().embedding_forward, tokens, weight, y, N, C);
     return y;
 }
 
@@ -320,8 +324,7 @@ static Floats embedding_backward(const py::array& dy_, const py::array& tokens_,
     const Floats dy = op.floats("dy", dy_, "(B, T, C)", with_last(shape_of(tokens), ANY));
     const long N = tokens.size(), C = last_of(dy);
     const Floats dweight = op.place("total", total, {V, C});
-    run(kernels().embedding_backward, pointer(dy), pointer(tokens), pointer(dweight),
-        total.has_value(), N, V, C, threads_for((N + V) * C));
+    run((N + V) * C, kernels().embedding_backward, dy, tokens, dweight, total.has_value(), N, V, C);
     return dweight;
 }
 
@@ -331,8 +334,7 @@ static py::tuple rms_norm_forward(const py::array& x_, const py::array& weight_,
     const Op op("rms_norm_forward");
     const Floats x = op.floats("x", x_), weight = op.floats("weight", weight_, "(C)", {last_of(x)});
     Floats y = empty(shape_of(x)), rstd = empty(leading(x));
-    run(kernels().rms_norm_forward, pointer(x), pointer(weight), eps, pointer(y), pointer(rstd),
-        rows_of(x), last_of(x), threads_for(x.size()));
+    run(x.size(), kernels().rms_norm_forward, x, weight, eps, y, rstd, rows_of(x), last_of(x));
     return py::make_tuple(y, rstd);
 }
 
@@ -343,8 +345,8 @@ static py::tuple rms_norm_backward(const py::array& dy_, const py::array& x_,
     const Floats dy = op.floats("dy", dy_, "the shape of x", shape_of(x));
     const Floats rstd = op.floats("rstd", rstd_, "(...)", leading(x));
     Floats dx = empty(shape_of(x)), dweight = empty({last_of(x)});
-    run(kernels().rms_norm_backward, pointer(dy), pointer(x), pointer(weight), pointer(rstd),
-        pointer(dx), pointer(dweight), rows_of(x), last_of(x), threads_for(x.size()));
+    run(x.size(), kernels().rms_norm_backward, dy, x, weight, rstd, dx, dweight, rows_of(x),
+        last_of(x));
     return py::make_tuple(dx, dweight);
 }
 
@@ -354,8 +356,8 @@ static py::tuple layer_norm_forward(const py::array& x_, const py::array& weight
     const Floats x = op.floats("x", x_), weight = op.floats("weight", weight_, "(C)", {last_of(x)});
     const Floats bias = op.floats("bias", bias_, "(C)", {last_of(x)});
     Floats y = empty(shape_of(x)), mean = empty(leading(x)), rstd = empty(leading(x));
-    run(kernels().layer_norm_forward, pointer(x), pointer(weight), pointer(bias), eps, pointer(y),
-        pointer(mean), pointer(rstd), rows_of(x), last_of(x), threads_for(x.size()));
+    run(x.size(), kernels().layer_norm_forward, x, weight, bias, eps, y, mean, rstd, rows_of(x),
+        last_of(x));
     return py::make_tuple(y, mean, rstd);
 }
 
@@ -368,9 +370,8 @@ static py::tuple layer_norm_backward(const py::array& dy_, const py::array& x_,
     const Floats mean = op.floats("mean", mean_, "(...)", leading(x));
     const Floats rstd = op.floats("rstd", rstd_, "(...)", leading(x));
     Floats dx = empty(shape_of(x)), dweight = empty({last_of(x)}), dbias = empty({last_of(x)});
-    run(kernels().layer_norm_backward, pointer(dy), pointer(x), pointer(weight), pointer(mean),
-        pointer(rstd), pointer(dx), pointer(dweight), pointer(dbias), rows_of(x), last_of(x),
-        threads_for(x.size()));
+    run(x.size(), kernels().layer_norm_backward, dy, x, weight, mean, rstd, dx, dweight, dbias,
+        rows_of(x), last_of(x));
     return py::make_tuple(dx, dweight, dbias);
 }
 
@@ -385,8 +386,7 @@ static Strided turn(const Op& op, const char* arg, const py::array& x_, const py
     const Floats sin = op.floats("sin", sin_, "(P, D/2)", {cos.shape(0), D / 2});
     const Ints positions = op.ints("positions", positions_, "(B, T)", {B, T}, 0, cos.shape(0));
     Strided y = empty_heads(B, H, T, D);
-    run(kernels().rope, heads(x), pointer(cos), pointer(sin), pointer(positions), direction,
-        heads(y), B, H, T, D, threads_for(x.size()));
+    run(x.size(), kernels().rope, x, cos, sin, positions, direction, y, B, H, T, D);
     return y;
 }
 static Strided rope_forward(const py::array& x, const py::array& cos, const py::array& sin,
@@ -401,8 +401,7 @@ static Strided rope_backward(const py::array& dy, const py::array& cos, const py
 static Floats softmax_forward(const py::array& x_) {
     const Floats x = Op("softmax_forward").floats("x", x_);
     Floats y = empty(shape_of(x));
-    run(kernels().softmax_forward, pointer(x), pointer(y), rows_of(x), last_of(x),
-        threads_for(x.size()));
+    run(x.size(), kernels().softmax_forward, x, y, rows_of(x), last_of(x));
     return y;
 }
 
@@ -410,8 +409,7 @@ static Floats softmax_backward(const py::array& dy_, const py::array& y_) {
     const Op op("softmax_backward");
     const Floats y = op.floats("y", y_), dy = op.floats("dy", dy_, "the shape of y", shape_of(y));
     Floats dx = empty(shape_of(y));
-    run(kernels().softmax_backward, pointer(dy), pointer(y), pointer(dx), rows_of(y), last_of(y),
-        threads_for(y.size()));
+    run(y.size(), kernels().softmax_backward, dy, y, dx, rows_of(y), last_of(y));
     return dx;
 }
 
@@ -430,12 +428,11 @@ struct AttentionInputs {
         const long B = q.shape(0), H = q.shape(1), G = k.shape(1), T = q.shape(2);
         if (G == 0 || H % G)
             op.wrong("k", "G dividing H = " + std::to_string(H) + ", got G = " + std::to_string(G));
+        x = {B, H, G, T, k.shape(2), q.shape(3), raw(q), raw(k), raw(v)};
         constexpr long LIMIT = std::numeric_limits<int32_t>::max();
-        if (start_) start = op.ints("start", *start_, "(B, T)", {B, T}, -LIMIT, LIMIT);
-        if (gap_) gap = op.ints("gap", *gap_, "(B, T, 2)", {B, T, 2}, -LIMIT, LIMIT);
-        const int32_t *starts = start_ ? start.data() : nullptr,
-                      *gaps = gap_ ? gap.data() : nullptr;
-        x = {B, H, G, T, k.shape(2), q.shape(3), heads(q), heads(k), heads(v), starts, gaps};
+        if (start_)
+            x.start = raw(start = op.ints("start", *start_, "(B, T)", {B, T}, -LIMIT, LIMIT));
+        if (gap_) x.gap = raw(gap = op.ints("gap", *gap_, "(B, T, 2)", {B, T, 2}, -LIMIT, LIMIT));
     }
     void stand_after(const py::array& k_, const py::array& v_, const py::array& rows) {
         prefix_k = op.strided("prefix_k", k_, "(P, G, S, D)", {ANY, x.G, ANY, x.D});
@@ -443,14 +440,14 @@ struct AttentionInputs {
         prefix = op.ints("prefix", rows, "(B)", {x.B}, 0, prefix_k.shape(0));
         x.shared = prefix_k.shape(2);
         x.S += x.shared;
-        x.prefix_k = heads(prefix_k), x.prefix_v = heads(prefix_v), x.prefix = prefix.data();
+        x.prefix_k = raw(prefix_k), x.prefix_v = raw(prefix_v), x.prefix = raw(prefix);
     }
-    int workers() const { return threads_for(1.0 * q.size() * x.S); }
+    double work() const { return 1.0 * q.size() * x.S; }
 
     py::tuple forward() const {
         Strided out = empty_heads(x.B, x.H, x.T, x.D);
         Floats lse = empty({x.B, x.H, x.T});
-        run(kernels().attention_forward, x, heads(out), pointer(lse), workers());
+        run(work(), kernels().attention_forward, x, out, lse);
         return py::make_tuple(out, lse);
     }
 };
@@ -490,8 +487,7 @@ static py::tuple attention_backward(const py::array& dout_, const py::array& q, 
         dq = empty_heads(x.B, x.H, x.T, x.D), dk = empty_heads(x.B, x.G, x.S, x.D);
         dv = empty_heads(x.B, x.G, x.S, x.D);
     }
-    run(kernels().attention_backward, x, heads(dout), heads(out), pointer(lse), heads(dq),
-        heads(dk), heads(dv), in.workers());
+    run(in.work(), kernels().attention_backward, x, dout, out, lse, dq, dk, dv);
     return py::make_tuple(dq, dk, dv);
 }
 
@@ -501,7 +497,7 @@ static Floats add(const py::array& x_, const py::array& y_) {
     const Op op("add");
     const Floats x = op.floats("x", x_), y = op.floats("y", y_, "the shape of x", shape_of(x));
     Floats sum = empty(shape_of(x));
-    run(kernels().add, pointer(x), pointer(y), pointer(sum), x.size(), threads_for(x.size()));
+    run(x.size(), kernels().add, x, y, sum, x.size());
     return sum;
 }
 
@@ -510,8 +506,7 @@ static Floats swiglu_forward(const py::array& gate_, const py::array& up_) {
     const Floats gate = op.floats("gate", gate_),
                  up = op.floats("up", up_, "the shape of gate", shape_of(gate));
     Floats y = empty(shape_of(gate));
-    run(kernels().swiglu_forward, pointer(gate), pointer(up), pointer(y), gate.size(),
-        threads_for(gate.size()));
+    run(gate.size(), kernels().swiglu_forward, gate, up, y, gate.size());
     return y;
 }
 
@@ -522,16 +517,14 @@ static py::tuple swiglu_backward(const py::array& dy_, const py::array& gate_, c
                  up = op.floats("up", up_, "the shape of gate", shape_of(gate));
     const Floats dy = op.floats("dy", dy_, "the shape of gate", shape_of(gate));
     Floats dgate = op.place("dgate", dgate_, shape_of(gate)), dup = empty(shape_of(gate));
-    run(kernels().swiglu_backward, pointer(dy), pointer(gate), pointer(up), pointer(dgate),
-        pointer(dup), gate.size(), threads_for(gate.size()));
+    run(gate.size(), kernels().swiglu_backward, dy, gate, up, dgate, dup, gate.size());
     return py::make_tuple(dgate, dup);
 }
 
 static Floats gelu_forward(const py::array& x_, bool approximate) {
     const Floats x = Op("gelu_forward").floats("x", x_);
     Floats y = empty(shape_of(x));
-    run(kernels().gelu_forward, pointer(x), pointer(y), x.size(), approximate,
-        threads_for(x.size()));
+    run(x.size(), kernels().gelu_forward, x, y, x.size(), approximate);
     return y;
 }
 
@@ -540,8 +533,7 @@ static Floats gelu_backward(const py::array& dy_, const py::array& x_, bool appr
     const Op op("gelu_backward");
     const Floats x = op.floats("x", x_), dy = op.floats("dy", dy_, "the shape of x", shape_of(x));
     Floats dx = op.place("dx", dx_, shape_of(x));
-    run(kernels().gelu_backward, pointer(dy), pointer(x), pointer(dx), x.size(), approximate,
-        threads_for(x.size()));
+    run(x.size(), kernels().gelu_backward, dy, x, dx, x.size(), approximate);
     return dx;
 }
 
@@ -553,8 +545,8 @@ static py::tuple cross_entropy_forward(const py::array& logits_, const py::array
     const Shape rows = leading(logits);
     const Ints targets = op.ints("targets", targets_, "(...)", rows, -1, last_of(logits));
     Floats loss = empty(rows), lse = empty(rows);
-    run(kernels().cross_entropy_forward, pointer(logits), pointer(targets), pointer(loss),
-        pointer(lse), rows_of(logits), last_of(logits), threads_for(logits.size()));
+    run(logits.size(), kernels().cross_entropy_forward, logits, targets, loss, lse, rows_of(logits),
+        last_of(logits));
     return py::make_tuple(loss, lse);
 }
 
@@ -567,9 +559,8 @@ static Floats cross_entropy_backward(const py::array& dloss_, const py::array& l
     const Floats dloss = op.floats("dloss", dloss_, "(...)", rows),
                  lse = op.floats("lse", lse_, "(...)", rows);
     Floats dlogits = empty(shape_of(logits));
-    run(kernels().cross_entropy_backward, pointer(dloss), pointer(logits), pointer(targets),
-        pointer(lse), pointer(dlogits), rows_of(logits), last_of(logits),
-        threads_for(logits.size()));
+    run(logits.size(), kernels().cross_entropy_backward, dloss, logits, targets, lse, dlogits,
+        rows_of(logits), last_of(logits));
     return dlogits;
 }
 
@@ -581,8 +572,8 @@ static py::tuple linear_cross_entropy_forward(const py::array& x_, const py::arr
     const long N = rows_of(x), C = last_of(x), V = weight.shape(0);
     const Ints targets = op.ints("targets", targets_, "(...)", leading(x), -1, V);
     Floats loss = empty(leading(x)), lse = empty(leading(x));
-    run(kernels().linear_cross_entropy_forward, pointer(x), pointer(weight), pointer(targets),
-        pointer(loss), pointer(lse), N, C, V, threads_for(1.0 * N * C * V));
+    run(1.0 * N * C * V, kernels().linear_cross_entropy_forward, x, weight, targets, loss, lse, N,
+        C, V);
     return py::make_tuple(loss, lse);
 }
 
@@ -597,9 +588,8 @@ static py::tuple linear_cross_entropy_backward(const py::array& dloss_, const py
     const Floats dloss = op.floats("dloss", dloss_, "(...)", leading(x));
     const Floats lse = op.floats("lse", lse_, "(...)", leading(x));
     Floats dx = empty(shape_of(x)), dweight = empty({V, C});
-    run(kernels().linear_cross_entropy_backward, pointer(dloss), pointer(x), pointer(weight),
-        pointer(targets), pointer(lse), pointer(dx), pointer(dweight), N, C, V,
-        threads_for(1.0 * N * C * V));
+    run(1.0 * N * C * V, kernels().linear_cross_entropy_backward, dloss, x, weight, targets, lse,
+        dx, dweight, N, C, V);
     return py::make_tuple(dx, dweight);
 }
 
@@ -612,9 +602,8 @@ static py::tuple linear_cross_entropy_with_gradients(const py::array& x_, const 
     const Ints targets = op.ints("targets", targets_, "(...)", leading(x), -1, V);
     Floats loss = empty(leading(x)), lse = empty(leading(x)), dx = empty(shape_of(x)),
            dweight = empty({V, C});
-    run(kernels().linear_cross_entropy_with_gradients, pointer(x), pointer(weight),
-        pointer(targets), pointer(loss), pointer(lse), pointer(dx), pointer(dweight), N, C, V,
-        threads_for(1.0 * N * C * V));
+    run(1.0 * N * C * V, kernels().linear_cross_entropy_with_gradients, x, weight, targets, loss,
+        lse, dx, dweight, N, C, V);
     return py::make_tuple(loss, lse, dx, dweight);
 }
 
@@ -637,8 +626,7 @@ static void adamw(const py::array& param_, const py::array& grad_, const py::arr
                              float(eps),
                              float(weight_decay),
                              float(grad_scale)};
-    run(kernels().adamw, constants, pointer(param), pointer(grad), pointer(m), pointer(v),
-        param.size(), threads_for(param.size()));
+    run(param.size(), kernels().adamw, constants, param, grad, m, v, param.size());
 }
 
 static double global_norm(const py::iterable& arrays) {
@@ -647,8 +635,7 @@ static double global_norm(const py::iterable& arrays) {
     for (const py::handle& item : arrays) {
         const py::array x_(py::reinterpret_borrow<py::object>(item));
         const Floats x = op.floats("arrays", x_, "the shape of itself", shape_of(x_));
-        py::gil_scoped_release unlocked;
-        total += kernels().sum_squares(pointer(x), x.size(), threads_for(x.size()));
+        total += run(x.size(), kernels().sum_squares, x, x.size());
     }
     return std::sqrt(total);
 }
@@ -675,19 +662,13 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("set_products", &set_products, "dtype"_a,
           "float32, or bfloat16: operands of large products are rounded, sums stay float32.");
     m.def(
-        "peak",
-        [](int threads) {
-            py::gil_scoped_release unlocked;
-            return kernels().peak(threads);
-        },
-        "threads"_a,
+        "peak", [](int threads) { return call(kernels().peak, threads); }, "threads"_a,
         "Multiply-adds on registers for about 0.1 s; returns the number of operations.");
     m.def(
         "read",
         [](const py::array& x_, int threads) {
             const Floats x = Op("read").floats("x", x_);
-            py::gil_scoped_release unlocked;
-            return kernels().read(pointer(x), x.size(), threads);
+            return call(kernels().read, x, x.size(), threads);
         },
         "x"_a, "threads"_a, "One pass over x; returns its sum.");
     m.def(
@@ -695,17 +676,13 @@ PYBIND11_MODULE(_cpu, m) {
         [](const py::array& x_, int threads) {
             const Floats x = Op("copy").floats("x", x_);
             Floats y = empty(shape_of(x));
-            run(kernels().copy, pointer(x), pointer(y), x.size(), threads);
+            call(kernels().copy, x, y, x.size(), threads);
             return y;
         },
         "x"_a, "threads"_a, "A copy of x, from the pool.");
     m.def(
-        "barriers",
-        [](int threads) {
-            py::gil_scoped_release unlocked;
-            return kernels().barriers(threads);
-        },
-        "threads"_a, "Threads waiting for each other, again and again; returns how often.");
+        "barriers", [](int threads) { return call(kernels().barriers, threads); }, "threads"_a,
+        "Threads waiting for each other, again and again; returns how often.");
     m.def("empty", &empty, "shape"_a, "A float32 array from the pool, not initialised.");
     m.def("pool_bytes", [] { return pool.bytes(); }, "What the pool holds, in use and idle.");
 

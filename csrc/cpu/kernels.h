@@ -29,17 +29,15 @@ struct Product {
 };
 constexpr long FEW_ROWS = 16;  // of A: up to here, packing B would cost more than it brings
 
-// A (B, H, T, D) array in which only D need be contiguous: (b, h, t, d) is data[b*b + h*h + t*t +
-// d].
-struct Heads {
+struct Heads {  // an array (B, H, T, D) in which only D need be contiguous
     float* data;
-    long b, h, t;  // strides, in floats
+    long b, h, t;  // floats to the next one
 };
 struct Attention {  // what attention reads in both directions
     long B, H, G, T, S, D;
     Heads q, k, v;
-    const int32_t *start, *gap;  // (B, T), (B, T, 2), or null
-    long shared = 0;             // of the S keys of row b, the first so many are not in k and v ...
+    const int32_t *start = nullptr, *gap = nullptr;  // (B, T), (B, T, 2), or null
+    long shared = 0;  // of the S keys of row b, the first so many are not in k and v ...
     Heads prefix_k = {}, prefix_v = {};
     const int32_t* prefix = nullptr;  // ... but in row prefix[b] of these: (B)
 };

@@ -60,11 +60,6 @@ constexpr int MR = 4, NV = REGISTERS == 32 ? 4 : 2;  // 16 + 4 + 1 = 21 of 32, o
 #endif
 constexpr bool WIDE = LANES == 16;  // or else operands are always packed, and tiles ask for nothing
 constexpr Blocking blocking = WIDE ? Blocking{768, 112, 3072, 14} : Blocking{384, 96, 2048, 6};
-#if LANES == 16
-static const bool INTEL = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
-#else
-constexpr bool INTEL = false;  // or of no matter
-#endif
 constexpr long AHEAD = 8;  // words of depth by which what caches lack is asked for
 constexpr int NR = NV * W;
 static_assert(MR <= W, "pack() writes a panel of A as one vector per word");
@@ -288,6 +283,11 @@ struct Plan {  // kc and nc from the shape alone, the rest from threads and stri
 template <class Word>
 static Plan plan_for(const Product& p, int threads) {
     using Micro = MicroKernel<Word>;
+#if LANES == 16
+    const bool intel = __builtin_cpu_is("intel");
+#else
+    constexpr bool intel = false;  // or of no matter
+#endif
     const long values = max(1, Word::PER_WORD / Word::PARTS);  // of depth, to a packed word
     const long K = max(p.K, 1), M = max(p.M, 1), N = max(p.N, 1);
     Plan plan;
@@ -297,16 +297,16 @@ static Plan plan_for(const Product& p, int threads) {
     plan.row_blocks = up(M, plan.mc);
 
     const bool in_few_sets = p.lda % (p.transpose_a ? 512 : 1024) == 0;  // of the caches
-    const long in_place = !INTEL ? 2048 : p.transpose_a ? 128 : 256;     // columns, at most
+    const long in_place = !intel ? 2048 : p.transpose_a ? 128 : 256;     // columns, at most
     plan.pack_a = PACKED<Word> || N > in_place || in_few_sets;
     plan.pack_b =
-        PACKED<Word> || plan.kc * N > 1 << 17 || N % NR || p.transpose_b || (INTEL && plan.pack_a);
+        PACKED<Word> || plan.kc * N > 1 << 17 || N % NR || p.transpose_b || (intel && plan.pack_a);
 
     constexpr long L2 = Micro::TILES ? 1 << 19 : 1 << 18;  // in words
     const long panels = plan.nc / NR, packed = words_of<Word>(plan.kc) * Word::PARTS;
     const long share = up(panels, threads);  // of the thread that has most
     // of an A that all threads read
-    const long reach = plan.pack_a || INTEL ? L2 : p.transpose_a ? 2 * L2 : 8 * L2;
+    const long reach = plan.pack_a || intel ? L2 : p.transpose_a ? 2 * L2 : 8 * L2;
     const bool by_panels = panels >= (plan.pack_a ? 12 : 4) && M * packed <= reach &&
                            share * threads <= panels + panels / 16 && (!Micro::TILES || N > 2 * M);
     plan.own_b = by_panels ? 3 : 0;

@@ -20,14 +20,7 @@
 #include <new>
 #include <set>
 #include <utility>
-#if defined(__SANITIZE_ADDRESS__)
-#define POOL_KEEPS_NOTHING 1  // so that the sanitizer sees each array's end and its death
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define POOL_KEEPS_NOTHING 1
-#endif
-#endif
-#ifndef POOL_KEEPS_NOTHING
+#ifndef POOL_KEEPS_NOTHING  // 1 for a sanitizer, so that it sees each array's end and its death
 #define POOL_KEEPS_NOTHING 0
 #endif
 

@@ -14,8 +14,8 @@ static void rope(const Heads& x, const float* cos, const float* sin, const int32
         const long b = token / T, t = token % T;
         const float *c = cos + positions[token] * half, *s = sin + positions[token] * half;
         for (long h = 0; h < H; ++h) {
-            const float* from = x.data + b * x.b + h * x.h + t * x.t;
-            float* to = y.data + b * y.b + h * y.h + t * y.t;
+            const float* from = at(x, b, h, t);
+            float* to = at(y, b, h, t);
             for_vectors(0, half, [&](long i, long n) {
                 const vf left = load_n(from + i, n), right = load_n(from + half + i, n);
                 const vf turn_c = load_n(c + i, n), turn_s = load_n(s + i, n) * direction;

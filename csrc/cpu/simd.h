@@ -232,6 +232,10 @@ struct Fetch {
     }
 };
 
+INLINE float* at(const Heads& x, long b, long h, long t) {
+    return x.data + b * x.b + h * x.h + t * x.t;
+}
+
 struct Scratch {  // memory for the duration of a call
     const size_t floats;
     float* const data;

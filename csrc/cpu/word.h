@@ -22,7 +22,8 @@ struct Float32 {
 struct BFloat16 {
     static constexpr int PER_WORD = 2, GROUP = 1, PARTS = 1;
     struct Unit {};
-    INLINE vf broadcast(const float* word) { return (vf)_mm512_set1_epi32(*(const int*)word); }
+    typedef int Bits __attribute__((may_alias));
+    INLINE vf broadcast(const float* word) { return (vf)_mm512_set1_epi32(*(const Bits*)word); }
     INLINE vf dot(vf sum, vf a, vf b) {
         return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
     }

@@ -280,7 +280,6 @@ class Terminal(Nobody):
 
     def open(self, progress) -> None:
         self.progress, progress.live = progress, False  # a moving bar would run over the question
-        sys.stdin.reconfigure(errors="replace")
 
     def show(self, state: dict) -> None:
         if state["phase"] != "asking":

@@ -38,6 +38,7 @@ def run(name: str, out: Path, progress: Progress, seeds: int = 3, **smaller) -> 
     """
     if name != "all" and name not in CLAIMS:
         raise InputError(f"no claim {name}; there are {', '.join(CLAIMS)} and all")
+    known_claims(out / "claims.json")  # what is wrong with it must not show hours later
     workshops = [Workshop(out / f"seed{s}", s, progress, smaller) for s in range(seeds)]
     found = []
     for claim in CLAIMS.values():
@@ -55,11 +56,18 @@ def run(name: str, out: Path, progress: Progress, seeds: int = 3, **smaller) -> 
 
 def write_claims(path: Path, row: dict) -> None:
     """Put a claim's row in its place among those of others."""
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    rows = {old["claim"]: old for old in known}
-    rows[row["claim"]] = row
-    ordered = [rows[name] for name in CLAIMS if name in rows]
-    write_json(path, ordered)
+    rows = known_claims(path) | {row["claim"]: row}
+    write_json(path, [rows[name] for name in CLAIMS if name in rows])
+
+
+def known_claims(path: Path) -> dict[str, dict]:
+    """The rows of claims.json by claim. Raises InputError where it holds something else."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        return {row["claim"]: row for row in known}
+    except (ValueError, KeyError, TypeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: not a list of claims ({why}): move it away") from None
 
 
 def shown(claim: dict):

@@ -5,7 +5,7 @@ Expected  Held-out tellings of what was read take fewer bits per byte than xz, g
 Varied    the width of the model; the text and the steps are equal.
 Measured  bits per byte of held-out text beside xz(text + held-out) − xz(text); facts with which the
           model ends a sentence rightly; these, less what chance would give, per 1,000 parameters.
-          (The model has its weights to write into, xz only its window: both sizes are told.)
+          (The model has its weights to write into, whose number is told; xz looks back 64 MiB.)
 """
 
 from __future__ import annotations

@@ -23,15 +23,13 @@ from tinylm.lab.workshop import Claim, Measure, Workshop, share, verdicts
 
 CONFIDENCES = (0.5, 0.8)
 
-Verdicts = list[tuple[Question, str]]  # "right", "wrong" or "idk"
-
 
 def measures(title: str, model: Path, tests: dict[str, list[Question]]) -> list[Measure]:
     found = {name: [*zip(asked, verdicts(model, asked))] for name, asked in tests.items()}
     every = [pair for pairs in found.values() for pair in pairs]
     answered = [(q, v) for q, v in every if v != "idk"] or [(every[0][0], "idk")]  # then no risk
 
-    def part(name: str, pairs: Verdicts, *kinds: str) -> Measure:
+    def part(name: str, pairs: list[tuple[Question, str]], *kinds: str) -> Measure:
         hits = [verdict in kinds for _, verdict in pairs]
         return share(f"{title}: {name}", hits, asked=[question for question, _ in pairs])
 
