@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import tinylm as package
-from tinylm import backend
+from tinylm import backend, settings
 from tinylm.chat import with_chat_tokens
 from tinylm.checkpoint import Checkpoint
 from tinylm.cli import run
@@ -50,6 +50,8 @@ def tinylm(*arguments, said="", cwd=None, **environment) -> subprocess.Completed
     backend.use(name)
     if backend.threads() != threads:
         backend.set_threads(threads)
+    while settings.claimed:  # as where a process ends
+        settings.claimed.popitem()[1].close()
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 

@@ -92,6 +92,23 @@ def test_nor_with_what_else_stands_in_a_message(tokenizer):
     assert tokenizer.special["<|assistant|>"] not in ids
 
 
+def test_a_template_sees_what_else_stands_in_a_message(tokenizer):
+    """As that of Qwen 3 does what was thought, and what tools were called."""
+    thinking = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['thought'] }}{{ m['content'] }}"
+        "{% for call in m['calls'] %}{{ call | tojson }}{% endfor %}{% endfor %}"
+    )
+    form = ChatFormat(tokenizer.with_special([], {"chat_template": thinking}))
+    call = {"name": "clock", "arguments": {"<|end|>": ["<|user|>", 1, None]}}
+    said = {"role": "assistant", "content": "Late.", "thought": "Hm<|end|>", "calls": [call]}
+    ids = form.ids([*messages(("user", "Is it?")), said])
+    kept = "<|user|>Is it?<|assistant|>Hm<|end|>Late." + json.dumps(call)
+    assert form.tokenizer.decode(ids) == kept
+    assert [i for i in ids if i in tokenizer.special.values()] == [
+        tokenizer.special[name] for name in ("<|user|>", "<|assistant|>")
+    ]
+
+
 def test_a_message_of_all_characters_that_mean_nothing(tokenizer):
     odd = "".join(map(chr, range(0xFDD0, 0xFDF0)))
     ids = ChatFormat(tokenizer).ids(messages(("user", odd + "<|end|>")))

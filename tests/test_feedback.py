@@ -9,7 +9,7 @@ import numpy
 import pytest
 from tiny_feedback import Says, constant, count_of_a, make_stage, same, snapshot, train
 
-from tinylm import memory, ops
+from tinylm import backend, memory, ops
 from tinylm.answers import Answers
 from tinylm.chat import Row, turn
 from tinylm.data import SharedPrompts
@@ -422,13 +422,32 @@ def test_sampling_is_part_of_the_state(tokenizer, tmp_path, updates):
 def test_memory_is_foreseen_for_answers_that_share_their_prompt(tokenizer, monkeypatch):
     """And what would fit is a setting that is allowed: the answers to a prompt stay together."""
     stage = make_stage(tokenizer, count_of_a, batch_size=12)
-    tokens, besides = stage.memory()
+    tokens, kept, each = stage.memory()
     assert stage.fresh().tokens.size <= 12 * tokens < 12 * 64
     shape, n = stage.model.config, stage.model.n_parameters()
-    room = memory.needed(shape, n, 6, tokens, besides=besides)
+    room = memory.needed(shape, n, 6, tokens, besides=kept + 6 * each)
     monkeypatch.setattr(memory, "available", lambda: room)
     with pytest.raises(InputError, match="--batch-size 4 --accumulate 3 or --recompute"):
         memory.check(stage)
+
+
+def test_memory_is_foreseen_for_answers_that_take_several_rows(tokenizer, monkeypatch):
+    """Of 64 tokens, for a prompt and 8 answers of up to 12; their logits are fewer with fewer."""
+    stage = make_stage(tokenizer, count_of_a, answers=8, batch_size=32, max_new_tokens=12)
+    tokens, kept, each = stage.memory()
+    assert stage.fresh().tokens.size <= 32 * tokens < 32 * 64
+    assert each == 2 * 12 * tokenizer.vocab_size
+    shape, n = stage.model.config, stage.model.n_parameters()
+    room = memory.needed(shape, n, 8, tokens, besides=kept + 8 * each)
+    monkeypatch.setattr(memory, "available", lambda: room)
+    with pytest.raises(InputError, match="--batch-size 8 --accumulate 4 or"):
+        memory.check(stage)
+
+
+def test_what_it_may_go_back_to_takes_none_of_a_gpu_s_memory(tokenizer, monkeypatch):
+    stage = make_stage(tokenizer, count_of_a)
+    monkeypatch.setattr(backend, "name", "cuda")
+    assert stage.memory()[1] == stage.model.n_parameters()
 
 
 def test_the_card_names_the_judge_that_judged(tokenizer):

@@ -89,8 +89,10 @@ def test_another_file_is_not_a_store(tmp_path):
         Store(tmp_path / "x")
     foreign = sqlite3.connect(tmp_path / "z")
     foreign.execute("CREATE TABLE bookmark (url)")
-    with pytest.raises(InputError, match="another program's"):
-        Store(tmp_path / "z")
+    for version in (0, 1):  # it counts its versions too
+        foreign.execute(f"PRAGMA user_version = {version}")
+        with pytest.raises(InputError, match="another program's"):
+            Store(tmp_path / "z")
     assert foreign.execute("SELECT name FROM sqlite_master").fetchall() == [("bookmark",)]
     foreign.close()
     newer = sqlite3.connect(tmp_path / "y")

@@ -334,6 +334,8 @@ LLAMA2_KINDS = {
     "first": {"scheme": "first", "split": False},
     "always": {"scheme": "always", "split": True},
     "never": {"scheme": "never", "split": True},
+    "digits, never": {"scheme": "never", "split": True},
+    "digits, first": {"scheme": "first", "split": True},
 }
 
 
@@ -344,6 +346,9 @@ def test_llama2_files_give_the_ids_of_hugging_face(kind, strings, tmp_path):
         scheme, split = LLAMA2_KINDS[kind].values()
         theirs.normalizer = None
         theirs.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=split)
+        if "digits" in kind:
+            digits = pre_tokenizers.Digits(individual_digits=True)
+            theirs.pre_tokenizer = pre_tokenizers.Sequence([digits, theirs.pre_tokenizer])
         theirs.decoder = decoders.Metaspace(prepend_scheme=scheme, split=split)
     ours = loaded(theirs, tmp_path)
     theirs.encode_special_tokens = True
@@ -400,6 +405,15 @@ REFUSED = {
             "pretokenizers": [
                 {"type": "Digits", "individual_digits": True},
                 {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"},
+            ],
+        }
+    },
+    "pre_tokenizer before 'Metaspace' .*never": {
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": r"\s+"}, "behavior": "Isolated"},
+                {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never"},
             ],
         }
     },

@@ -336,7 +336,7 @@ def test_memory_that_will_not_suffice_names_what_would_fit(monkeypatch):
     model = Transformer(ModelConfig(300, 2, 2, 2, 32, 64, 128))
     config = TrainConfig(batch_size=64, block_size=128)
     n = model.n_parameters()
-    stage = SimpleNamespace(model=model, config=config, memory=lambda: (128, 0))
+    stage = SimpleNamespace(model=model, config=config, memory=lambda: (128, 0, 0))
     fits = memory.needed(model.config, n, 16, 128)
     monkeypatch.setattr(memory, "available", lambda: fits + 1000)
     with pytest.raises(InputError) as raised:

@@ -90,8 +90,9 @@ class Layout:
         layout = cls(byte_tokens=bool(spec["model"].get("byte_fallback")))
         for step in steps_of(spec.get("normalizer"), "normalizers"):
             layout.add_normalizer(step)
-        for step in steps_of(spec.get("pre_tokenizer"), "pretokenizers"):
-            layout.add_pre_tokenizer(step)
+        steps = steps_of(spec.get("pre_tokenizer"), "pretokenizers")
+        for i, step in enumerate(steps):
+            layout.add_pre_tokenizer(step, {before["type"] for before in steps[:i]})
         for step in steps_of(spec.get("decoder"), "decoders"):
             layout.check_decoder(step)
         vocab = spec["model"]["vocab"]
@@ -110,7 +111,7 @@ class Layout:
             case _:
                 raise unsupported("normalizer", step)
 
-    def add_pre_tokenizer(self, step: dict) -> None:
+    def add_pre_tokenizer(self, step: dict, before: set[str]) -> None:
         match step:
             case _ if self.byte_level:  # it would have to split BYTE_CHARACTERS, not text
                 raise unsupported("pre_tokenizer after ByteLevel:", step)
@@ -124,7 +125,9 @@ class Layout:
                 self.splitters.append(splitter(p, matches_only=True))
             case {"type": "Digits", "individual_digits": each}:
                 self.splitters.append(splitter(r"\p{N}" if each else r"\p{N}+"))
-            case {"type": "Metaspace"} if self.splitters:  # it would put a "▁" before pieces
+            case {"type": "Metaspace"} if before - {"Digits"}:  # which do not look for spaces
+                raise unsupported("pre_tokenizer before", step)
+            case {"type": "Metaspace", "prepend_scheme": "always"} if before:  # before each piece
                 raise unsupported("pre_tokenizer before", step)
             case {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme}:
                 self.spaces = True

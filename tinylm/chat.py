@@ -182,21 +182,25 @@ class ChatFormat:
         """A conversation as ids; with answer_next, up to where the assistant begins to speak.
 
         The same as `apply_chat_template` of `transformers`, except that no text of a message turns
-        into a special token.
+        into a special token, whichever of its fields a template looks at.
         """
-        said = "".join(message["content"] for message in messages)
+        said = json.dumps(messages, ensure_ascii=False, default=str)
         guard = next(c for c in map(chr, range(0xFDD0, 0x110000)) if c not in said)
-
         id_of, text_of = self.tokenizer.special, self.tokenizer.tokens
 
-        def defuse(text: str) -> str:  # <|end|> in a message becomes its id between guards
-            return self.special.sub(lambda match: f"{guard}{id_of[match[0]]}{guard}", text)
+        def defuse(x):  # <|end|> in a message becomes its id between guards
+            if isinstance(x, dict):
+                return {defuse(key): defuse(value) for key, value in x.items()}
+            if isinstance(x, list):
+                return [defuse(each) for each in x]
+            token = lambda match: f"{guard}{id_of[match[0]]}{guard}"
+            return self.special.sub(token, x) if isinstance(x, str) else x
 
         def mend(text: str) -> str:
             found = f"{guard}([0-9]+){guard}"
             return re.sub(found, lambda match: text_of[int(match[1])].decode(), text)
 
-        safe = [turn(message["role"], defuse(message["content"])) for message in messages]
+        safe = [{**defuse(message), "role": message["role"]} for message in messages]
         try:
             text = self.template.render(
                 messages=safe, tools=None, documents=None, add_generation_prompt=answer_next,

@@ -72,10 +72,11 @@ def available() -> int | None:
 
 def check(stage) -> None:
     """Raise InputError, with the settings that would fit, where a run would not fit the memory."""
-    room, model, c, (width, besides) = available(), stage.model, stage.config, stage.memory()
+    room, model, c, (width, once, each) = available(), stage.model, stage.config, stage.memory()
     together = getattr(c, "answers", 1)  # rows, of which all or none are in a batch
 
     def needs(rows: int, recompute: bool) -> int:
+        besides = once + rows * each
         return needed(model.config, model.n_parameters(), rows, width, recompute, besides)
 
     def that_fit(recompute: bool) -> str:

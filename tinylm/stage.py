@@ -48,10 +48,10 @@ class Stage(ABC):
     def evaluate(self, final: bool) -> dict[str, Any]:
         """Numbers on held-out data, and perhaps a sample; must not touch the state below."""
 
-    def memory(self) -> tuple[int, int]:
-        """Tokens to a row of --batch-size, at the most, and floats kept besides: what a run takes
-        is foreseen by these."""
-        return self.config.block_size, 0
+    def memory(self) -> tuple[int, int, int]:
+        """Tokens to a row of --batch-size, at the most; floats kept besides, and of these more for
+        each row: what a run takes is foreseen by these."""
+        return self.config.block_size, 0, 0
 
     def sample(self, messages: list[dict]) -> str:
         """What the model now answers, for people to see."""

@@ -77,9 +77,10 @@ class Store:
             (version,) = self.db.execute("PRAGMA user_version").fetchone()
             if version not in (0, VERSION):
                 raise InputError(f"{path}: written by a newer tinylm")
-            if not version:
-                if self.db.execute("SELECT 1 FROM sqlite_master").fetchone():
-                    raise sqlite3.DatabaseError("another program's tables are in it")
+            found = {name for (name,) in self.db.execute("SELECT name FROM sqlite_master")}
+            if found and "judgement" not in found:
+                raise sqlite3.DatabaseError("another program's tables are in it")
+            if not found:
                 self.db.execute("PRAGMA journal_mode = WAL")
                 made = f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT"
                 self.db.executescript(made)

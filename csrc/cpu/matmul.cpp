@@ -271,7 +271,7 @@ struct MicroKernel<Thirds> : TileKernel<Thirds> {};
 
 // ---- one block of columns and depth ------------------------------------------------------------
 
-struct Plan {  // kc and nc from the shape alone, the rest from threads and strides too
+struct Plan {  // kc and nc from the shape alone, the rest from threads, strides and the chip too
     long kc, mc, nc, row_blocks;
     bool pack_a, pack_b;  // or else it is multiplied as it lies
     long own_b;  // 0: B is packed once for all, and each thread takes blocks of rows, and packs

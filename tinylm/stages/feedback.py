@@ -324,15 +324,16 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
             nll = self.model.loss(batch.tokens, batch.targets, batch.start, False, batch.gap)
         return surrogate(nll, batch.old_logp, batch.advantages)
 
-    def memory(self) -> tuple[int, int]:
-        """A row is an answer with its share of a prompt. Besides, there are the fine-tuned model,
-        the weights and moments to go back to, and both models' logits."""
+    def memory(self) -> tuple[int, int, int]:
+        """A row is an answer with its share of a prompt, or of the prompt's rows where it takes
+        several. Besides, there are the fine-tuned model, the weights and moments to go back to (of
+        a GPU, the CPU keeps these), and both models' logits."""
         c, most, V = self.config, self.model.config.block_size, self.model.config.vocab_size
         asked = max(len(self.form.ids(row.messages, True)) for row in self.prompts)
-        whole = asked + c.answers * c.max_new_tokens
-        logits = 2 * c.batch_size * c.max_new_tokens * V if V <= EXACT_KL else 0
-        tokens = -(-min(most, max(ROW, whole)) // c.answers) if whole <= most else most
-        return tokens, 4 * self.model.n_parameters() + logits
+        width = min(most, max(ROW, asked + c.answers * c.max_new_tokens))
+        rows = -(-c.answers // max(1, min(c.answers, (most - asked) // c.max_new_tokens)))
+        kept = (1 if backend.name == "cuda" else 4) * self.model.n_parameters()
+        return -(-width * rows // c.answers), kept, 2 * c.max_new_tokens * V if V <= EXACT_KL else 0
 
     def evaluate(self, final: bool) -> dict:
         """Greedy answers to held-out prompts, before feedback and now: scores, how often the new

@@ -234,9 +234,9 @@ It read answers of which some had been preferred to others, and those became lik
     def asked(self, prompts: list[Asked]) -> list[Asked]:
         return prompts
 
-    def memory(self) -> tuple[int, int]:
+    def memory(self) -> tuple[int, int, int]:
         """Besides, there is the model as it came."""
-        return self.config.block_size, self.model.n_parameters()
+        return self.config.block_size, self.model.n_parameters(), 0
 
     def evaluate(self, final: bool) -> dict:
         """As for a reward model; and what it now says to the first held-out prompt."""
