@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -167,7 +168,13 @@ class Theirs:
         self.torch, self.models, self.repeats = torch, torch_models, repeats
 
     def time(self, run) -> float:
-        return seconds_of(run, self.torch.cuda.synchronize, self.repeats)
+        """NaN where memory does not suffice; what PyTorch keeps of it for later is given back."""
+        try:
+            return seconds_of(run, self.torch.cuda.synchronize, self.repeats)
+        except self.torch.OutOfMemoryError:
+            return math.nan
+        finally:
+            self.torch.cuda.empty_cache()
 
     def launches(self, n: int) -> float:
         x = self.torch.ones(32)
@@ -202,7 +209,7 @@ class Theirs:
             optimizer.zero_grad()
             losses.append(loss.item())
 
-        return self.time(step), losses[0]
+        return self.time(step), losses[0] if losses else math.nan
 
 
 def measure(
@@ -311,7 +318,11 @@ def main() -> int:
         theirs = Theirs(asked.repeats)
     except ImportError:
         theirs = None
-    found = measure(asked.rows, asked.repeats, GPT2, theirs, peak)
+    try:
+        found = measure(asked.rows, asked.repeats, GPT2, theirs, peak)
+    except MemoryError as error:
+        print(f"gpu.py: {error}: try fewer --rows than {asked.rows}", file=sys.stderr)
+        return 1
     if asked.json:
         print(json.dumps(found))
     else:

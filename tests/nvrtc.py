@@ -21,7 +21,7 @@ def compile(nvrtc: ctypes.CDLL, text: str, architecture: str) -> str:
     Raises AssertionError with the log if it does not compile.
     """
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    cupys = ["-std=c++17", "--device-as-default-execution-space"]
+    cupys = ["-std=c++17", "-ftz=true", "--device-as-default-execution-space"]
     options = [f"-arch={architecture}", *cupys, "--ptxas-options=-v"]
     given = (ctypes.c_char_p * len(options))(*map(str.encode, options))
     assert not nvrtc.nvrtcCreateProgram(

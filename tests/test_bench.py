@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy
 import pytest
 from commands import refused, succeeds
 
@@ -90,6 +92,23 @@ def test_the_gpu_benchmark_times_nothing_that_is_wrong(benchmark, cuda, monkeypa
     backward = backend.kernels.attention_backward
     monkeypatch.setattr(backend.kernels, "attention_backward", lambda **a: backward(**a)[::-1])
     assert gpu.wrong_kernels() == ["attention: odd in bfloat16"]
+
+
+def test_the_gpu_benchmark_goes_on_where_pytorch_lacks_memory(benchmark):
+    gpu, given_back = benchmark("gpu"), []
+    theirs = object.__new__(gpu.Theirs)
+    theirs.repeats = 1
+    theirs.torch = SimpleNamespace(
+        OutOfMemoryError=MemoryError,
+        cuda=SimpleNamespace(synchronize=int, empty_cache=lambda: given_back.append(1)),
+    )
+
+    def too_much():
+        raise MemoryError
+
+    assert theirs.time(int) >= 0
+    assert numpy.isnan(theirs.time(too_much))
+    assert len(given_back) == 2
 
 
 def test_the_gpu_benchmark_without_a_gpu_is_one_line():

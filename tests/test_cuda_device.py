@@ -54,6 +54,14 @@ def test_parity_through_cupy_and_cublas(case, machine):
         assert cases.parity_error(kernels, case) <= cases.TOLERANCE[dtype]
 
 
+def test_a_row_made_by_a_new_axis_is_multiplied(machine):
+    """Its stride is not the length of a row, which cuBLAS would refuse."""
+    tinylm.use("cuda")
+    x, w = (backend.asarray(x) for x in numpy.ones((2, 5, 5), "float32"))
+    for a in (x[0][None], backend.xp.expand_dims(x[1], 0)):
+        assert backend.kernels.matmul(a, w).tolist() == [[5.0] * 5]
+
+
 def test_a_recorded_step_is_the_bits_of_one_that_was_asked_for(
     machine, text_file, tmp_path, monkeypatch
 ):

@@ -94,9 +94,7 @@ def check(stage) -> None:
     if room is None or wanted <= room:
         return
     ways = [way for way in map(that_fit, sorted({c.recompute, True})) if way]
-    advice = " or ".join(ways) + " would fit" if ways else SMALLER
+    smaller = "--n-embd, --n-layer or --block-size" if hasattr(c, "n_embd") else "model"
+    advice = " or ".join(ways) + " would fit" if ways else f"use a smaller {smaller}"
     free = f"but {room / 1e9:.1f} GB are free"
     raise InputError(f"this run needs about {wanted / 1e9:.1f} GB, {free}: {advice}")
-
-
-SMALLER = "use a smaller --n-embd, --n-layer or --block-size"

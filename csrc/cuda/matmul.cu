@@ -64,16 +64,19 @@ KERNEL matmul_bfloat16(const u16* A, const u16* B, float* C, i64 M, i64 N, i64 K
     product(A, B, C, M, N, K, transpose_a, transpose_b, add);
 }
 
+// One thread per number, which need not divide to find its place: grid (rows, columns / threads)
+DEVICE i64 column_index() { return (i64)blockIdx.y * blockDim.x + threadIdx.x; }
+
 // y (N, F) += bias (F)
-KERNEL add_bias(float* y, const float* bias, i64 n, i64 F) {
-    const i64 i = thread_index();
-    if (i < n) y[i] += bias[i % F];
+KERNEL add_bias(float* y, const float* bias, i64 F) {
+    const i64 c = column_index();
+    if (c < F) y[blockIdx.x * F + c] += bias[c];
 }
 
 // rows of C numbers, in y `wide` apart
-KERNEL round_to_bfloat16(const float* x, u16* y, i64 n, i64 C, i64 wide) {
-    const i64 i = thread_index();
-    if (i < n) y[C == wide ? i : i / C * wide + i % C] = to_bfloat16(x[i]);
+KERNEL round_to_bfloat16(const float* x, u16* y, i64 C, i64 wide) {
+    const i64 c = column_index();
+    if (c < C) y[blockIdx.x * wide + c] = to_bfloat16(x[blockIdx.x * C + c]);
 }
 
 // int64 -> int32; what does not fit becomes the largest int32, which no check lets pass

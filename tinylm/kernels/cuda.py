@@ -133,7 +133,8 @@ class Cublas:
         """
         (M, N), K = c.shape, a.shape[not transpose_a]
         kind = self.BFLOAT16 if a.dtype == "uint16" else self.FLOAT32
-        lda, ldb = (x.strides[0] // x.itemsize for x in (a, b))
+        # the stride of a single row may be anything
+        lda, ldb = (max(x.shape[1], x.strides[0] // x.itemsize) for x in (a, b))
         one, beta = ctypes.c_float(1), ctypes.c_float(add)
         self.call(
             "cublasGemmEx", self.handle, int(transpose_b), int(transpose_a), N, M, K,

@@ -87,6 +87,11 @@ class Kernels(Attention):
         n = arguments[0].size if n < 0 else n
         self.launch(name, (up(n, THREADS),), *arguments, n, *rest)
 
+    def each_column(self, name: str, x, *arguments) -> None:
+        """One thread for each number of x, which knows its row and its column."""
+        rows, C = rows_of(x).shape
+        self.launch(name, (rows, up(C, THREADS)), x, *arguments)
+
     def noting(self, error: str) -> tuple:
         """What a kernel needs to note an error, which may tell a {value} and a {limit}."""
         if error not in self.checks:
@@ -129,7 +134,7 @@ class Kernels(Attention):
         C = x.shape[-1]
         wide = 8 * up(C, 8) if self.device.multiply else C
         y = self.xp.empty((*x.shape[:-1], wide), "uint16")
-        self.each("round_to_bfloat16", x, y, rest=(C, wide))
+        self.each_column("round_to_bfloat16", x, y, C, wide)
         return y[..., :C]
 
     def sum_shares(self, name: str, x, *arguments):
@@ -173,7 +178,7 @@ class Kernels(Attention):
         y = self.empty((*x.shape[:-1], F))
         self.product(rows_of(x), weight, rows_of(y), transpose_b=not transposed)
         if bias is not None:
-            self.each("add_bias", y, args.floats("bias", bias, "(F)", (F,)), rest=(F,))
+            self.each_column("add_bias", y, args.floats("bias", bias, "(F)", (F,)), F)
         return y
 
     def weight_of(self, args, weight, transposed, C, F):
