@@ -32,7 +32,7 @@ train, heldout = np.split(ids, [int(0.9 * len(ids))])
 
 def batch(source):
     """Random windows of the text (B, T), and the same moved on by one: what is to be predicted."""
-    begins = rng.integers(0, len(source) - T - 1, BATCH)
+    begins = rng.integers(0, len(source) - T, BATCH)
     rows = np.stack([source[i : i + T + 1] for i in begins])
     return rows[:, :-1], rows[:, 1:]
 
@@ -58,8 +58,8 @@ p = {
 
 def model(tokens):
     """tokens (B, T) -> logits (B, T, V)."""
-    places = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    x = ops.embedding(tokens, p["token"]) + ops.embedding(places, p["position"])
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    x = ops.embedding(tokens, p["token"]) + ops.embedding(positions, p["position"])
 
     n = ops.rms_norm(x, p["norm 1"])  # attention: every character looks at those before it
     q, k, v = (ops.split_heads(ops.linear(n, p[name]), H) for name in "qkv")
@@ -97,6 +97,6 @@ written = [int(i) for i in train[:T]]
 with no_grad():
     for _ in range(300):
         logits = model(np.array([written[-T:]])).data[0, -1]
-        chance = np.exp(logits / 0.7 - np.max(logits / 0.7))
+        chance = np.exp(logits / 0.7 - np.max(logits / 0.7))  # softmax, at a temperature of 0.7
         written.append(int(rng.choice(V, p=chance / chance.sum())))
 print("".join(characters[i] for i in written[T:]))

@@ -273,7 +273,7 @@ def test_prefix_middle_and_suffix_are_the_text(blanks, tokenizer, prose):
     rng = numpy.random.default_rng(0)
     for i in range(200):
         text = prose[i * 40 : i * 40 + 80].strip()
-        made, learned = blanks.example(tokenizer.encode(text), rng, only=True)
+        made, learned = blanks.example(tokenizer.encode(text), rng, blank_only=True)
         made, at = made[:-1], learned.index(True)
         shown = tokenizer.decode(made)
         prefix, rest = shown.removeprefix("<|prefix|>").split("<|suffix|>")

@@ -325,7 +325,7 @@ def test_packing_changes_neither_the_loss_nor_the_drift_of_an_answer(tokenizer, 
     found, sizes = [], []
     for groups, width in ((single, 1), (single, 64), (shared, 1), (shared, 64)):
         monkeypatch.setattr("tinylm.data.ROW", width)
-        batch, drift = stage.look_again(groups)
+        batch, drift = stage.as_batch(groups)
         assert [x.tolist() for x in batch.by_answer(batch.targets)] == said[::2] + said[1::2]
         old = numpy.concatenate(batch.by_answer(batch.old_logp))
         batch.nll.backward((batch.answer + 1).astype(batch.nll.dtype))

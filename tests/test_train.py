@@ -34,6 +34,7 @@ from tinylm.model import ModelConfig, Transformer
 from tinylm.optim import AdamW, clip_scale, schedule
 from tinylm.progress import Progress
 from tinylm.settings import TrainConfig, resumed_config
+from tinylm.stages.pretrain import PretrainConfig
 from tinylm.train import Guard, Trainer
 
 STEPS = ["--max-steps", "60", "--save-every", "4", "--eval-every", "20"]
@@ -349,7 +350,10 @@ def test_memory_that_will_not_suffice_names_what_would_fit(monkeypatch):
     config.recompute = True
     memory.check(stage)
     monkeypatch.setattr(memory, "available", lambda: 10**6)
-    with pytest.raises(InputError, match="--n-embd"):
+    with pytest.raises(InputError, match="use a smaller model"):
+        memory.check(stage)
+    stage.config = PretrainConfig(block_size=128, max_steps=1)
+    with pytest.raises(InputError, match="use a smaller --n-embd"):
         memory.check(stage)
 
 

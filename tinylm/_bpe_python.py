@@ -101,6 +101,7 @@ class Encoder:
         heapq.heapify(heap)
 
         def meet(i: int, k: int) -> None:
+            """Symbols i and k are neighbours now: their pair waits too, if it can be merged."""
             rank[i] = self.ranks.get((ids[i], ids[k])) if k < n else None
             if rank[i] is not None:
                 heapq.heappush(heap, (rank[i], i))

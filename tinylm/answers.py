@@ -23,7 +23,7 @@ class Answers(SharedPrompts):
     old_logp: Array = None  # (B, T): log π_old of each target, 0 elsewhere
     advantages: Array = None  # (B, T): of the target's answer, 0 elsewhere
     length: int = 1  # L_max
-    nll: Tensor | None = None  # −log π_old with its tape: what the first update undoes
+    nll: Tensor | None = None  # −log π_old with its tape, for the first update's backward
 
     def denominator(self) -> int:
         return (int(self.answer.max()) + 1) * self.length

@@ -56,23 +56,23 @@ def read_conversations(path: str | Path) -> Iterator[Row]:
     with file and place for a row that is something else, or a conversation that is not one.
     """
     for place, content in read_rows(Path(path)):
-        with_place = f"{path}, {place}: "
-        messages = as_messages(content, with_place)
+        where = f"{path}, {place}: "
+        messages = as_messages(content, where)
         answers = [m["content"] for m in messages if m["role"] == "assistant"]
         if not answers:
-            raise InputError(with_place + "no assistant turn, so there is nothing to learn")
+            raise InputError(where + "no assistant turn, so there is nothing to learn")
         if not all(answer.strip() for answer in answers):
-            raise InputError(with_place + "an assistant turn is empty")
+            raise InputError(where + "an assistant turn is empty")
         yield Row(place, messages, content)
 
 
 def read_prompts(path: str | Path) -> Iterator[Row]:
     """Conversations to be answered: up to the last user turn; what follows it is dropped."""
     for place, content in read_rows(Path(path)):
-        with_place = f"{path}, {place}: "
-        messages = as_prompt(as_messages(content, with_place))
+        where = f"{path}, {place}: "
+        messages = as_prompt(as_messages(content, where))
         if not messages:
-            raise InputError(with_place + "no user turn, so there is nothing to answer")
+            raise InputError(where + "no user turn, so there is nothing to answer")
         yield Row(place, messages, content)
 
 

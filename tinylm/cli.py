@@ -324,7 +324,7 @@ def chat(model, system, as_json, **settings):
     talk = Conversation(loaded, made, system, settings)
     live = sys.stdin.isatty() and not as_json
     console = Console(highlight=False, soft_wrap=True, quiet=as_json)
-    if not talk.answers:
+    if not talk.can_answer:
         click.echo(
             f"{model} is a base model: it was never taught to answer, so it continues what you "
             "write.",

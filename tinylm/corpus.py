@@ -134,7 +134,7 @@ def safe_cut(text: str, limit: int) -> int:
     of 2 BLOCKs without one is not language, and is cut anywhere.
     """
     match = CUTS.search(text, max(0, limit - 4096), max(0, limit))
-    return match.end() if match else limit if len(text) > 2 * BLOCK else 0
+    return match.end() if match else (limit if len(text) > 2 * BLOCK else 0)
 
 
 CUTS = re.compile(r"\S(?= )|\n(?=\S)")
@@ -221,11 +221,11 @@ def make_corpus(
     dtype = numpy.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
     counts = {"documents": 0, "duplicates": 0, "invalid_bytes": 0}
     whole, index = folder / "all.partial", folder / "index.partial"
-    (folder / "seen.partial").unlink(missing_ok=True)
-    hashes = sqlite3.connect(folder / "seen.partial")  # on disk: memory must not grow
+    (folder / "hashes.partial").unlink(missing_ok=True)
+    hashes = sqlite3.connect(folder / "hashes.partial")  # on disk: memory must not grow
     hashes.executescript("pragma journal_mode = off; pragma synchronous = off;")
-    hashes.execute("create table seen (digest blob primary key) without rowid")
-    insert = "insert or ignore into seen values (?)"
+    hashes.execute("create table hashes (digest blob primary key) without rowid")
+    insert = "insert or ignore into hashes values (?)"
     with open(whole, "wb") as tokens, open(index, "wb") as ends:
         for document in as_documents(read_texts(files, separator, seen)):
             place = tokens.tell()

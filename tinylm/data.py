@@ -10,7 +10,6 @@ attention does not look across it.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,8 +45,8 @@ def next_token_batch(rows: numpy.ndarray, begin: int) -> Batch:
     """rows (B, T + 1) -> what predicts the next token; none is learned across documents."""
     tokens, targets = rows[:, :-1], rows[:, 1:]
     targets = numpy.where(targets == begin, -1, targets)
-    at = numpy.where(tokens == begin, numpy.arange(tokens.shape[1], dtype=numpy.int32), 0)
-    start = numpy.maximum.accumulate(at, 1, dtype=numpy.int32)
+    begins = numpy.where(tokens == begin, numpy.arange(tokens.shape[1], dtype=numpy.int32), 0)
+    start = numpy.maximum.accumulate(begins, 1, dtype=numpy.int32)  # the last one so far
     return Batch(tokens, targets, start if start.any() else None)
 
 
@@ -96,21 +95,24 @@ class Windows:
 
 def mix(x: int, key: int) -> int:
     """A 32-bit hash (the finalizer of MurmurHash3) of x under a key."""
-    x = (x ^ key * 0x9E3779B9) & 0xFFFFFFFF
-    x = (x ^ x >> 16) * 0x85EBCA6B & 0xFFFFFFFF
-    x = (x ^ x >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
-    return x ^ x >> 16
+    x = (x ^ (key * 0x9E3779B9)) & 0xFFFFFFFF
+    x = (x ^ (x >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
+    return x ^ (x >> 16)
 
 
 def permuted(i: int, n: int, key: int) -> int:
-    """Where a pseudo-random permutation of range(n) sends i: a Feistel network, walked until the
-    result falls below n."""
+    """Where a pseudo-random permutation of range(n) sends i.
+
+    A Feistel network permutes all numbers of 2 half bits; walked until the result falls below n, it
+    permutes those below n.
+    """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     while True:
         left, right = i >> half, i & ((1 << half) - 1)
         for turn in range(4):
-            left, right = right, left ^ mix(right, key * 4 + turn) & ((1 << half) - 1)
-        i = left << half | right
+            left, right = right, left ^ (mix(right, key * 4 + turn) & ((1 << half) - 1))
+        i = (left << half) | right
         if i < n:
             return i
 
@@ -148,7 +150,7 @@ def first_fit(sizes: list[int], width: int) -> list[list[int]]:
     """Which of the things of these sizes lie in each row: each in the first with room for it."""
     room = numpy.full(len(sizes), width)
     rows: list[list[int]] = []
-    first = 0  # rows before it are full to within 2 tokens
+    first = 0  # rows before it have room for 2 tokens at most: looking there costs more
     for i, size in enumerate(sizes):
         at = first + int((room[first : len(rows) + 1] >= size).argmax())
         if at == len(rows):
@@ -222,7 +224,7 @@ class SharedPrompts(Batch):
         whole = max(len(prompt) - 1 + sum(map(len, answers)) for prompt, answers in prompts)
         width = max(min(most, max(ROW, whole)), alone)
         parts, sizes = [], []  # a prompt and answers to it that lie together in a row
-        numbered = itertools.count()
+        n_answers = 0
         for prompt, answers in prompts:
             room = 0
             for ids in answers:
@@ -230,14 +232,15 @@ class SharedPrompts(Batch):
                     parts.append((prompt, []))
                     sizes.append(len(prompt) - 1)
                     room = width - sizes[-1]
-                parts[-1][1].append((next(numbered), ids))
+                parts[-1][1].append((n_answers, ids))
                 sizes[-1] += len(ids)
                 room -= len(ids)
+                n_answers += 1
 
         rows = first_fit(sizes, width)
         shape = len(rows), max(sum(sizes[i] for i in row) for row in rows)
         tokens, start = numpy.full(shape, padding), numpy.zeros(shape, "int32")
-        gap, ends = numpy.zeros((*shape, 2), "int32"), numpy.zeros(next(numbered), int)
+        gap, ends = numpy.zeros((*shape, 2), "int32"), numpy.zeros(n_answers, int)
         targets, answer = numpy.full((2, *shape), -1)
         for r, row in enumerate(rows):
             at = 0

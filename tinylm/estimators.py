@@ -105,6 +105,6 @@ def exact_kl(logits: Array, other: Array) -> Array:
 
 
 def kl(logits: Array, other: Array) -> Array:
-    """As log q − log p = log Σ exp(−gap) p − gap, with gap = logits − other, one exp is enough."""
+    """As log p − log q = gap + log Σ p exp(−gap), with gap = logits − other, one exp is enough."""
     p, gap = backend.kernels.softmax_forward(logits), logits - other
     return (p * gap).sum(-1) + backend.xp.log((p * backend.xp.exp(-gap)).sum(-1))

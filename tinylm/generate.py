@@ -291,7 +291,7 @@ class Conversation:
     def __init__(self, model: Transformer, tokenizer: Tokenizer, system: str, settings: dict):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.system = [turn("system", system)] if system else []
-        self.answers = template_of(tokenizer) is not None
+        self.can_answer = template_of(tokenizer) is not None
         self.messages: list[dict] = []
         self.forgotten = 0  # messages at the front that the last answer did not see
 
@@ -309,7 +309,7 @@ class Conversation:
         return self.recorded(pieces)
 
     def pieces(self) -> Iterator[str]:
-        if not self.answers:
+        if not self.can_answer:
             said = self.messages[-1]["content"]
             return stream_text(self.model, self.tokenizer, said, **self.settings)
         form, size = ChatFormat(self.tokenizer), self.model.config.block_size

@@ -160,7 +160,7 @@ class Transformer(nn.Module):
         else:
             self.positions = nn.Embedding(rng, config.block_size, config.n_embd)
             angles = numpy.zeros((0, 0))
-        self._turns, self._on = (numpy.cos(angles), numpy.sin(angles)), {}
+        self._cos_sin, self._cos_sin_on = (numpy.cos(angles), numpy.sin(angles)), {}
         self.blocks = [Block(config, rng) for _ in range(config.n_layer)]
         norm = nn.RMSNorm if config.is_llama else nn.LayerNorm
         self.norm = norm(config.n_embd, config.norm_eps)
@@ -209,7 +209,7 @@ class Transformer(nn.Module):
         start (B, T): index of the first token of each token's document; attention does not look
         before it, and positions count from it. gap (B, T, 2), of training: attention does not look
         at the tokens gap[..., 0] .. gap[..., 1] − 1 either, and positions do not count them.
-        cache: a KVCache holding what came before.
+        cache: a KVCache holding what came before. Raises ValueError beyond the context.
         """
         tokens = backend.xp.atleast_2d(backend.asarray(tokens))
         past = 0 if cache is None else cache.length
@@ -217,21 +217,21 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"{past + tokens.shape[1]} tokens do not fit a context of {self.config.block_size}"
             )
-        places = Places(tokens, start, gap, past, *self.turns())
+        places = Places(tokens, start, gap, past, *self.cos_sin())
         x = self.embedding(tokens)
         if not self.config.is_llama:
             x = x + self.positions(places.positions)
         for i, block in enumerate(self.blocks):
-            rest = places, None if cache is None else cache.layers[i]
+            rest = places, (None if cache is None else cache.layers[i])
             x = ops.recomputed(block, x, *rest) if self.recompute else block(x, *rest)
         return self.norm(x)
 
-    def turns(self) -> tuple[Array, Array]:
-        """cos and sin of the rotary angles, on the backend in use; brought there once."""
+    def cos_sin(self) -> tuple[Array, Array]:
+        """Of the rotary angles, (P, D/2) each, on the backend in use; brought there once."""
         key = backend.name, str(self.embedding.weight.dtype)
-        if key not in self._on:
-            self._on[key] = tuple(backend.asarray(x, key[1]) for x in self._turns)
-        return self._on[key]
+        if key not in self._cos_sin_on:
+            self._cos_sin_on[key] = tuple(backend.asarray(x, key[1]) for x in self._cos_sin)
+        return self._cos_sin_on[key]
 
     def __call__(self, tokens: Array, start: Array | None = None, cache=None) -> Tensor:
         """tokens (B, T) of int -> logits (B, T, V)."""
@@ -243,8 +243,8 @@ class Transformer(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Loss per token in nats, (B, T); 0 where the target is −1.
 
-        even=False where the tokens' losses will be weighted each in its own way: it saves time, and
-        a device insists on it.
+        even=False where the tokens' losses will be weighted each in its own way: otherwise a CPU
+        makes gradients twice, and a device refuses (ops.linear_cross_entropy).
         """
         targets = backend.xp.atleast_2d(backend.asarray(targets))
         hidden = self.hidden(tokens, start, gap=gap)
@@ -255,7 +255,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """What a reward model makes of answers, read at their last tokens: (answers,).
 
-        tokens (B, T) of int; ends (answers,): where each ends, counted over all rows.
+        tokens (B, T) of int; ends (answers,): where each ends, counted over all rows, which are
+        picked as an embedding picks its own.
         """
         hidden = self.hidden(tokens, start, gap=gap)
         last = ops.embedding(backend.asarray(ends[None]), hidden.reshape(-1, hidden.shape[-1]))

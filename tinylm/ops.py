@@ -20,7 +20,7 @@ def unbroadcast(grad: Array, shape: tuple[int, ...]) -> Array:
     if grad.shape == shape:
         return grad
     grad = grad.sum(axis=tuple(range(grad.ndim - len(shape))))
-    stretched = tuple(i for i, n in enumerate(shape) if n == 1 != grad.shape[i])
+    stretched = tuple(i for i, n in enumerate(shape) if n == 1 and grad.shape[i] != 1)
     return grad.sum(axis=stretched, keepdims=True)
 
 
@@ -105,12 +105,12 @@ def split(x: Tensor, parts: int) -> tuple[Tensor, ...]:
         def vjp(dout):
             first = not gradients
             gradients[i] = dout
-            return (dout if first else None,)  # so that the whole's turn comes, after all parts
+            return (dout if first else None,)  # a sign, never added: the whole's turn comes last
 
         return Tensor.from_op(x.data[..., places[i]], (whole,), vjp)
 
     def vjp(dpart):
-        dx = dpart.base
+        dx = dpart.base  # in which attention_backward may have laid all parts' gradients
         beside = getattr(dx, "shape", None) == shape and len(gradients) == parts
         if not beside or not all(backend.same(dx[..., places[i]], g) for i, g in gradients.items()):
             dx = backend.empty(shape, dtype)
@@ -179,7 +179,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
         return backend.kernels.rms_norm_backward(dy, kept(), weight.data, rstd)
 
     y, rstd = forward()
-    return Tensor.from_op(y, (x, weight), vjp, lambda: forward()[0])
+    return Tensor.from_op(y, (x, weight), vjp, again=lambda: forward()[0])
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -193,7 +193,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
         return backend.kernels.layer_norm_backward(dy, kept(), weight.data, mean, rstd)
 
     y, mean, rstd = forward()
-    return Tensor.from_op(y, (x, weight, bias), vjp, lambda: forward()[0])
+    return Tensor.from_op(y, (x, weight, bias), vjp, again=lambda: forward()[0])
 
 
 # ---- attention ---------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def attention(
     """Causal softmax(q kᵀ / √D) v.  q (B, H, T, D); k, v (B, G, S, D) -> (B, H, T, D).
 
     Query t stands at key t + S − T. It sees the keys start[b, t] to t + S − T (default: from 0),
-    except gap[b, t, 0] to gap[b, t, 1] − 1 (default: no gap).
+    except gap[b, t, 0] to gap[b, t, 1] − 1 (default: no gap).  start (B, T), gap (B, T, 2), int32.
     """
     out, lse = backend.kernels.attention_forward(q.data, k.data, v.data, start, gap)
 
@@ -257,7 +257,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     def vjp(dy):
         return backend.kernels.swiglu_backward(dy, g(), u(), dgate=dy)
 
-    return Tensor.from_op(forward(), (gate, up), vjp, forward, overwrites=True)
+    return Tensor.from_op(forward(), (gate, up), vjp, again=forward, overwrites=True)
 
 
 def gelu(x: Tensor, approximate: bool = True) -> Tensor:
@@ -270,7 +270,7 @@ def gelu(x: Tensor, approximate: bool = True) -> Tensor:
     def vjp(dy):
         return (backend.kernels.gelu_backward(dy, kept(), approximate, dx=dy),)
 
-    return Tensor.from_op(forward(), (x,), vjp, forward, overwrites=True)
+    return Tensor.from_op(forward(), (x,), vjp, again=forward, overwrites=True)
 
 
 # ---- memory ------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy
 from tinylm import backend
 from tinylm.tensor import Array, Tensor
 
-STACK = 1 << 18  # numbers in the matrices that Muon moves at once, if there are several
+STACK = 1 << 18  # numbers in the matrices that Muon moves at once; a larger one goes alone
 
 
 class AdamW:
@@ -34,24 +34,6 @@ class AdamW:
         self.v = {name: backend.xp.zeros_like(p.data) for name, p in parameters.items()}
         self.steps = 0
 
-    can_be_guarded = True  # by a device; see guarded_step
-    _guarded = None  # what does it there
-
-    def guarded_step(self, loss: Array, rate: Array, clip: float, guard) -> Array:
-        """The whole update by a device, unless the gradient is one that train.Guard would refuse.
-
-        rate (1,): the learning rate. Clip and guard are those of the first call, which the device
-        remembers. Nothing is waited for; backend.kernels.later reads how it went.
-        """
-        if self._guarded is None:
-            sizes = [p.size for p in self.parameters.values()]
-            decays = [self.decay(p) for p in self.parameters.values()]
-            numbers = (self.beta1, self.beta2, self.eps, clip)
-            state = (guard.mean, guard.seen, self.steps)
-            self._guarded = backend.kernels.guarded_adamw(sizes, decays, *numbers, state)
-        named = self.parameters.items()
-        return self._guarded(loss, rate, [(p.data, p.grad, self.m[k], self.v[k]) for k, p in named])
-
     def gradients(self) -> list[Array]:
         return [p.grad for p in self.parameters.values() if p.grad is not None]
 
@@ -72,6 +54,24 @@ class AdamW:
     def zero_grad(self) -> None:
         for p in self.parameters.values():
             p.grad = None
+
+    can_be_guarded = True  # by a device; see guarded_step
+    _guarded = None  # what does it there
+
+    def guarded_step(self, loss: Array, rate: Array, clip: float, guard) -> Array:
+        """The whole update by a device, unless the gradient is one that train.Guard would refuse.
+
+        rate (1,): the learning rate. Clip and guard are those of the first call, which the device
+        remembers. Nothing is waited for; backend.kernels.later reads how it went.
+        """
+        if self._guarded is None:
+            sizes = [p.size for p in self.parameters.values()]
+            decays = [self.decay(p) for p in self.parameters.values()]
+            numbers = (self.beta1, self.beta2, self.eps, clip)
+            state = (guard.mean, guard.seen, self.steps)
+            self._guarded = backend.kernels.guarded_adamw(sizes, decays, *numbers, state)
+        named = self.parameters.items()
+        return self._guarded(loss, rate, [(p.data, p.grad, self.m[k], self.v[k]) for k, p in named])
 
 
 class Muon(AdamW):
@@ -98,16 +98,17 @@ class Muon(AdamW):
             if name not in self.v and p.grad is not None:
                 alike[p.shape].append(name)
         for shape, names in alike.items():
-            size, at_once = 0.2 * max(shape) ** 0.5, max(1, STACK // math.prod(shape))
+            scale, at_once = 0.2 * max(shape) ** 0.5, max(1, STACK // math.prod(shape))
             for i in range(0, len(names), at_once):
-                stack = names[i : i + at_once]
-                ways = [self.momentum(name, grad_scale) for name in stack]
-                for name, way in zip(stack, orthogonal(backend.xp.stack(ways))):
+                some = names[i : i + at_once]
+                momenta = [self.momentum(name, grad_scale) for name in some]
+                for name, update in zip(some, orthogonal(backend.xp.stack(momenta))):
                     weight = self.parameters[name].data
                     weight *= 1 - lr * self.weight_decay
-                    weight -= lr * size * way
+                    weight -= lr * scale * update
 
     def momentum(self, name: str, grad_scale: float) -> Array:
+        """M ← β₁ M + G, in place; returns G + β₁ M, a step ahead, as Nesterov's does."""
         grad, m = self.parameters[name].grad * grad_scale, self.m[name]
         m *= self.beta1
         m += grad
@@ -124,8 +125,8 @@ def orthogonal(x: Array, steps: int = 4) -> Array:
     matmul, norm = backend.kernels.matmul, backend.kernels.global_norm
     tall = x.shape[1] > x.shape[2]
     for step in range(steps):
-        gram = matmul(x, x, tall, not tall)  # x xᵀ or xᵀ x, whichever is smaller
-        if step == 0:
+        gram = matmul(x, x, transpose_a=tall, transpose_b=not tall)  # the smaller of xᵀ x and x xᵀ
+        if step == 0:  # where |gram| = √Σ s⁴
             if hasattr(backend.kernels, "settle"):  # a device: the host waits for nothing
                 sizes = (gram.astype("float64") ** 2).sum((1, 2), keepdims=True) ** 0.25 + 1e-15
             else:

@@ -72,7 +72,7 @@ class TrainConfig:
         self.expect("at least 0", "seed")
         self.expect("0 to 1", "warmup", "floor")
         self.expect("0 or more, below 1", "beta1", "beta2")
-        with products(self.dtype):
+        with products(self.dtype):  # which refuses what this processor cannot
             pass
         if not (self.max_steps or self.minutes or hasattr(self, "epochs")):
             raise InputError("say how long to train: --max-steps N or --minutes N")
@@ -120,7 +120,10 @@ class Plan:
     given: Set[str] = frozenset()  # the settings that the user named
 
     def open(self) -> None:
-        """Begin the run, or find its config again. Raises InputError where that cannot be."""
+        """Begin the run, or find its config again. Raises InputError where that cannot be.
+
+        With resume, a run that was killed before its first checkpoint begins anew.
+        """
         place = next(p for p in (self.out, *self.out.absolute().parents) if p.exists())
         if not place.is_dir() or not os.access(place, os.W_OK):
             raise InputError(f"--out {self.out}: {place} is no directory that can be written to")

@@ -46,7 +46,7 @@ class Node:
     vjp       maps the gradient of this node to a tuple with the gradient of each parent (None:
               that parent has none); the closure keeps what it needs alive. A leaf has no vjp
     grad      what a leaf has received so far, or, while backward runs, any node
-    owns      grad is its own memory: that of a leaf, and where the vjp writes over it
+    owns      grad must be memory that nobody else reads: a leaf keeps it, some vjps write there
     """
 
     __slots__ = ("grad", "index", "owns", "parents", "vjp")
@@ -62,7 +62,7 @@ class Node:
 
     def receive(self, grad: Array, new: bool) -> None:
         """Add to .grad. new: nobody else holds this array, so that it may be written to."""
-        new = new and grad.flags.c_contiguous
+        new = new and grad.flags.c_contiguous  # no kernel writes to any other
         if self.grad is None:
             self.grad = grad.copy() if self.owns and not new else grad
         elif new:
@@ -109,7 +109,7 @@ class Tensor:
         return out
 
     def kept(self) -> Callable[[], Array]:
-        """Gives .data later, in a vjp, at the least cost in memory."""
+        """A function that gives .data in a vjp, at the least cost in memory."""
         data = self.data
         return self.again or (lambda: data)
 
@@ -140,7 +140,7 @@ class Tensor:
         nodes = sorted(ancestors(self.node), key=lambda node: node.index, reverse=True)
         if any(node.vjp is _freed for node in nodes):
             raise RuntimeError("backward: this graph was freed by an earlier backward")
-        # x**0 is 1 of an infinite loss, too
+        # ones, with no array library at hand: x**0 is 1 even where x is infinite or NaN
         self.node.receive(self.data**0 if grad is None else grad, new=grad is None)
         for node in nodes:
             if node.vjp is None or node.grad is None:  # a leaf, or reached by no gradient

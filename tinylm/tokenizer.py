@@ -75,8 +75,8 @@ class Tokenizer:
             self.tokens[i] = self._layout.token_bytes(token)
         for token, i in self.special.items():
             self.tokens[i] = token.encode()
-        named, ids = map(self.named, ("bos", "eos", "pad")), vocab | self.special
-        self.bos_id, self.eos_id, self.pad_id = map(ids.get, named)
+        ids, names = vocab | self.special, ("bos", "eos", "pad")
+        self.bos_id, self.eos_id, self.pad_id = (ids.get(self.named(name)) for name in names)
         self.add_bos = self._wants_bos()
 
     def encode(self, text: str, begins: bool = True) -> list[int]:
@@ -118,7 +118,7 @@ class Tokenizer:
         return b"".join(tokens).decode("utf-8", "replace")
 
     def decode_stream(self, ids: Iterable[int], continues: bool = True) -> Iterator[str]:
-        """`decode`, id by id; a character comes once it is whole."""
+        """`decode`, id by id, by default of ids that continue; a character comes once whole."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for i in ids:
             token = self.tokens[i]

@@ -164,7 +164,7 @@ class Trainer:
 
     def loop(self, metrics: Metrics) -> bool:
         """Whether the run has ended; else it was asked to stop, and is saved."""
-        began, c, due = time.perf_counter() - self.seconds, self.config, False
+        began, c, put_off = time.perf_counter() - self.seconds, self.config, False
         while True:
             if not self.asked:
                 self.tick = time.perf_counter()
@@ -174,7 +174,7 @@ class Trainer:
                 self.seconds = time.perf_counter() - began
                 final, stopping = self.finished(), self.stop_asked
                 evaluating = final or self.step % c.eval_every == 0
-                saving = final or stopping or due or self.step % c.save_every == 0
+                saving = final or stopping or put_off or self.step % c.save_every == 0
                 self.tell(metrics, 1 if self.device and not evaluating and not saving else 0)
                 if evaluating:
                     self.evaluate(metrics, final)
@@ -186,10 +186,10 @@ class Trainer:
                 raise
             self.seconds = time.perf_counter() - began
             # a cautious stage has gone back already; elsewhere these weights may be the harm
-            due = saving and self.guard.in_a_row > 0 and not self.stage.cautious
-            if final or (saving and not due):
+            put_off = saving and self.guard.in_a_row > 0 and not self.stage.cautious
+            if final or (saving and not put_off):
                 self.save()
-            if final or (stopping and not due):
+            if final or (stopping and not put_off):
                 return final
 
     def tell(self, metrics: Metrics, keep: int) -> None:

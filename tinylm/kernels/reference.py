@@ -38,10 +38,10 @@ def linear_backward(dy, x, weight, transposed=False, has_bias=False, dx=None):
 
     dx: where to write it, maybe x itself; the same of other gradients that are arguments.
     """
-    rows, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    dweight = x.T @ rows if transposed else rows.T @ x
+    dy_rows, x_rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    dweight = x_rows.T @ dy_rows if transposed else dy_rows.T @ x_rows
     dx = np.matmul(dy, weight.T if transposed else weight, out=dx)
-    return dx, dweight, rows.sum(0) if has_bias else None
+    return dx, dweight, dy_rows.sum(0) if has_bias else None
 
 
 def embedding_forward(tokens, weight):
@@ -70,7 +70,7 @@ def rms_norm_forward(x, weight, eps):
 
 
 def rms_norm_backward(dy, x, weight, rstd):
-    """-> dx (N, C), dweight (C)."""
+    """-> dx (N, C), dweight (C). The mean is x's way through rstd."""
     xhat = x * rstd[..., None]
     dxhat = dy * weight
     dx = rstd[..., None] * (dxhat - xhat * np.mean(dxhat * xhat, -1, keepdims=True))
@@ -86,7 +86,7 @@ def layer_norm_forward(x, weight, bias, eps):
 
 
 def layer_norm_backward(dy, x, weight, mean, rstd):
-    """-> dx (N, C), dweight (C), dbias (C)."""
+    """-> dx (N, C), dweight (C), dbias (C). The means are x's ways through mean and rstd."""
     xhat = (x - mean[..., None]) * rstd[..., None]
     dxhat = dy * weight
     dxhat_mean = np.mean(dxhat, -1, keepdims=True)
@@ -125,6 +125,7 @@ def softmax_forward(x):
 
 
 def softmax_backward(dy, y):
+    """-> dx, of the output y: dx_i = Σ_j dy_j ∂y_j/∂x_i, where ∂y_j/∂x_i = y_j (δ_ij − y_i)."""
     return y * (dy - np.sum(dy * y, -1, keepdims=True))
 
 
@@ -147,7 +148,11 @@ def attention_forward(q, k, v, start=None, gap=None):
 
 
 def attention_backward(dout, q, k, v, out, lse, start=None, gap=None):
-    """-> dq (B, H, T, D), dk, dv (B, G, S, D)."""
+    """-> dq (B, H, T, D), dk, dv (B, G, S, D).
+
+    p is made again from lse. Then as in softmax_backward, whose sum over the keys, Σ dp p, is
+    dout · out, because out = p v and dp = dout vᵀ.
+    """
     B, G, S, D = k.shape
     p = np.exp(_scores(q, k, start, gap) - _finite(lse[..., None]))  # (B, H, T, S)
     dp = dout @ _repeat_heads(v, q.shape[1]).swapaxes(-1, -2)
@@ -214,7 +219,7 @@ SQRT_2_OVER_PI = 0.7978845608028654
 
 
 def gelu_forward(x, approximate=True):
-    """x Φ(x), or its tanh approximation ("gelu_new" of GPT-2).  arXiv 1606.08415"""
+    """x Φ(x), Φ(x) = P(N(0, 1) ≤ x), or its tanh form ("gelu_new" of GPT-2).  arXiv 1606.08415"""
     if not approximate:
         return x * 0.5 * (1 + _erf(x / 2**0.5))
     return 0.5 * x * (1 + np.tanh(SQRT_2_OVER_PI * (x + 0.044715 * x**3)))
@@ -301,6 +306,7 @@ def adamw(param, grad, m, v, lr, beta1, beta2, eps, weight_decay, step, grad_sca
     """One AdamW update, in place on param, m and v.  arXiv 1711.05101
 
     step counts from 1 (bias correction); grad_scale multiplies the gradient first (clipping).
+    m becomes β₁ m + (1 − β₁) grad, and v likewise of grad², each written as a step towards it.
     """
     grad = grad * grad_scale
     m += (1 - beta1) * (grad - m)

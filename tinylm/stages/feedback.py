@@ -172,7 +172,7 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
             causes += [self.cause(group) for group in others]
             for g, other in zip(alike, others):
                 groups[g] = other
-            batch, drift = self.look_again(groups)
+            batch, drift = self.as_batch(groups)
         return self.weighed(batch, groups, drift, causes)
 
     def ask(self, n: int) -> tuple[list[Group], Answers, numpy.ndarray]:
@@ -190,7 +190,7 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
             self.group(row, ids, self.drawn + g, said[g * G :][:G])
             for g, (row, ids) in enumerate(zip(rows, prompts))
         ]
-        batch, drift = self.look_again(groups)
+        batch, drift = self.as_batch(groups)
         logp = iter(batch.by_answer(batch.old_logp))
         for group in groups:
             group.logp = [next(logp).tolist() for _ in group.ids]
@@ -237,7 +237,7 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
         """Why all answers score alike; "" where they do not."""
         return cause(group.scores) if any(self.ended(group)) else "truncated"
 
-    def check(self, judged: float) -> dict[str, float]:
+    def gold_notes(self, judged: float) -> dict[str, float]:
         """What gold says of the answers that the judge has just scored."""
         if not self.checked:
             return {}
@@ -280,7 +280,7 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
             "equal_groups": sum(map(bool, causes)) / len(causes),
             **{f"equal_{why}": causes.count(why) / len(causes) for why in CAUSES},
             **self.judge.notes(),
-            **self.check(float(judged.mean())),
+            **self.gold_notes(float(judged.mean())),
         }
         return batch
 
@@ -297,7 +297,7 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
         if refusal != NOT_FINITE:
             self.beta = max(2 * self.beta, LEAST_BETA)
 
-    def look_again(self, groups: list[Group]) -> tuple[Answers, numpy.ndarray]:
+    def as_batch(self, groups: list[Group]) -> tuple[Answers, numpy.ndarray]:
         """The answers as a batch that is ready to be learned from, but for the advantages, and of
         each Σ_t log π_old − log π_ref (answers,). Remembers the KL per token as .drift."""
         most, length = self.model.config.block_size, self.config.max_new_tokens

@@ -76,8 +76,8 @@ class DPOConfig(PreferenceConfig):
 class Comparisons(SharedPrompts):
     """Answers to several prompts, and which of two is the better one."""
 
-    pairs: Array = None  # (P, 2): the number of the better answer, and of the worse
-    weights: Array = None  # (P,): 1 / pairs of the prompt
+    pairs: Array = None  # (pairs, 2): the number of the better answer, and of the worse
+    weights: Array = None  # (pairs,): 1 / pairs of the prompt
 
     def denominator(self) -> int:
         """Prompts: each counts once, however many pairs its answers make."""
@@ -94,7 +94,7 @@ class Compared:
 
 
 def bradley_terry(scores: Tensor, pairs: Array, weights: Array, center: float) -> Tensor:
-    """(−log σ(r_w − r_l) + c (r_w + r_l)²) · weight of each pair.  scores (B,) -> (P,)
+    """(−log σ(r_w − r_l) + c (r_w + r_l)²) · weight of each pair.  scores (answers,) -> (pairs,)
 
     −log σ(r_w − r_l) is the cross entropy of choosing the better one by softmax(r_w, r_l).
     """
@@ -225,8 +225,8 @@ It read answers of which some had been preferred to others, and those became lik
             before = self.reference.loss(*rows, gap=batch.gap).data
         nll = self.model.loss(*rows, even=False, gap=batch.gap)
         tokens = numpy.bincount(batch.answer[batch.answer >= 0])  # of each answer
-        back = numpy.arange(tokens.max())
-        said = backend.asarray(back < tokens[:, None], nll.dtype)
+        back = numpy.arange(tokens.max())  # how far before an answer's end
+        said = backend.asarray(back < tokens[:, None], nll.dtype)  # (answers, longest): 1 or 0
         places = backend.asarray(numpy.maximum(batch.ends[:, None] - back, 0))
         change = ops.embedding(places, (nll - before).reshape(-1, 1)).reshape(*said.shape)
         return (change * said).sum(1) * -self.config.beta

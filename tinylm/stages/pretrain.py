@@ -151,13 +151,16 @@ class Blanks:
 
     A row is cut into pieces of random length (so that short texts are practised as well as long
     ones), and each piece becomes a document of its own with one blank of one or a few whole words.
+
+    Of each token: `bare`, it begins with a character of a word, `spaced`, with a space and such a
+    one; `space`, it is a space; `breaks`, it ends in other white space, after which words are bare.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         ids = [tokenizer.special[name] for name in BLANKED]
         self.prefix, self.suffix, self.middle, self.end, self.begin = ids
         texts = tokenizer.texts()
-        self.opens = numpy.array([is_word(t[:1]) for t in texts])  # begins inside a word
+        self.bare = numpy.array([is_word(t[:1]) for t in texts])
         self.spaced = numpy.array([t[:1] == b" " and is_word(t[1:2]) for t in texts])
         self.space = numpy.array([t == b" " for t in texts])
         self.breaks = numpy.array([t[-1:].isspace() and t != b" " for t in texts])
@@ -167,17 +170,17 @@ class Blanks:
         plain = next_token_batch(rows, begin)
         tokens, targets = plain.tokens.copy(), plain.targets.copy()
         start = numpy.zeros(tokens.shape, numpy.int32) if plain.start is None else plain.start
-        only = config.objective == "missing"
+        blank_only = config.objective == "missing"
         for i, row in enumerate(rows):
             rng = numpy.random.default_rng((config.seed, first + i))
-            if only or rng.random() < 0.5:
-                tokens[i], targets[i], start[i] = self.row(row, rng, only)
+            if blank_only or rng.random() < 0.5:
+                tokens[i], targets[i], start[i] = self.row(row, rng, blank_only)
         return Batch(tokens, targets, start if start.any() else None)
 
-    def row(self, row: numpy.ndarray, rng, only: bool):
+    def row(self, row: numpy.ndarray, rng, blank_only: bool):
         """(T + 1) tokens -> tokens, targets, start, (T,) each; what does not fit is left out."""
         T = len(row) - 1
-        examples = [self.example(piece, rng, only) for piece in self.pieces(row, rng)]
+        examples = [self.example(piece, rng, blank_only) for piece in self.pieces(row, rng)]
         rest = [self.end] * (T + 1), [False] * (T + 1)
         batch = packed_batch([[*examples, rest]], self.end)
         return batch.tokens[0, :T], batch.targets[0, :T], batch.start[0, :T]
@@ -191,16 +194,16 @@ class Blanks:
             document = document[(document != self.begin) & (document != self.end)].tolist()
             while len(document) >= 3 and room > 8:
                 n = int(12 * (max(room, 13) / 12) ** rng.random())
-                n = min(n, max(room - 4, 3), len(document))
+                n = min(n, max(room - 4, 3), len(document))  # 4: the special tokens of a piece
                 yield document[:n]
                 document, room = document[n:], room - n - 4
 
-    def example(self, piece: list[int], rng, only: bool) -> Example:
+    def example(self, piece: list[int], rng, blank_only: bool) -> Example:
         """One blank in a piece; the whole of it is learned, or what fills the blank only."""
         begin, end = self.blank(piece, rng)
         given = [self.prefix, *piece[:begin], self.suffix, *piece[end:], self.middle]
         filled = [*piece[begin:end], self.end]
-        learned = [not only] * len(given) + [True] * len(filled)
+        learned = [not blank_only] * len(given) + [True] * len(filled)
         return [*given, *filled, self.end], [*learned, False]  # a row holds all but the last one
 
     def blank(self, piece: list[int], rng) -> tuple[int, int]:
@@ -220,12 +223,12 @@ class Blanks:
         if self.spaced[piece[i]]:
             return True
         if self.space[piece[i]]:
-            return i + 1 < len(piece) and bool(self.opens[piece[i + 1]])
-        return bool(self.opens[piece[i]] and (i == 0 or self.breaks[piece[i - 1]]))
+            return i + 1 < len(piece) and bool(self.bare[piece[i + 1]])
+        return bool(self.bare[piece[i]] and (i == 0 or self.breaks[piece[i - 1]]))
 
     def word_end(self, piece: list[int], i: int) -> int:
         i += 2 if self.space[piece[i]] else 1
-        while i < len(piece) and self.opens[piece[i]]:
+        while i < len(piece) and self.bare[piece[i]]:
             i += 1
         return i
 
