@@ -253,10 +253,27 @@ def test_what_feedback_cannot_use(assistant, prompts, tmp_path):
     refused(*start, "--prompts", prompts, *twice, saying="the same answers would be added up")
     forgotten = ["--reward-model", assistant[0]]
     refused(*start, "--prompts", prompts, *forgotten, saying="add --judge reward-model")
+    bare = [{"prompt": "Hi?", "accepted": ["Hi."]}] * 40 + [{"prompt": "Hi?"}]
+    bare = write_rows(tmp_path / "bare.jsonl", bare)
+    refused(*start, "--prompts", bare, "--max-new-tokens", 20, saying="asked about line 41")
     refused(*start, "--prompts", prompts, "--port", 70000, saying="--port: expected 0 to 65535")
+    ends = tmp_path / "ends.py"
+    ends.write_text("import sys\nsys.exit()\n")
+    verifier = ["--verifier", f"{ends}:f", "--max-new-tokens", 20]
+    refused(*start, "--prompts", prompts, *verifier, saying="cannot be loaded (SystemExit")
+    judge = ["--judge", "model", "--judge-model", assistant[0], "--judge-mode", "pairwise"]
+    judge += ["--max-new-tokens", 20, "--out", tmp_path / "judged"]
+    assert not (tmp_path / "r").exists()
+    refused(*start, "--prompts", prompts, *judge, saying="too long for the context of --judge-m")
     (tmp_path / "bad.py").write_text("def f(prompt, answer, row):\n    return 'fine'\n")
     verifier = ["--verifier", f"{tmp_path}/bad.py:f", "--max-new-tokens", 20]
     refused(*start, "--prompts", prompts, *verifier, saying="gave 'fine': expected a number")
+
+
+def test_what_to_try_next_can_be_pasted(base, conversations, tmp_path):
+    out = tmp_path / "my run"
+    done = succeeds("sft", base, "--data", conversations, "--out", out, "--max-steps", 1)
+    assert f"{out}: try  tinylm chat '{out}'" in " ".join(done.stderr.splitlines())
 
 
 def test_who_names_minutes_does_not_want_the_steps_of_the_default(assistant, prompts, tmp_path):

@@ -300,6 +300,22 @@ WRONG = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": {"a": 1}, "output": "b"},
+        {"instruction": ["a"], "output": "b"},
+        {"instruction": None, "output": "b"},
+        {"instruction": "a", "input": 5, "output": "b"},
+    ],
+)
+def test_an_instruction_that_is_no_text_is_refused(tmp_path, row):
+    """It would be learned as Python writes it."""
+    good = {"instruction": "a", "input": None, "output": "b"}
+    with pytest.raises(InputError, match='line 2: message 1: "content" must be a text'):
+        list(read_conversations(rows_file(tmp_path, good, row)))
+
+
 @pytest.mark.parametrize("wrong, said", WRONG.values(), ids=WRONG)
 def test_what_is_no_conversation_is_told_with_its_line(tmp_path, wrong, said):
     good = {"prompt": "a", "completion": "b"}

@@ -281,6 +281,7 @@ def test_info(capfd, base):
     facts = json.loads(capfd.readouterr().out)
     assert facts["n_layer"] == 2
     assert facts["step"] == 20
+    assert facts["bits_per_byte"] == round(facts["bits_per_byte"], 4)
     assert run(["info", str(base)]) == 0
 
 

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import itertools
 import json
+import sys
 
 import numpy
 import pytest
@@ -160,6 +161,7 @@ def broken(prompt, answer, row):
         (lambda p, a, r: [1.0], "expected a number"),
         (lambda p, a, r: 10**400, "expected a number"),
         (lambda p: 1.0, "TypeError"),
+        (lambda p, a, r: sys.exit(3), "SystemExit: 3"),
         (verifier.exact(0.5), '"accepted"'),
         (lambda p, a, r: verifier.exact(0.5)(p, a, {"accepted": [4]}), "as texts"),
     ],

@@ -107,6 +107,13 @@ def test_sampling_follows_the_distribution():
     assert shares(top_p=0)[0] == 1
 
 
+@pytest.mark.parametrize("temperature", [-1.0, numpy.nan])
+def test_a_temperature_that_is_none_is_refused(temperature):
+    """A negative one would prefer what is least likely."""
+    with pytest.raises(InputError, match="temperature: expected 0 or more"):
+        sample(numpy.zeros((1, 4), "float32"), numpy.random.default_rng(0), temperature)
+
+
 @pytest.mark.parametrize("V", [1, 2, 63, 64, 65, 1000])
 def test_drawing_by_runs_finds_what_one_running_sum_would(V):
     rng = numpy.random.default_rng(V)

@@ -321,6 +321,17 @@ def test_generating_with_a_reward_model_is_a_sentence(trained):
     refused("generate", trained[0], "say", saying="scores answers and writes none")
 
 
+@pytest.mark.parametrize(
+    "command", [("sft", "--data"), ("dpo", "--data"), ("feedback", "--prompts")]
+)
+def test_a_reward_model_cannot_be_taught_to_answer(command, trained, preferences, tmp_path):
+    """It says so before it has made a run."""
+    name, data = command
+    arguments = [trained[0], data, preferences, "--out", tmp_path / "r", "--max-steps", 1]
+    refused(name, *arguments, saying="is a reward model: it scores answers and writes none")
+    assert not (tmp_path / "r").exists()
+
+
 def test_answers_too_long_are_left_out_and_named(base, tmp_path):
     row = {"prompt": "say", "chosen": "a" * 99, "rejected": "b"}
     path = write_rows(tmp_path / "p.jsonl", [row])

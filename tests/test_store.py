@@ -100,6 +100,19 @@ def test_another_file_is_not_a_store(tmp_path):
     newer.close()
     with pytest.raises(InputError, match="newer"):
         Store(tmp_path / "y")
+    with pytest.raises(InputError, match="name a file in it"):
+        Store(tmp_path)
+
+
+def test_an_import_makes_the_folder_of_its_store_and_none_of_a_wrong_file(tmp_path):
+    row = {"prompt": "Hi", "answers": TEXTS[:2], "scores": [1, 0]}
+    for name, content in (("good", json.dumps(row)), ("bad", '{"text": "a"}')):
+        (tmp_path / name).write_text(content)
+    out = tmp_path / "new" / "store.sqlite"
+    refused("preferences", "import", tmp_path / "bad", "--out", out, saying="line 1: expected")
+    assert not out.exists()
+    succeeds("preferences", "import", tmp_path / "good", "--out", out)
+    assert out.exists()
 
 
 # ---- files -------------------------------------------------------------------------------------

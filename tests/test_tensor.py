@@ -96,6 +96,9 @@ def test_backward_without_a_gradient_needs_a_scalar_and_a_leaf():
     x = Tensor(numpy.ones(2), requires_grad=True)
     with pytest.raises(RuntimeError, match="needs a gradient"):
         (x * 2).backward()
+    with pytest.raises(RuntimeError, match=r"needs a gradient of its shape, \(2,\)"):
+        (x * 2).backward(numpy.ones(1))
+    assert x.grad is None
     with pytest.raises(RuntimeError, match="requires a gradient"):
         Tensor(numpy.ones(1)).backward()
 

@@ -81,8 +81,9 @@ def as_messages(row: dict, where: str = "") -> list[dict]:
     if "messages" in row:
         messages = row["messages"]
     elif "instruction" in row:
-        asked = "\n\n".join(str(row[k]) for k in ("instruction", "input") if row.get(k))
-        messages = [turn("user", asked)]
+        parts = [row["instruction"], row.get("input") or ""]
+        wrong = [part for part in parts if not isinstance(part, str)]
+        messages = [turn("user", wrong[0] if wrong else "\n\n".join(filter(None, parts)))]
         messages += [turn("assistant", row["output"])] if "output" in row else []
     elif "prompt" in row:
         messages = as_turns("user", row["prompt"])

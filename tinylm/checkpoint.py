@@ -76,12 +76,17 @@ def stop_at_the_end(model: Transformer, tokenizer: Tokenizer) -> None:
         model.config.eos_token_id = [tokenizer.eos_id, *stop]
 
 
-def load_for_chat(path: str | Path) -> tuple[Transformer, Tokenizer, list[str] | None]:
+def load_for_chat(
+    path: str | Path, writes: bool = True
+) -> tuple[Transformer, Tokenizer, list[str] | None]:
     """`load`, and where there is no chat template yet, one is given to the tokenizer.
 
     Also returns what special tokens that took (new rows of the embedding), or None if it had one.
+    Raises InputError for a reward model, unless it need not write.
     """
     model, tokenizer = load(path)
+    if writes and model.config.scores:
+        raise InputError(f"{path} is a reward model: it scores answers and writes none")
     if tokenizer is None:
         raise InputError(f"{path}/tokenizer.json: no such file; a model cannot chat without one")
     if template_of(tokenizer):

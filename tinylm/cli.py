@@ -230,7 +230,8 @@ def export_preferences(run, out, form, judge, as_json):
 @common
 def import_preferences(file, out, judge, as_json):
     """A file of any of export's forms, or OpenAssistant's trees -> a store."""
-    n = store.Store(out).add_all(str(file), preferences.read_preferences(file, ties=True), judge)
+    judged = preferences.read_preferences(file, ties=True)  # first: a wrong file makes no store
+    n = store.Store(out).add_all(str(file), judged, judge)
     added = f"{out}: {n:,} judged prompts added"
     tell(as_json, {"store": str(out), "prompts": n}, added, err=True)
 
@@ -406,7 +407,7 @@ def fill(model, text, as_json, **settings):
 @click.option("--batch-size", type=click.IntRange(1), default=16, help="Windows at once.")
 @common
 def evaluate(model, paths, document_separator, as_json, **sizes):
-    """Bits per byte of held-out text, beside xz."""
+    """Bits per byte: of a run's held-out text, beside xz, or of --data."""
     loaded, made = open_model(model)
     asked, most = sizes["block_size"], loaded.config.block_size
     if asked > most:
@@ -450,8 +451,8 @@ def info(model, as_json):
     if checkpoint.exists():
         state = checkpoint.state()
         facts |= {"step": state["step"], "training_seconds": round(state["seconds"], 1)}
-        evals = [row for row in read_metrics(model) if "bits_per_byte" in row]
-        facts |= {"bits_per_byte": evals[-1]["bits_per_byte"]} if evals else {}
+        found = [row["bits_per_byte"] for row in read_metrics(model) if row.get("bits_per_byte")]
+        facts |= {"bits_per_byte": round(found[-1], 4)} if found else {}
     shown = {k: f"{v:,}" if type(v) is int else v for k, v in facts.items()}
     tell(as_json, facts, *(f"{name:18} {value}" for name, value in shown.items()))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import shlex
 from functools import partial, wraps
 from pathlib import Path
 
@@ -111,7 +112,8 @@ def stage_of(config, then: str, out_required: bool = True):
             from tinylm import report
 
             report.attempt([out], plan.progress)
-            tried = f"{out}: try  {then.format(out=out, **inputs)}"
+            places = {k: shlex.quote(str(v)) for k, v in {**inputs, "out": out}.items()}
+            tried = f"{out}: try  {then.format(**places)}"
             tell(as_json, results, tried, err=True)
 
         return wrapped

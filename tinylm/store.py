@@ -72,6 +72,7 @@ class Store:
     def __init__(self, path: str | Path):
         """Raises InputError where the file is something else."""
         self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self.db = sqlite3.connect(self.path, isolation_level=None)
             (version,) = self.db.execute("PRAGMA user_version").fetchone()
@@ -84,8 +85,9 @@ class Store:
                 self.db.execute("PRAGMA journal_mode = WAL")
                 made = f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT"
                 self.db.executescript(made)
-        except sqlite3.OperationalError as error:  # another process is writing it, say
-            raise InputError(f"{path}: cannot be opened ({error}); try again") from None
+        except sqlite3.OperationalError as error:  # a directory, or another process writes to it
+            remedy = "name a file in it" if self.path.is_dir() else "try again"
+            raise InputError(f"{path}: cannot be opened ({error}); {remedy}") from None
         except sqlite3.DatabaseError as error:
             raise InputError(f"{path}: not a store of judgements ({error})") from None
 

@@ -130,11 +130,11 @@ class Tensor:
         """Add d(self)/d(leaf), weighted by grad (of self's shape), to the .grad of every leaf.
 
         Frees the graph on the way: each node drops its parents and residuals once it is used.
-        Raises RuntimeError if grad is missing for a non-scalar, if nothing here asks for a
-        gradient, or if part of the graph was freed by an earlier backward.
+        Raises RuntimeError if grad is missing for a non-scalar or of another shape, if nothing here
+        asks for a gradient, or if part of the graph was freed by an earlier backward.
         """
-        if grad is None and self.data.size != 1:
-            raise RuntimeError(f"backward of a Tensor of shape {self.shape} needs a gradient")
+        if self.size != 1 if grad is None else grad.shape != self.shape:
+            raise RuntimeError(f"backward of a Tensor needs a gradient of its shape, {self.shape}")
         if not self.requires_grad:
             raise RuntimeError("backward: no Tensor here requires a gradient")
         nodes = sorted(ancestors(self.node), key=lambda node: node.index, reverse=True)

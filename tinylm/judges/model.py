@@ -26,12 +26,14 @@ MODES = ("likelihood", "pairwise")
 class Model(Judge):
     """What does not fit its context gets no judgement."""
 
+    trouble = "too long for the context of --judge-model"
+
     def __init__(self, folder: str, mode: str):
         if not folder:
             raise InputError("--judge model: name its directory, --judge-model DIR")
         if mode not in MODES:
             raise InputError(f"--judge-mode {mode}: a model judges by {' or '.join(MODES)}")
-        self.model, tokenizer, added = checkpoint.load_for_chat(folder)
+        self.model, tokenizer, added = checkpoint.load_for_chat(folder, writes=False)
         if self.model.config.scores:
             raise InputError(f"{folder} is a reward model: use --judge reward-model for it")
         if added is not None:

@@ -31,6 +31,8 @@ def scores(model: Transformer, prompts: list[Asked]) -> list[float]:
 class RewardModel(Judge):
     """An answer that does not fit its context gets no judgement."""
 
+    trouble = "too long for the context of --reward-model"
+
     def __init__(self, folder: str):
         if not folder:
             raise InputError("--judge reward-model: name its directory, --reward-model DIR")

@@ -73,7 +73,7 @@ def load(name: str) -> Score:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"--verifier {name}: cannot be loaded ({reason})") from error
     if not callable(getattr(module, function, None)):
@@ -97,7 +97,7 @@ def checked(score: Score, row: Row, answer: str) -> float | None:
     where = f"the verifier, asked about {row.place} of the prompts ({prompt!r:.60})"
     try:
         found = score(prompt, answer, row.content)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
         raise InputError(f"{where}, failed: {kind}{error}") from error
     if found is None:

@@ -417,6 +417,8 @@ def run(source: Path, prompts: Path, plan: Plan) -> dict:
     origin = [checkpoint.digest(source), *source_of([prompts])]
     reference, _, _ = checkpoint.load_for_chat(source)
     judge = JUDGES[config.judge](config)
+    if config.judge == "verifier" and not config.verifier:
+        judge([Group(row, [""]) for row in rows])  # a row that lacks "accepted" is told now
     stage = Feedback(model, reference, tokenizer, rows, judge, config, origin)
     stage.say = lambda text: progress.say(text, "bold yellow")
     progress.say(

@@ -264,13 +264,14 @@ def held_out(prompts: list[Compared], share: float) -> tuple[list[Compared], lis
 
 def run(base: Path, data: Path, plan: Plan) -> dict:
     """Make a reward model of the model in directory base, or with a DPOConfig a better one."""
-    model, tokenizer, added = checkpoint.load_for_chat(base)
+    writes = isinstance(plan.config, DPOConfig)
+    model, tokenizer, added = checkpoint.load_for_chat(base, writes)
     plan.progress.given_chat_tokens(base, added)
     plan.open_with(model, base)
     config = plan.config
     prompts = read_compared(data, ChatFormat(tokenizer), config.block_size, plan.progress)
     source = [checkpoint.digest(base), *source_of([data])]
-    if isinstance(config, DPOConfig):
+    if writes:
         reference, _, _ = checkpoint.load_for_chat(base)
         stage = DPO(model, tokenizer, prompts, config, source, reference)
     else:
