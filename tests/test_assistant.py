@@ -111,8 +111,10 @@ def test_chat_forgets_the_oldest_turns_when_the_context_is_full(assistant):
 
 
 def test_chat_refuses_what_does_not_fit_the_context(assistant):
-    said = "why " * 100 + "\n"
-    refused("chat", assistant[0], said=said, saying="too many for a context of 64")
+    """What was said before it is not lost."""
+    said = "What does the cat say?\n" + "why " * 100 + "\n"
+    done = refused("chat", assistant[0], "--json", said=said, saying="too many for a context of 64")
+    assert [m["role"] for m in json.loads(done.stdout)["messages"]] == ["user", "assistant"]
 
 
 def test_transformers_chats_with_what_sft_made(assistant):

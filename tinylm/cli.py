@@ -339,6 +339,7 @@ def chat(model, system, as_json, **settings):
             pieces = talk.ask(said)
         except InputError as error:
             if not live:
+                tell(as_json, {"messages": talk.messages})  # what was said until then
                 raise
             console.print(Text(str(error), "yellow"))
             continue

@@ -95,7 +95,8 @@ def json_pieces(file, path: Path) -> Iterator[tuple[str, bool]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: not valid JSON ({error})") from None
+            where = f"{path}, line {number}: not valid JSON ({error})"
+            raise InputError(f"{where}: every line is an object of its own") from None
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str):
             raise InputError(f'{path}, line {number}: expected an object with a "text" string')
