@@ -24,6 +24,7 @@ from tables import table
 import tinylm
 from tinylm import backend
 from tinylm.bench import flops_per_token, training_step
+from tinylm.files import in_json
 from tinylm.kernels import cases
 from tinylm.kernels.cases import CASES
 from tinylm.model import ModelConfig, Transformer
@@ -324,7 +325,7 @@ def main() -> int:
         print(f"gpu.py: {error}: try fewer --rows than {asked.rows}", file=sys.stderr)
         return 1
     if asked.json:
-        print(json.dumps(found))
+        print(json.dumps(in_json(found)))
     else:
         for made in tables(found):
             Console().print(made)

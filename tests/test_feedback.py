@@ -421,28 +421,30 @@ def test_sampling_is_part_of_the_state(tokenizer, tmp_path, updates):
         assert one.notes == two.notes
 
 
-def test_memory_is_foreseen_for_answers_that_share_their_prompt(tokenizer, monkeypatch):
+@pytest.mark.parametrize(
+    "settings, fit, advice",
+    [
+        ({"batch_size": 12}, 6, "--batch-size 4 --accumulate 3 or --recompute"),
+        # of 64 tokens, for a prompt and 8 answers of up to 12: these take several rows
+        (
+            {"answers": 8, "batch_size": 32, "max_new_tokens": 12},
+            8, "--batch-size 8 --accumulate 4 or --recompute",
+        ),
+    ],
+)  # fmt: skip
+def test_memory_is_foreseen_for_answers_that_share_their_prompt(
+    tokenizer, monkeypatch, settings, fit, advice
+):
     """And what would fit is a setting that is allowed: the answers to a prompt stay together."""
-    stage = make_stage(tokenizer, count_of_a, batch_size=12)
+    stage = make_stage(tokenizer, count_of_a, **settings)
     tokens, kept, each = stage.memory()
-    assert stage.fresh().tokens.size <= 12 * tokens < 12 * 64
+    rows = stage.config.batch_size
+    assert stage.fresh().tokens.size <= rows * tokens < rows * 64
+    assert each == 2 * stage.config.max_new_tokens * tokenizer.vocab_size
     shape, n = stage.model.config, stage.model.n_parameters()
-    room = memory.needed(shape, n, 6, tokens, besides=kept + 6 * each)
+    room = memory.needed(shape, n, fit, tokens, besides=kept + fit * each)
     monkeypatch.setattr(memory, "available", lambda: room)
-    with pytest.raises(InputError, match="--batch-size 4 --accumulate 3 or --recompute"):
-        memory.check(stage)
-
-
-def test_memory_is_foreseen_for_answers_that_take_several_rows(tokenizer, monkeypatch):
-    """Of 64 tokens, for a prompt and 8 answers of up to 12; their logits are fewer with fewer."""
-    stage = make_stage(tokenizer, count_of_a, answers=8, batch_size=32, max_new_tokens=12)
-    tokens, kept, each = stage.memory()
-    assert stage.fresh().tokens.size <= 32 * tokens < 32 * 64
-    assert each == 2 * 12 * tokenizer.vocab_size
-    shape, n = stage.model.config, stage.model.n_parameters()
-    room = memory.needed(shape, n, 8, tokens, besides=kept + 8 * each)
-    monkeypatch.setattr(memory, "available", lambda: room)
-    with pytest.raises(InputError, match="--batch-size 8 --accumulate 4 or"):
+    with pytest.raises(InputError, match=advice):
         memory.check(stage)
 
 

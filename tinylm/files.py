@@ -9,6 +9,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -27,6 +28,16 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object")
     return content
+
+
+@contextmanager
+def expected(path: Path, what: str) -> Iterator[None]:
+    """Raises InputError where a file of ours turns out to hold something else."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: not {what} ({why}): move it away") from None
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict]]:

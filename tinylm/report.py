@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 
@@ -21,9 +19,8 @@ from tinylm import xray
 from tinylm.charts import Chart, Points, smooth
 from tinylm.chat import template_of, turn
 from tinylm.corpus import Corpus
-from tinylm.errors import InputError
 from tinylm.evaluate import wilson
-from tinylm.files import read_json, write_text
+from tinylm.files import expected, read_json, write_text
 from tinylm.progress import Progress, clock
 from tinylm.runs import SPEED, Run, facts, find_runs, finite
 
@@ -119,15 +116,6 @@ def figures(runs: list[Run]) -> list[tuple[str, str]]:
         seconds = sum(run.state["seconds"] for run in runs)
         found.append((clock(seconds), "of training" + (", all runs together" if runs[1:] else "")))
     return found
-
-
-@contextmanager
-def expected(path: Path, what: str) -> Iterator[None]:
-    """Raise InputError where a file turns out to hold something else."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise InputError(f"{path}: not {what} ({type(error).__name__}: {error})") from None
 
 
 def tested(results: dict[Path, dict]) -> list[dict]:

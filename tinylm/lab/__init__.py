@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from tinylm.errors import InputError
-from tinylm.files import write_json
+from tinylm.files import expected, write_json
 from tinylm.lab import (
     assistant,
     compression,
@@ -62,12 +62,9 @@ def write_claims(path: Path, row: dict) -> None:
 
 def known_claims(path: Path) -> dict[str, dict]:
     """The rows of claims.json by claim. Raises InputError where it holds something else."""
-    try:
+    with expected(path, "a list of claims"):
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         return {row["claim"]: row for row in known}
-    except (ValueError, KeyError, TypeError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path}: not a list of claims ({why}): move it away") from None
 
 
 def shown(claim: dict):
