@@ -321,6 +321,7 @@ angles = np.ones((6, 4), np.float32)
         (ValueError, "[rope_forward] positions: expected values in [0, 6), got 6", "rope_forward", dict(x=heads, cos=angles, sin=angles, positions=np.full((2, 5), 6))),
         (ValueError, "[rope_forward] x: expected an even head size D, got 7", "rope_forward", dict(x=heads[..., :7], cos=f32, sin=f32, positions=np.zeros((2, 5), int))),
         (ValueError, "[adamw] step: expected at least 1, got 0", "adamw", dict(param=f32.copy(), grad=f32, m=f32.copy(), v=f32.copy(), lr=1, beta1=0.9, beta2=0.9, eps=1, weight_decay=0, step=0)),
+        (ValueError, "[muon] param: expected (M, N) = (any, any), got (3,)", "muon", dict(matrices=[[f32[0].copy()] * 3], lr=1, beta1=0.9, weight_decay=0)),
     ],
 )  # fmt: skip
 def test_errors_say_what_was_expected(error, message, kernel, arguments, kernels):

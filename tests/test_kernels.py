@@ -489,6 +489,8 @@ heads = np.ones((2, 4, 5, 8), np.float32)
         (ValueError, "[adamw] m: expected a C-contiguous array", lambda: _cpu.adamw(f32.copy(), f32, np.ones((3, 2), np.float32).T, f32.copy(), 1, 0.9, 0.9, 1, 0, 1)),
         (ValueError, "[adamw] param: expected a writable array", lambda: _cpu.adamw(np.broadcast_to(f32, (2, 3)), f32, f32.copy(), f32.copy(), 1, 0.9, 0.9, 1, 0, 1)),
         (ValueError, "[adamw] step: expected at least 1, got 0", lambda: _cpu.adamw(f32.copy(), f32, f32.copy(), f32.copy(), 1, 0.9, 0.9, 1, 0, 0)),
+        (ValueError, "[muon] param: expected (M, N) = (any, any), got (3,)", lambda: _cpu.muon([(f32[0].copy(), f32[0], f32[0].copy())], 1, 0.9, 0)),
+        (ValueError, "[muon] grad: expected the shape of param = (2, 3), got (3,)", lambda: _cpu.muon([(f32.copy(), f32[0], f32.copy())], 1, 0.9, 0)),
         (ValueError, 'got "mmx"', lambda: _cpu.use_isa("mmx")),
         (ValueError, "[set_threads] n: expected at least 1, got 0", lambda: _cpu.set_threads(0)),
     ],

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-
-import numpy
 
 from tinylm import backend
 from tinylm.tensor import Array, Tensor
-
-STACK = 1 << 18  # numbers in the matrices that Muon moves at once; a larger one goes alone
 
 
 class AdamW:
@@ -77,12 +72,10 @@ class AdamW:
 class Muon(AdamW):
     """Momentum, orthogonalised, for the matrices named; AdamW for everything else.
 
-        M ← β₁ M + G,   O = orthogonal(G + β₁ M),   W ← W − lr (0.2 √max(n_out, n_in) O + λ W)
-
     The update of a matrix is dominated by a few directions; orthogonalising it lets all of them
-    learn at the same rate (Jordan et al. 2024, kellerjordan.github.io/posts/muon). 0.2 √max(…)
-    makes it as large as AdamW's usually is, so that one learning rate serves both
-    (arXiv 2502.16982). Such a matrix needs no `v`.
+    learn at the same rate (Jordan et al. 2024, kellerjordan.github.io/posts/muon). The kernel makes
+    it as large as AdamW's usually is, so that one learning rate serves both (arXiv 2502.16982).
+    Such a matrix needs no `v`.
     """
 
     can_be_guarded = False
@@ -93,49 +86,9 @@ class Muon(AdamW):
 
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
         super().step(lr, grad_scale)  # of what has a `v`
-        alike = defaultdict(list)
-        for name, p in self.parameters.items():
-            if name not in self.v and p.grad is not None:
-                alike[p.shape].append(name)
-        for shape, names in alike.items():
-            scale, at_once = 0.2 * max(shape) ** 0.5, max(1, STACK // math.prod(shape))
-            for i in range(0, len(names), at_once):
-                some = names[i : i + at_once]
-                momenta = [self.momentum(name, grad_scale) for name in some]
-                for name, update in zip(some, orthogonal(backend.xp.stack(momenta))):
-                    weight = self.parameters[name].data
-                    weight *= 1 - lr * self.weight_decay
-                    weight -= lr * scale * update
-
-    def momentum(self, name: str, grad_scale: float) -> Array:
-        """M ← β₁ M + G, in place; returns G + β₁ M, a step ahead, as Nesterov's does."""
-        grad, m = self.parameters[name].grad * grad_scale, self.m[name]
-        m *= self.beta1
-        m += grad
-        return grad + self.beta1 * m
-
-
-def orthogonal(x: Array, steps: int = 4) -> Array:
-    """Nearly U Vᵀ of each x = U S Vᵀ, (n, M, N): every singular value becomes one, or near it.
-
-    Newton-Schulz: each step takes each singular value s to a s + b s³ + c s⁵, which carries all of
-    (0.005, 1] to about 0.7 to 1.2; 0 stays 0. The coefficients are Jordan's (2024); he takes five
-    steps from x / |x|. The fourth root of Σ s⁴ is nearer to the largest s, and saves one.
-    """
-    matmul, norm = backend.kernels.matmul, backend.kernels.global_norm
-    tall = x.shape[1] > x.shape[2]
-    for step in range(steps):
-        gram = matmul(x, x, transpose_a=tall, transpose_b=not tall)  # the smaller of xᵀ x and x xᵀ
-        if step == 0:  # where |gram| = √Σ s⁴
-            if hasattr(backend.kernels, "settle"):  # a device: the host waits for nothing
-                sizes = (gram.astype("float64") ** 2).sum((1, 2), keepdims=True) ** 0.25 + 1e-15
-            else:
-                sizes = numpy.array([[[norm([one]) ** 0.5 + 1e-15]] for one in gram])
-            x = x / backend.asarray(sizes, x.dtype)  # no singular value is above 1 now
-            gram = gram / backend.asarray(sizes**2, x.dtype)
-        mixed = -4.7750 * gram + 2.0315 * matmul(gram, gram)
-        x = 3.4445 * x + (matmul(x, mixed) if tall else matmul(mixed, x))
-    return x
+        named = ((name, p) for name, p in self.parameters.items() if name not in self.v)
+        matrices = [(p.data, p.grad, self.m[name]) for name, p in named if p.grad is not None]
+        backend.kernels.muon(matrices, lr, self.beta1, self.weight_decay, grad_scale)
 
 
 def clip_scale(norm: float, limit: float) -> float:

@@ -58,9 +58,8 @@ class FromNumPy:
             moved = {id(v): self.to_device(v) for v in arguments.values()}
             there = {k: moved[id(v)] for k, v in arguments.items()}
             result = self.from_device(kernel(**there))
-            if name == "adamw":
-                for k in ("param", "m", "v"):
-                    arguments[k][...] = there[k].get()
+            for k in set(OPS[name].returns) & set(arguments) if name in OPS else ():
+                self.bring_back(there[k], arguments[k])
             self.kernels.settle()
             return result
 
@@ -70,6 +69,14 @@ class FromNumPy:
         if isinstance(x, list):
             return [self.to_device(part) for part in x]
         return self.xp.asarray(x) if isinstance(x, np.ndarray) else x
+
+    def bring_back(self, there, here) -> None:
+        """What a kernel has written to."""
+        if isinstance(here, list):
+            for pair in zip(there, here):
+                self.bring_back(*pair)
+        else:
+            here[...] = there.get()
 
     def from_device(self, x):
         if isinstance(x, tuple):

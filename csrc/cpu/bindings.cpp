@@ -629,6 +629,26 @@ static void adamw(const py::array& param_, const py::array& grad_, const py::arr
     run(param.size(), kernels().adamw, constants, param, grad, m, v, param.size());
 }
 
+using Moved = std::tuple<py::array, py::array, py::array>;  // param, grad, m
+
+static void muon(const std::vector<Moved>& matrices, double lr, double beta1, double weight_decay,
+                 double grad_scale) {
+    const Op op("muon");
+    std::vector<Floats> grads;  // some of which may be copies
+    std::vector<MuonMatrix> moved;
+    double work = 0;
+    for (const auto& [param, grad, m] : matrices) {
+        const Floats w = op.in_place("param", param, shape_of(param));
+        op.check("param", w, "(M, N)", {ANY, ANY});
+        grads.push_back(op.floats("grad", grad, "the shape of param", shape_of(w)));
+        const Floats momentum = op.in_place("m", m, shape_of(w));
+        moved.push_back({raw(w), raw(grads.back()), raw(momentum), w.shape(0), w.shape(1)});
+        work += w.size();
+    }
+    const Muon constants = {lr, weight_decay, float(beta1), float(grad_scale)};
+    run(work, kernels().muon, constants, moved.data(), (long)moved.size());
+}
+
 static double global_norm(const py::iterable& arrays) {
     const Op op("global_norm");
     double total = 0;
@@ -734,5 +754,6 @@ PYBIND11_MODULE(_cpu, m) {
           "weight"_a, "targets"_a);
     m.def("adamw", &adamw, "param"_a, "grad"_a, "m"_a, "v"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a,
           "weight_decay"_a, "step"_a, "grad_scale"_a = 1.0);
+    m.def("muon", &muon, "matrices"_a, "lr"_a, "beta1"_a, "weight_decay"_a, "grad_scale"_a = 1.0);
     m.def("global_norm", &global_norm, "arrays"_a);
 }

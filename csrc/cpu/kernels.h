@@ -48,6 +48,17 @@ struct AdamW {
     float eps, weight_decay, grad_scale;
 };
 
+struct Muon {
+    double lr, weight_decay;
+    float beta1, grad_scale;
+};
+struct MuonMatrix {  // (M, N), with its gradient and its momentum
+    float* param;
+    const float* grad;
+    float* m;
+    long M, N;
+};
+
 struct Kernels {
     const char* name;
     bool bfloat16;                // whether it has such products
@@ -120,6 +131,7 @@ struct Kernels {
 
     void (*adamw)(const AdamW& step, float* param, const float* grad, float* m, float* v, long n,
                   int threads);
+    void (*muon)(const Muon& step, const MuonMatrix* matrices, long n, int threads);
     double (*sum_squares)(const float* x, long n, int threads);
 };
 

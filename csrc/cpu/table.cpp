@@ -10,6 +10,7 @@
 #include "activation.cpp"
 #include "cross_entropy.cpp"
 #include "adamw.cpp"
+#include "muon.cpp"
 
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -54,5 +55,6 @@ extern const Kernels JOIN(kernels_, ISA) = {
     ISA::linear_cross_entropy_backward,
     ISA::linear_cross_entropy_with_gradients,
     ISA::adamw,
+    ISA::muon,
     ISA::sum_squares,
 };

@@ -45,6 +45,7 @@ OPS = {
     "linear_cross_entropy": Op(("loss", "lse"), ("x", "weight")),
     "linear_cross_entropy_with_gradients": Op(("loss", "lse", "dx", "dweight")),
     "adamw": Op(("param", "m", "v")),  # in place: the arguments themselves are the result
+    "muon": Op(("matrices",)),
     "global_norm": Op(("norm",)),
 }
 
@@ -100,6 +101,10 @@ class Draw:
         moments = dict(m=self(*shape), v=self(*shape) ** 2)
         constants = dict(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
         return dict(param=self(*shape), grad=self(*shape), **moments, **constants, **options)
+
+    def muon(self, *shapes, scale=1.0, **options):
+        matrices = [[self(*s), self(*s, scale=scale), self(*s, scale=scale)] for s in shapes]
+        return dict(matrices=matrices, lr=1e-1, beta1=0.9, weight_decay=0.1, **options)
 
 
 def documents(B, T, *starts):
@@ -205,6 +210,9 @@ CASES = [
     Case("adamw", "first step", lambda d: d.adamw(37, 5, step=1)),
     Case("adamw", "clipped", lambda d: d.adamw(1, step=7, grad_scale=0.25)),
     Case("adamw", "large", lambda d: d.adamw(300, 1001, step=1000)),
+    Case("muon", "odd", lambda d: d.muon((37, 5), (5, 37), (1, 1), grad_scale=0.25), slack=10),
+    Case("muon", "zeros", lambda d: d.muon((8, 3), scale=0.0)),
+    Case("muon", "large", lambda d: d.muon((130, 67), (300, 1001)), slack=10),
     Case("global_norm", "several arrays", lambda d: dict(arrays=[d(1), d(37, 5), d(0), d(200, 301)])),
     Case("global_norm", "overflow of float32", lambda d: dict(arrays=[d(5, scale=1e30)])),
 ]
@@ -230,6 +238,10 @@ def forward(kernels, case: Case, arguments: dict) -> dict:
         arguments = rounded(arguments, arguments["param"].dtype)
         kernels.adamw(**arguments)
         return {name: arguments[name] for name in names}
+    if case.op == "muon":
+        matrices = rounded(arguments["matrices"], arguments["matrices"][0][0].dtype)
+        kernels.muon(**arguments | {"matrices": matrices})
+        return {"matrices": np.concatenate([x.ravel() for matrix in matrices for x in matrix])}
     results = getattr(kernels, case.op + "_forward" * bool(OPS[case.op].inputs))(**arguments)
     return dict(zip(names, results if isinstance(results, tuple) else (results,)))
 

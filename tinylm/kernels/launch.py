@@ -23,6 +23,7 @@ import re
 from collections.abc import Callable
 from importlib import resources
 
+from tinylm.kernels import reference
 from tinylm.kernels.arguments import THREADS, WARPS, Arguments, up
 from tinylm.kernels.attention import Attention
 from tinylm.kernels.guarded import GuardedAdamW
@@ -449,6 +450,15 @@ class Kernels(Attention):
         corrections = (1 / (1 - beta1**step), 1 / (1 - beta2**step))
         numbers = (lr, 1 - beta1, 1 - beta2, *corrections, eps, weight_decay, grad_scale)
         self.each("adamw", param, grad, m, v, rest=tuple(map(float, numbers)))
+
+    def muon(self, matrices, lr, beta1, weight_decay, grad_scale=1.0):
+        args, checked = Arguments(self, "muon"), []
+        for param, grad, m in matrices:
+            param = args.in_place("param", param, param.shape)
+            args.shape("param", param, "(M, N)", (None, None))
+            grad = args.floats("grad", grad, "the shape of param", param.shape)
+            checked.append((param, grad, args.in_place("m", m, param.shape)))
+        reference.muon(checked, lr, beta1, weight_decay, grad_scale, self.matmul)
 
     def guarded_adamw(self, *arguments) -> GuardedAdamW:
         return GuardedAdamW(self, *arguments)
