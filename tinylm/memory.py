@@ -17,10 +17,10 @@ def activation_floats(c: ModelConfig, recompute: bool) -> int:
     but one their input alone."""
     heads, groups = c.n_head * c.head_size, c.n_kv_head * c.head_size
     if c.is_llama:
-        # turned q and k, v, out, sum; gate, up, sum (norms and products are computed again)
-        layer = 2 * c.n_embd + 2 * heads + 2 * groups + 2 * c.n_inner
+        # norm, turned q and k, v, out, sum; norm, gate, up, sum (their product is computed again)
+        layer = 4 * c.n_embd + 2 * heads + 2 * groups + 2 * c.n_inner
     else:
-        # q k v, out, sum; up, sum
+        # q k v, out, sum; up, sum (norms and GELU are computed again)
         layer = 6 * c.n_embd + c.n_inner
     layers = layer + c.n_layer * c.n_embd if recompute else c.n_layer * layer
     return layers + 2 * c.n_embd
