@@ -1,9 +1,11 @@
 """Bad input gets one sentence and exit code 2; results can be read by a program."""
 
+import errno
 import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -98,9 +100,19 @@ def test_files_that_cannot_be_read(capfd, tmp_path, text_file):
     refused(capfd, "pretrain", *out, saying="no text was named")
 
 
-def test_a_full_disk_is_told_with_what_to_do(capfd, monkeypatch, text_file, tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        OSError(errno.EFBIG, "File too large"),
+        sqlite3.OperationalError("database or disk is full"),
+    ],
+    ids=str,
+)
+def test_a_full_disk_is_told_with_what_to_do(error, capfd, monkeypatch, text_file, tmp_path):
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr("tinylm.stages.pretrain.list_files", full)
     refused(capfd, "pretrain", text_file, "--out", tmp_path / "r", saying="make room")

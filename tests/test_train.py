@@ -253,17 +253,30 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_a_disk_that_is_full_is_told_in_a_sentence(text_file, tmp_path):
-    """A file size limit stands in for a full disk: the write itself fails."""
-    out = tmp_path / "r"
+def limited(text_file, out, at_the_limit: str, code: int):
+    """A run whose files may have 300 kB: at more a write fails (SIG_IGN), or kills (SIG_DFL)."""
     program = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "import resource, signal, sys;"
+        f"signal.signal(signal.SIGXFSZ, signal.{at_the_limit});"
+        "resource.setrlimit(resource.RLIMIT_CORE, (0, 0));"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000));"
         "from tinylm.cli import run; sys.exit(run(sys.argv[1:]))"
     )
     arguments = ["pretrain", text_file, "--out", out, *SMALL, "--n-embd", "64", "--max-steps", "3"]
-    done = python(program, *arguments, cwd=tmp_path, code=2)
+    return python(program, *arguments, cwd=out.parent, code=code), arguments
+
+
+def test_a_disk_that_is_full_is_told_in_a_sentence(text_file, tmp_path):
+    done, _ = limited(text_file, tmp_path / "r", "SIG_IGN", 2)
     assert "cannot be written" in done.stderr
+
+
+def test_what_a_kill_leaves_of_a_save_is_gone_after_the_next_one(text_file, tmp_path):
+    out = tmp_path / "r"
+    _, arguments = limited(text_file, out, "SIG_DFL", -signal.SIGXFSZ)
+    assert [*out.rglob("checkpoint.safetensors.partial/*")]
+    succeeds(*arguments, "--resume")
+    assert not [*out.rglob("*.partial"), *out.rglob(".*")]
 
 
 def test_the_line_names_the_step_that_its_loss_is_of(capsys):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import math
+import sqlite3
 import sys
 from itertools import chain
 from pathlib import Path
@@ -70,8 +71,10 @@ def run(arguments: list[str]) -> int:  # noqa: PLR0911  (one for each way to end
         if error.strerror is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        remedy = "; make room, then run it again" if error.errno == errno.ENOSPC else ""
+        remedy = "; make room, then run it again" if error.errno in FULL else ""
         return mistake(where + error.strerror + remedy)
+    except sqlite3.OperationalError as error:
+        return mistake(f"SQLite: {error}; make room, or end what else writes, then run it again")
     return 0
 
 
@@ -80,6 +83,7 @@ def mistake(sentence: str) -> int:
     return 2
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, the size that a file may have
 HELP = {"show_default": True, "max_content_width": 100, "help_option_names": ["-h", "--help"]}
 
 

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import rmtree
 
 from safetensors import SafetensorError
 
@@ -78,22 +79,27 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     """Let write(temporary path) make the file, then put it in place of path by one rename.
 
     File and directory are synced. Raises InputError where the disk is full or not writable; the
-    old file is untouched then.
+    old file is untouched then. The file is made in a folder of its own, so that whatever a kill
+    leaves behind, a library's own temporary files too, is gone after the next time.
     """
+    folder = path.with_name(path.name + ".partial")
+    temporary = folder / path.name
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
     try:
+        rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         write(temporary)
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(
             f"{path}: cannot be written ({reason}); what was saved before is intact: "
             "make room or mend the permissions, then run it again, a stage with --resume"
         ) from error
+    finally:
+        rmtree(folder, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
