@@ -126,6 +126,14 @@ def test_another_template_is_followed(tokenizer):
     assert kept == " Yes, it is.<|im_end|>Later still.<|im_end|>"
 
 
+def test_a_special_token_that_takes_the_spaces_beside_it_is_refused(tokenizer):
+    other = tokenizer.with_special([], {})
+    for token in other.spec["added_tokens"]:
+        token["rstrip"] = token["content"] == "<|user|>"
+    with pytest.raises(InputError, match=r"flag of <\|user\|>: lstrip, rstrip"):
+        ChatFormat(other).ids(TALK)
+
+
 def test_a_template_that_forgets_earlier_turns_is_refused(tokenizer):
     last = "{{ messages[-1]['content'] }}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     with pytest.raises(InputError, match="rewrites earlier turns"):

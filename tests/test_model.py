@@ -1,12 +1,14 @@
 """The model is the one that `transformers` knows, and the same on every backend."""
 
 import json
+from contextlib import nullcontext
 
 import numpy
 import pytest
 
 import tinylm
 from tinylm import backend
+from tinylm.checkpoint import write_tensors
 from tinylm.config import from_json
 from tinylm.errors import InputError
 from tinylm.model import Transformer
@@ -123,6 +125,10 @@ def test_both_spellings_of_the_rotary_base():
         ("rope_scaling", {"factor": 8}),
         ("rope_theta", "1e4"),
         ("head_dim", 5),
+        ("rope_theta", 0),
+        ("rms_norm_eps", float("nan")),
+        ("bos_token_id", "<s>"),
+        ("eos_token_id", [1, "</s>"]),
     ],
 )
 def test_what_would_change_the_arithmetic_is_refused_by_name(field, value):
@@ -130,7 +136,8 @@ def test_what_would_change_the_arithmetic_is_refused_by_name(field, value):
     content = {"model_type": "llama", "vocab_size": 9, "num_hidden_layers": 1, "hidden_size": 8,
                "num_attention_heads": 2, "intermediate_size": 16}  # fmt: skip
     named = {"rope_parameters": "rope_type", "num_key_value_heads": "n_kv_head",
-             "rope_scaling": "rope_scaling|factor", "head_dim": "head size, not 5"}  # fmt: skip
+             "rope_scaling": "rope_scaling|factor", "head_dim": "head size, not 5",
+             "rms_norm_eps": "norm_eps"}  # fmt: skip
     with pytest.raises(InputError, match=named.get(field, field)):
         from_json(content | {field: value})
 
@@ -142,6 +149,23 @@ def test_a_config_that_makes_no_model_is_told_with_its_file(wrong, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
     with pytest.raises(InputError, match=r"config\.json: "):
         tinylm.load(tmp_path)
+
+
+def test_a_begin_token_outside_the_vocabulary_is_none():
+    content = {"model_type": "gpt2", "vocab_size": 9, "n_layer": 1, "n_embd": 8, "n_head": 2}
+    for token, known in ((50256, None), (-1, None), (8, 8), (0, 0)):
+        assert from_json(content | {"bos_token_id": token}).bos_token_id == known
+
+
+def test_a_head_that_is_not_the_table_it_is_tied_to_is_refused(tmp_path):
+    model = Transformer(tinylm.ModelConfig(9, 1, 2, 2, 8, 16, 8))
+    tinylm.save(model, None, tmp_path)
+    table = model.embedding.weight.data
+    for head, fits in ((table, True), (table + 1, False)):
+        tensors = {name: p.data for name, p in model.parameters().items()}
+        write_tensors(tmp_path / "model.safetensors", tensors | {"lm_head.weight": head}, {})
+        with nullcontext() if fits else pytest.raises(InputError, match=r"lm_head\.weight is not"):
+            tinylm.load(tmp_path)
 
 
 def test_documents_in_one_row_do_not_see_each_other(model):

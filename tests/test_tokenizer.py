@@ -336,6 +336,7 @@ LLAMA2_KINDS = {
     "never": {"scheme": "never", "split": True},
     "digits, never": {"scheme": "never", "split": True},
     "digits, first": {"scheme": "first", "split": True},
+    "prepend, never": {"scheme": "never", "split": True},
 }
 
 
@@ -344,7 +345,8 @@ def test_llama2_files_give_the_ids_of_hugging_face(kind, strings, tmp_path):
     theirs = saved(llama2c(tmp_path), tmp_path / "ours")
     if kind != "prepend":
         scheme, split = LLAMA2_KINDS[kind].values()
-        theirs.normalizer = None
+        if "prepend" not in kind:
+            theirs.normalizer = None
         theirs.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=split)
         if "digits" in kind:
             digits = pre_tokenizers.Digits(individual_digits=True)
@@ -360,6 +362,22 @@ def test_llama2_files_give_the_ids_of_hugging_face(kind, strings, tmp_path):
     ids = [1, *after[0], 2, *after[1]]
     assert theirs.encode("<s>the cat</s>a moon", add_special_tokens=False).ids == ids
     assert ours.decode(ids, skip_special=True).split() == ["the", "cata", "moon"]
+
+
+@pytest.mark.parametrize("kind", ["whole", "bytes"])
+def test_a_text_with_spaces_written_out_is_not_cut_where_that_tells(kind, strings, tmp_path):
+    theirs = HFTokenizer(models.BPE())
+    steps = [pre_tokenizers.Metaspace(prepend_scheme="never", split=False)]
+    if kind == "bytes":
+        steps.append(pre_tokenizers.ByteLevel(False, use_regex=False))
+    theirs.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    pieces = ["a", "b", "▁"] if kind == "whole" else pre_tokenizers.ByteLevel.alphabet()
+    vocab = {token: i for i, token in enumerate([*pieces, "ab", "▁ab", "bâ"])}
+    merges = [] if kind == "whole" else [["b", "â"]]
+    theirs = with_model(theirs, vocab=vocab, merges=merges, ignore_merges=kind == "whole")
+    ours = loaded(theirs, tmp_path)
+    for text in ("ab", "ab b", " ab", "b ", "a b a"):
+        assert ours.encode(text) == theirs.encode(text).ids, text
 
 
 def test_the_space_that_llama2_puts_before_a_text_comes_off_where_a_text_begins(tmp_path):
@@ -419,6 +437,25 @@ REFUSED = {
     },
     "Split pattern": {
         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a"}, "behavior": "Isolated"}
+    },
+    r"Hugging Face reads \\w in": {
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated"}
+    },
+    r"Hugging Face reads \[\\p\{L\}&&\[ in": {
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"Regex": r"[\p{L}&&[^\p{Han}]]+"},
+            "behavior": "Isolated",
+        }
+    },
+    r"Hugging Face reads \{1,3\}\+ in": {
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "a{1,3}+"}, "behavior": "Isolated"}
+    },
+    "normalizer 'Prepend'": {
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [{"type": "Prepend", "prepend": "▁"}] * 2,
+        }
     },
     "normalizer 'NFC'": {"normalizer": {"type": "NFC"}},
     "decoder 'WordPiece'": {"decoder": {"type": "WordPiece"}},

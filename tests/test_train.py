@@ -274,9 +274,9 @@ def test_a_disk_that_is_full_is_told_in_a_sentence(text_file, tmp_path):
 def test_what_a_kill_leaves_of_a_save_is_gone_after_the_next_one(text_file, tmp_path):
     out = tmp_path / "r"
     _, arguments = limited(text_file, out, "SIG_DFL", -signal.SIGXFSZ)
-    assert [*out.rglob("checkpoint.safetensors.partial/*")]
+    assert [*out.rglob(".checkpoint.safetensors.partial/*")]
     succeeds(*arguments, "--resume")
-    assert not [*out.rglob("*.partial"), *out.rglob(".*")]
+    assert not [*out.rglob(".*")]
 
 
 def test_the_line_names_the_step_that_its_loss_is_of(capsys):

@@ -26,6 +26,12 @@ LLAMA3_PATTERN = (  # another way to write PATTERN: the same pieces
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+UNALIKE = regex.compile(  # what means one thing to oniguruma, another one to `regex`
+    r"\{\d+,?\d*\}\+"  # a{1,3}+ repeats or is possessive
+    r"|\\[bBGhKmNwWXZ]|\\[pP](?!\{)|\(\?[a-z]*m"
+    r"|\[:\^?(?:alnum|digit|punct|word):"
+    r"|\[(?:\\.|[^]\\])*(?:&&|\[(?!:))"  # a set within a set, or two that must both hold
+)
 LONE_SURROGATE = regex.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 
@@ -95,8 +101,9 @@ class Layout:
             layout.add_pre_tokenizer(step, {before["type"] for before in steps[:i]})
         for step in steps_of(spec.get("decoder"), "decoders"):
             layout.check_decoder(step)
-        vocab = spec["model"]["vocab"]
-        if layout.spaces and not layout.splitters and not any("▁" in t.lstrip("▁") for t in vocab):
+        model, vocab = spec["model"], spec["model"]["vocab"]
+        other = layout.splitters or layout.byte_level or model.get("ignore_merges")
+        if layout.spaces and not other and not any("▁" in t.lstrip("▁") for t in vocab):
             # No token has a "▁" after another character, so a cut there changes no id, and short
             # pieces come again and again: with the encoder's cache, 100 kB/s become megabytes.
             layout.splitters.append(splitter("▁*[^▁]*"))
@@ -104,7 +111,7 @@ class Layout:
 
     def add_normalizer(self, step: dict) -> None:
         match step:
-            case {"type": "Prepend", "prepend": "▁"}:
+            case {"type": "Prepend", "prepend": "▁"} if not self.prefix:
                 self.prefix = "always"
             case {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}:
                 self.spaces = True
@@ -131,7 +138,8 @@ class Layout:
                 raise unsupported("pre_tokenizer before", step)
             case {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme}:
                 self.spaces = True
-                self.prefix = {"never": "", "first": "first"}.get(scheme, "missing")
+                schemes = {"never": "", "first": "first"}
+                self.prefix = self.prefix or schemes.get(scheme, "missing")
                 if step.get("split", True):
                     self.splitters.append(splitter("▁?[^▁]*"))
             case _:
@@ -186,13 +194,16 @@ class Layout:
         elif self.byte_tokens:
             byte_ids = [vocab[f"<0x{b:02X}>"] for b in range(256)]
         characters = {} if self.byte_level else {t: i for t, i in ordinary.items() if len(t) == 1}
-        whole = ordinary.items() if model.get("ignore_merges") else ()
+        whole = ordinary if model.get("ignore_merges") else {}
+        if self.byte_level:
+            texts = [self.token_bytes(t).decode("utf-8", "surrogateescape") for t in whole]
+            whole = dict(zip(texts, whole.values()))
         return {
             "byte_ids": byte_ids,
             "merges": list(read_merges(model)),
             "characters": characters,
             "unk": unk,
-            "whole": {self.token_bytes(t).decode("utf-8", "surrogateescape"): i for t, i in whole},
+            "whole": whole,
         }
 
 
@@ -239,8 +250,10 @@ def splitter(pattern: str, matches_only: bool = False) -> Splitter:
     """What cuts a text into the matches of `pattern` and what lies between them, or drops that."""
     if pattern in (PATTERN, LLAMA3_PATTERN):
         return bpe.split_words
-    if regex.search(r"\{\d+,?\d*\}\+", pattern):  # oniguruma repeats it, `regex` is possessive
-        raise InputError(f"unsupported Split pattern {pattern!r}: it has the quantifier {{n,m}}+")
+    if found := UNALIKE.search(pattern.replace(r"\\", "")):
+        raise InputError(
+            f"unsupported Split pattern {pattern!r}: Hugging Face reads {found[0]} in another way"
+        )
     try:
         compiled = regex.compile(f"({pattern})", regex.MULTILINE)  # ^ and $ as in oniguruma
     except regex.error as error:

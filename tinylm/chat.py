@@ -175,6 +175,8 @@ class ChatFormat:
             self.template = environment.from_string(source)
         except TemplateError as error:
             raise InputError(f"the chat template cannot be read: {error}") from None
+        flags, added = ("lstrip", "rstrip", "single_word"), tokenizer.spec.get("added_tokens") or []
+        self.fussy = {token["content"] for token in added if any(map(token.get, flags))}
         longest_first = sorted(tokenizer.special, key=len, reverse=True)
         either = "|".join(map(re.escape, longest_first)) or "(?!)"  # of none: matches nothing
         self.special = re.compile(f"({either})")
@@ -211,6 +213,8 @@ class ChatFormat:
             raise InputError(f"the chat template refuses this conversation: {error}") from None
         ids = []
         for i, part in enumerate(self.special.split(text)):
+            if part in self.fussy:
+                raise InputError(f"unsupported flag of {part}: lstrip, rstrip or single_word")
             if i % 2:
                 ids.append(id_of[part])
             elif part:

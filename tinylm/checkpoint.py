@@ -152,7 +152,13 @@ def set_weights(model: Transformer, weights: Tensors, folder: Path) -> None:
                 f"but config.json asks for {parameter.shape}"
             )
         parameter.data = backend.asarray(values)
-    buffers = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "lm_head.weight")
+    head, table = weights.pop("lm_head.weight", None), backend.to_numpy(model.embedding.weight.data)
+    if not (head is None or model.config.scores or numpy.array_equal(head, table)):
+        raise InputError(
+            f"{folder}/model.safetensors: lm_head.weight is not the embedding table, "
+            "but config.json ties them (tie_word_embeddings)"
+        )
+    buffers = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
     unknown = [name for name in weights if not name.endswith(buffers)]
     if unknown:
         raise InputError(f"{folder}/model.safetensors: unknown tensor {sorted(unknown)[0]}")

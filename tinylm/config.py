@@ -7,6 +7,7 @@ not supported here is refused by name: a model either computes what its file say
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from tinylm.errors import InputError
@@ -77,6 +78,10 @@ class ModelConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 <= self.norm_eps < math.inf:
+            raise InputError(f"norm_eps: expected 0 or more, got {self.norm_eps}")
+        if not 0 < self.rope_theta < math.inf:
+            raise InputError(f"rope_theta: expected more than 0, got {self.rope_theta}")
         if self.n_head % self.n_kv_head:
             raise InputError(f"n_kv_head {self.n_kv_head} must divide n_head {self.n_head}")
         if self.n_kv_head != self.n_head and not self.is_llama:
@@ -207,6 +212,13 @@ def from_json(content: dict) -> ModelConfig:
             raise InputError(f"{table[name]}: expected a whole number, got {value!r}")
         if known[name] == "float" and not isinstance(value, (int, float)):
             raise InputError(f"{table[name]}: expected a number, got {value!r}")
+    for name in ("bos_token_id", "eos_token_id"):
+        ids = values.get(name, 0)
+        each = ids if isinstance(ids, list) and name == "eos_token_id" else [ids]
+        if not all(isinstance(i, int) for i in each):
+            raise InputError(f"{name}: expected a token's id, got {ids!r}")
+    if not 0 <= values.get("bos_token_id", 0) < values["vocab_size"]:
+        del values["bos_token_id"]  # GPT-2's 50256, which transformers writes for any vocabulary
     return ModelConfig(**values, architecture=kind, exact_gelu=exact, scores=scores)
 
 

@@ -82,7 +82,7 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     old file is untouched then. The file is made in a folder of its own, so that whatever a kill
     leaves behind, a library's own temporary files too, is gone after the next time.
     """
-    folder = path.with_name(path.name + ".partial")
+    folder = path.with_name(f".{path.name}.partial")
     temporary = folder / path.name
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -50,7 +50,7 @@ static void muon_matrix(const Muon& s, const MuonMatrix& w, int threads) {
 }
 
 static void muon(const Muon& step, const MuonMatrix* matrices, long n, int threads) {
-    constexpr long LARGE = 1 << 18;  // numbers: a megabyte
+    constexpr long LARGE = 1 << 20;  // numbers: 4 MB
     const auto small = [](const MuonMatrix& w) { return w.M * w.N < LARGE; };
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long i = 0; i < n; ++i)
