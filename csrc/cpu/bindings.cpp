@@ -201,24 +201,14 @@ static void multiply(const Product& p) { run(2.0 / 6 * p.M * p.N * p.K, kernels(
 
 static Floats matmul(const py::array& a_, const py::array& b_, bool transpose_a, bool transpose_b) {
     const Op op("matmul");
-    const bool stack = a_.ndim() == 3;
-    const auto shape = [&](long rows, long columns) {
-        return stack ? Shape{a_.shape(0), rows, columns} : Shape{rows, columns};
-    };
-    const auto letters = [&](const char* two) { return (stack ? "(n, " : "(") + std::string(two); };
-    const Floats a =
-        op.floats("a", a_, letters(transpose_a ? "K, M)" : "M, K)").c_str(), shape(ANY, ANY));
-    const long M = a.shape(stack + transpose_a), K = a.shape(stack + !transpose_a);
-    const Floats b = op.floats("b", b_, letters(transpose_b ? "N, K)" : "K, N)").c_str(),
-                               transpose_b ? shape(ANY, K) : shape(K, ANY));
-    const long N = b.shape(stack + !transpose_b);
-    Floats c = empty(shape(M, N));
-    const Product p = {transpose_a, transpose_b, M,          N,      K, raw(a),
-                       last_of(a),  raw(b),      last_of(b), raw(c), N};
-    if (stack)
-        run(2.0 / 6 * c.size() * K, kernels().matmul_stack, p, a.shape(0));
-    else
-        multiply(p);
+    const Floats a = op.floats("a", a_, transpose_a ? "(K, M)" : "(M, K)", {ANY, ANY});
+    const long M = a.shape(transpose_a), K = a.shape(!transpose_a);
+    const Floats b = op.floats("b", b_, transpose_b ? "(N, K)" : "(K, N)",
+                               transpose_b ? Shape{ANY, K} : Shape{K, ANY});
+    const long N = b.shape(!transpose_b);
+    Floats c = empty({M, N});
+    multiply(
+        {transpose_a, transpose_b, M, N, K, raw(a), last_of(a), raw(b), last_of(b), raw(c), N});
     return c;
 }
 

@@ -68,8 +68,6 @@ struct Kernels {
     long (*barriers)(int threads);  // returns how many
 
     void (*matmul)(const Product& product, int threads);
-    // n of them of one shape: A, B and C of the next one lie behind those of the last one
-    void (*matmul_stack)(const Product& first, long n, int threads);
     // Packing the whole of B once, for all products for which it becomes as many floats: how many,
     // and doing it
     long (*packed_size)(const Product& product);

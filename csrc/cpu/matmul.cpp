@@ -50,7 +50,6 @@ struct Blocking {
     long kc, mc, nc;
     long blocks;  // of rows, at least
 };
-constexpr long SMALL = 1 << 24;  // multiply-adds of a product that one thread does by itself
 #if LANES == 16
 constexpr int MR = 14, NV = 2;  // 28 sums + 2 of B + 1 broadcast = 31 of 32 registers
 #elif LANES == 8
@@ -599,19 +598,6 @@ static void matmul(const Product& p, int threads) {
     if (few && !(p.packed && bfloat16_products))
         return p.transpose_b ? few_rows_by_dots(p, threads) : few_rows_by_sums(p, threads);
     in_words_for(p, [&](auto word) { multiply<decltype(word)>(p, threads); });
-}
-
-// Each thread multiplies small matrices for itself (two threads of a Zen 4: 12 of 96 x 96 at 79 %
-// of the peak, one after another at 55; 8 of 256 x 256 at 91 and 71).
-static void matmul_stack(const Product& first, long n, int threads) {
-    const long M = first.M, N = first.N, K = first.K;
-    const bool small = M * N * K <= SMALL;
-#pragma omp parallel for schedule(dynamic) num_threads(small ? threads : 1)
-    for (long i = 0; i < n; ++i) {
-        Product p = first;
-        p.A += i * M * K, p.B += i * K * N, p.C += i * M * N;
-        matmul(p, small ? 1 : threads);
-    }
 }
 
 static long packed_size(const Product& p) {

@@ -29,7 +29,6 @@ extern const Kernels JOIN(kernels_, ISA) = {
     ISA::copy,
     ISA::barriers,
     ISA::matmul,
-    ISA::matmul_stack,
     ISA::packed_size,
     ISA::pack,
     ISA::sum_rows,

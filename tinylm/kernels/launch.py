@@ -159,9 +159,6 @@ class Kernels(Attention):
         return total
 
     def matmul(self, a, b, transpose_a=False, transpose_b=False):
-        if a.ndim == b.ndim == 3 and len(a) == len(b):
-            pairs = zip(a, b)
-            return self.xp.stack([self.matmul(*pair, transpose_a, transpose_b) for pair in pairs])
         args = Arguments(self, "matmul")
         a = args.floats("a", a, "(K, M)" if transpose_a else "(M, K)", (None, None))
         M, K = a.shape[::-1] if transpose_a else a.shape

@@ -16,12 +16,8 @@ def add(x, y):
 
 
 def matmul(a, b, transpose_a=False, transpose_b=False):
-    """(M, K) times (K, N) -> (M, N); a transposed operand is stored (K, M) or (N, K).
-
-    Or n of them at once, (n, M, K) times (n, K, N) -> (n, M, N).
-    """
-    a = a.swapaxes(-1, -2) if transpose_a else a
-    return a @ (b.swapaxes(-1, -2) if transpose_b else b)
+    """(M, K) times (K, N) -> (M, N); a transposed operand is stored (K, M) or (N, K)."""
+    return (a.T if transpose_a else a) @ (b.T if transpose_b else b)
 
 
 def linear_forward(x, weight, bias=None, transposed=False):
