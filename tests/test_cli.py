@@ -347,6 +347,10 @@ def test_help_for_whoever_does_not_know_what_to_ask(capfd, asked):
     assert not captured.err
 
 
+def test_a_limit_beyond_all_threads_is_none(base):
+    succeeds("info", base, "--threads", 10**30)
+
+
 def test_it_runs_from_another_folder_and_without_compiled_kernels(base, tmp_path):
     succeeds("generate", base, "the cat", "--backend", "reference", cwd=tmp_path)
     assert not list(tmp_path.iterdir())

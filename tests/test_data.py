@@ -245,9 +245,10 @@ def test_no_target_crosses_into_the_next_document():
     assert batch.start.tolist() == [[0, 0, 0, 3, 3, 3, 3, 7]]
 
 
-def test_evaluation_predicts_each_token_once():
+@pytest.mark.parametrize("size", [3, 2**64])
+def test_evaluation_predicts_each_token_once(size):
     shard = numpy.array([0, *range(2, 60), 1])
-    batches = list(in_batches(in_order([shard], 8), 3, begin=0))
+    batches = list(in_batches(in_order([shard], 8), size, begin=0))
     targets = numpy.concatenate([b.targets[b.targets >= 0] for b in batches])
     assert targets.tolist() == shard[1:].tolist()
 

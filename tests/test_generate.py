@@ -107,6 +107,13 @@ def test_sampling_follows_the_distribution():
     assert shares(top_p=0)[0] == 1
 
 
+def test_next_to_no_temperature_takes_the_likeliest():
+    """A quotient by it would be infinite."""
+    logits, rng = numpy.array([[1, 3, 2], [-5, -1, -9]], "float32"), numpy.random.default_rng(0)
+    with numpy.errstate(all="raise", under="ignore"):
+        assert sample(logits, rng, 5e-324).tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("temperature", [-1.0, numpy.nan])
 def test_a_temperature_that_is_none_is_refused(temperature):
     """A negative one would prefer what is least likely."""

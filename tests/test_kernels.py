@@ -551,6 +551,27 @@ def test_memory_is_given_out_in_parts_and_joined_again():
     assert _cpu.pool_bytes() == before  # 0 in a sanitizer's build, which keeps nothing
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and sets a limit as ulimit -v")
+def test_the_pool_leaves_memory_to_others_where_it_is_limited():
+    """It takes address space that it may never use, which others need."""
+    _cpu.empty([1])
+    if not _cpu.pool_bytes():
+        pytest.skip("a sanitizer's build keeps nothing")
+    program = """
+import os, resource
+from pathlib import Path
+from tinylm.kernels import _cpu
+page, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
+used = int(Path("/proc/self/statm").read_text().split()[0])
+some = 2 * pages // 16  # of which a first request would leave an eighth
+limit = page * (used + some + some // 8)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+_cpu.empty([1 << 20])
+bytearray(page * some // 4)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd="/", timeout=60)
+
+
 def test_a_child_of_fork_computes_the_same_bits():
     x = Draw(0)(300, 300).astype(np.float32)
     _cpu.set_threads(2)

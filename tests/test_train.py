@@ -201,6 +201,15 @@ def test_resume_without_a_checkpoint_starts_at_step_0(text_file, tmp_path):
     assert metrics(tmp_path / "r")[0] == {"step": 0, "event": "resume"}
 
 
+def test_resume_keeps_a_model_whose_checkpoint_was_removed(finished, text_file, tmp_path):
+    out = shutil.copytree(finished[0], tmp_path / "r")
+    (out / "training" / "checkpoint.safetensors").unlink()
+    before = weights(out)
+    refused("pretrain", text_file, "--out", out, *SMALL, "--max-steps", "2", "--resume",
+            saying="holds other files")  # fmt: skip
+    assert weights(out) == before
+
+
 def test_what_may_not_change_on_resume_is_named(finished, text_file):
     out = finished[0]
     changed = ["--resume", "--learning-rate", "0.5"]

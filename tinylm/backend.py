@@ -62,6 +62,7 @@ def default() -> str:
     return "cpu"
 
 
+MOST_THREADS = 1024  # far more than processors: OpenMP ends the process where it cannot have them
 _limits = None  # keeps threadpoolctl's limits in force
 
 
@@ -70,6 +71,7 @@ def set_threads(n: int) -> None:
     global _limits
     if n < 1:
         raise ValueError(f"threads: expected at least 1, got {n}")
+    n = min(n, MOST_THREADS)
     _limits = threadpool_limits(n)
     if hasattr(kernels, "set_threads"):
         kernels.set_threads(n)

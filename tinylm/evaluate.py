@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import lzma
 import math
+import sys
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -72,7 +73,7 @@ def evaluate_text(
 def in_batches(rows: Iterable[numpy.ndarray], size: int, begin: int) -> Iterator[Batch]:
     """Rows of T + 1 or fewer tokens as batches; short ones are filled up with nothing to learn."""
     rows = iter(rows)
-    while held := [*islice(rows, size)]:
+    while held := [*islice(rows, min(size, sys.maxsize))]:
         width = max(map(len, held))
         padded = numpy.full((len(held), width), max(begin, 0), numpy.int64)
         for row, tokens in zip(padded, held):

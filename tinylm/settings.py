@@ -129,11 +129,12 @@ class Plan:
             raise InputError(f"--out {self.out}: {place} is no directory that can be written to")
         begun = Checkpoint(self.out).exists()
         held = {path.name for path in self.out.iterdir()} if self.out.exists() else set()
+        early = self.resume and "training" in held and "model.safetensors" not in held
         if begun and not self.resume:
             raise InputError(f"{self.out} holds another run: choose another --out, or add --resume")
         if begun:
             self.config = resumed_config(self.config, self.given, self.out)
-        elif held - {"training"} and not (self.resume and "training" in held):
+        elif held - {"training"} and not early:
             raise InputError(f"{self.out} holds other files: choose another --out")
         self.config.check()
 

@@ -32,12 +32,15 @@ class Pool {
 
     static size_t rounded(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
-    void reserve() {  // twice as much as the machine has, or else what the system allows
-        size_t bytes = 4 * size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
-        void* p = MAP_FAILED;
-        while (p == MAP_FAILED && (bytes /= 2) > 2 * STEP)
-            p = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANON | MAP_NORESERVE, -1, 0);
+    void reserve() {  // twice as much as the machine has, or else half of what the system allows
+        size_t all = 4 * size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
+        const int flags = MAP_PRIVATE | MAP_ANON | MAP_NORESERVE;
+        void* p;
+        while ((p = mmap(nullptr, all, PROT_NONE, flags, -1, 0)) == MAP_FAILED && all > 4 * STEP)
+            all -= all / 8;
         if (p == MAP_FAILED) throw std::bad_alloc();
+        const size_t bytes = rounded(all / 2, STEP);
+        munmap(static_cast<char*>(p) + bytes, all - bytes);  // for everybody else
         base = top = backed = reinterpret_cast<char*>(rounded(reinterpret_cast<size_t>(p), STEP));
         end = base + (bytes / STEP - 1) * STEP;
 #ifdef MADV_HUGEPAGE
