@@ -332,6 +332,13 @@ def test_a_reward_model_cannot_be_taught_to_answer(command, trained, preferences
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize("command", [["generate", "The"], ["fill", "The ___."], ["eval"]])
+def test_a_reward_model_writes_nothing(command, trained):
+    name, *text = command
+    done = refused(name, trained[0], *text, saying="is a reward model: it scores answers")
+    assert not done.stdout
+
+
 def test_answers_too_long_are_left_out_and_named(base, tmp_path):
     row = {"prompt": "say", "chosen": "a" * 99, "rejected": "b"}
     path = write_rows(tmp_path / "p.jsonl", [row])

@@ -38,20 +38,22 @@ def run(progress: Progress, corpus: list[Path] = ()) -> dict[str, Any]:
     """
     if backend.name != "cpu":
         raise InputError("bench measures the compiled kernels: use --backend cpu")
-    with progress.console.status("the machine") as status:
+    with progress.console.status("the corpus") as status:
+        known = measure_corpus(corpus) if corpus else None
+        status.update("the machine")
         machine = measure_machine()
         rows = []
         for kernel in KERNELS:
             status.update(f"kernels: {kernel.name}")
             rows.append(measure_kernel(kernel, machine))
-        status.update("the corpus")
-        found = {"backend": backend.describe(), "machine": machine, "kernels": rows}
-        found["corpus"] = measure_corpus(corpus) if corpus else None
-        found["training"] = []
+        training = []
         for preset in PRESETS:
             status.update(f"training: {preset}")
-            found["training"].append(measure_preset(preset, machine, found["corpus"]))
-    return found
+            training.append(measure_preset(preset, machine, known))
+    return {
+        "backend": backend.describe(), "machine": machine, "kernels": rows, "corpus": known,
+        "training": training,
+    }  # fmt: skip
 
 
 # ---- the machine -------------------------------------------------------------------------------

@@ -76,19 +76,24 @@ def stop_at_the_end(model: Transformer, tokenizer: Tokenizer) -> None:
         model.config.eos_token_id = [tokenizer.eos_id, *stop]
 
 
-def load_for_chat(
-    path: str | Path, writes: bool = True
-) -> tuple[Transformer, Tokenizer, list[str] | None]:
-    """`load`, and where there is no chat template yet, one is given to the tokenizer.
-
-    Also returns what special tokens that took (new rows of the embedding), or None if it had one.
-    Raises InputError for a reward model, unless it need not write.
-    """
+def load_for_text(path: str | Path, writes: bool = True) -> tuple[Transformer, Tokenizer]:
+    """`load`; raises InputError for a reward model, unless it need not write, or for ids alone."""
     model, tokenizer = load(path)
     if writes and model.config.scores:
         raise InputError(f"{path} is a reward model: it scores answers and writes none")
     if tokenizer is None:
-        raise InputError(f"{path}/tokenizer.json: no such file; a model cannot chat without one")
+        raise InputError(f"{path}/tokenizer.json: no such file; text needs it")
+    return model, tokenizer
+
+
+def load_for_chat(
+    path: str | Path, writes: bool = True
+) -> tuple[Transformer, Tokenizer, list[str] | None]:
+    """`load_for_text`, and where there is no chat template yet, one is given to the tokenizer.
+
+    Also returns what special tokens that took (new rows of the embedding), or None if it had one.
+    """
+    model, tokenizer = load_for_text(path, writes)
     if template_of(tokenizer):
         added = None
     else:

@@ -22,7 +22,7 @@ from rich.text import Text
 import tinylm
 from tinylm import agreement, corpus, preferences, store
 from tinylm import backend as backends
-from tinylm.checkpoint import Checkpoint
+from tinylm.checkpoint import Checkpoint, load_for_text
 from tinylm.errors import INTERRUPTED, InputError, Waiting
 from tinylm.evaluate import evaluate_directory
 from tinylm.files import write_rows
@@ -286,13 +286,6 @@ def convert(model_bin, tokenizer_bin, out, as_json):
 # ---- using models ------------------------------------------------------------------------------
 
 
-def open_model(path: Path):
-    model, made = tinylm.load(path)
-    if made is None:
-        raise InputError(f"{path}/tokenizer.json: no such file; text needs it")
-    return model, made
-
-
 @cli.command()
 @click.argument("model", type=Path)
 @click.argument("prompt", default="")
@@ -304,7 +297,7 @@ def open_model(path: Path):
 @common
 def generate(model, prompt, as_json, **settings):
     """Continue PROMPT."""
-    loaded, made = open_model(model)
+    loaded, made = load_for_text(model)
     pieces = stream_text(loaded, made, prompt, **settings)
     if as_json:
         tell(as_json, {"prompt": prompt, "continuation": "".join(pieces)})
@@ -325,7 +318,7 @@ def chat(model, system, as_json, **settings):
 
     Without a terminal every line of standard input is one turn. `/new` begins anew.
     """
-    loaded, made = open_model(model)
+    loaded, made = load_for_text(model)
     talk = Conversation(loaded, made, system, settings)
     live = sys.stdin.isatty() and not as_json
     console = Console(highlight=False, soft_wrap=True, quiet=as_json)
@@ -384,7 +377,7 @@ def questions(console: Console, live: bool):
 @common
 def fill(model, text, as_json, **settings):
     """Fill the blank ___ in TEXT."""
-    loaded, made = open_model(model)
+    loaded, made = load_for_text(model)
     found = tinylm.fill(loaded, made, text, **settings)
     run = Checkpoint(model)
     if run.exists() and run.state()["config"].get("objective") == "next":
@@ -413,7 +406,7 @@ def fill(model, text, as_json, **settings):
 @common
 def evaluate(model, paths, document_separator, as_json, **sizes):
     """Bits per byte: of a run's held-out text, beside xz, or of --data."""
-    loaded, made = open_model(model)
+    loaded, made = load_for_text(model)
     asked, most = sizes["block_size"], loaded.config.block_size
     if asked > most:
         raise InputError(f"--block-size {asked}: the context is {most}")
