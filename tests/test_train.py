@@ -296,6 +296,18 @@ def test_the_line_names_the_step_that_its_loss_is_of(capsys):
     assert "step 8 of 10  loss 1.500" in capsys.readouterr().err
 
 
+def test_the_line_says_that_it_evaluates():
+    shown, progress = [], Progress()
+    progress.live, progress.bar = True, SimpleNamespace(update=lambda _, **new: shown.append(new))
+    trainer = SimpleNamespace(
+        stage=SimpleNamespace(name="sft"), config=TrainConfig(10), seconds=1.0
+    )
+    trainer.share_done = lambda: 0.5
+    progress.evaluating(trainer)
+    progress.step(trainer, {"step": 5, "loss": 1.5, "tokens_per_second": 7})
+    assert [new["description"] for new in shown] == ["sft: evaluating", "sft"]
+
+
 def test_the_guard_refuses_what_would_do_harm():
     guard = Guard()
     assert guard.reason(math.nan, 1.0)

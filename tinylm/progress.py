@@ -80,10 +80,16 @@ class Progress:
         speed = f"{row['tokens_per_second']:,} tokens/s"
         numbers = f"step {row['step']}{of}  {what} {mean}  {clock(left)} left  {speed}"
         if self.live:
-            self.bar.update(self.task, completed=share, numbers=numbers)
+            name = trainer.stage.name
+            self.bar.update(self.task, description=name, completed=share, numbers=numbers)
         elif time.monotonic() - self.spoke > EVERY:
             self.spoke = time.monotonic()
             self.say(f"{trainer.stage.name}: {numbers}")
+
+    def evaluating(self, trainer) -> None:
+        """The line stands still for longer than a step takes: it says why."""
+        if self.live:
+            self.bar.update(self.task, description=f"{trainer.stage.name}: evaluating")
 
     def evaluation(self, trainer, found: dict) -> None:
         known = {

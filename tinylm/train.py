@@ -315,6 +315,7 @@ class Trainer:
         return self.share_done() >= 1
 
     def evaluate(self, metrics: Metrics, final: bool) -> None:
+        self.progress.evaluating(self)
         found = self.stage.evaluate(final)
         metrics.write(step=self.step, event="final" if final else "eval", **found)
         self.progress.evaluation(self, found)
