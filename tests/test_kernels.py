@@ -551,25 +551,45 @@ def test_memory_is_given_out_in_parts_and_joined_again():
     assert _cpu.pool_bytes() == before  # 0 in a sanitizer's build, which keeps nothing
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and sets a limit as ulimit -v")
+def in_little_memory(room: int, program: str) -> None:
+    """Run a program whose address space may grow by so many bytes, as `ulimit -v` limits it."""
+    _cpu.empty([1])
+    if sys.platform != "linux" or not _cpu.pool_bytes():
+        pytest.skip("reads /proc; a sanitizer's build keeps nothing")
+    start = f"""
+import resource
+from pathlib import Path
+import numpy
+from tinylm.kernels import _cpu
+used = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (used + {room}, used + {room}))
+"""
+    subprocess.run([sys.executable, "-c", start + program], check=True, cwd="/", timeout=60)
+
+
 def test_the_pool_leaves_memory_to_others_where_it_is_limited():
     """It takes address space that it may never use, which others need."""
-    _cpu.empty([1])
-    if not _cpu.pool_bytes():
-        pytest.skip("a sanitizer's build keeps nothing")
+    # of twice what the machine has: a first request would leave an eighth
+    some = 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 16
+    in_little_memory(some + some // 8, f"_cpu.empty([1 << 20]); bytearray({some // 4})")
+
+
+def test_muon_without_memory_is_an_error_and_not_the_end():
     program = """
-import os, resource
-from pathlib import Path
-from tinylm.kernels import _cpu
-page, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
-used = int(Path("/proc/self/statm").read_text().split()[0])
-some = 2 * pages // 16  # of which a first request would leave an eighth
-limit = page * (used + some + some // 8)
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-_cpu.empty([1 << 20])
-bytearray(page * some // 4)
+matrices = [[numpy.ones((600, 600), "float32") for _ in range(3)] for _ in range(2)]
+held = []
+try:
+    while True:
+        held.append(_cpu.empty([1 << 18]))
+except MemoryError:
+    pass
+try:
+    _cpu.muon(matrices, 1.0, 0.9, 0.0)
+except MemoryError:
+    held.clear()
+assert not held
 """
-    subprocess.run([sys.executable, "-c", program], check=True, cwd="/", timeout=60)
+    in_little_memory(256 << 20, program)
 
 
 def test_a_child_of_fork_computes_the_same_bits():

@@ -125,6 +125,7 @@ def test_both_spellings_of_the_rotary_base():
         ("rope_scaling", {"factor": 8}),
         ("rope_theta", "1e4"),
         ("head_dim", 5),
+        ("vocab_size", 0),
         ("rope_theta", 0),
         ("rms_norm_eps", float("nan")),
         ("bos_token_id", "<s>"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import regex
 from commands import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,8 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from tinylm import _bpe_python, backend
 from tinylm import tokenizer as tk
-from tinylm._tokenizer_json import LLAMA3_PATTERN
+from tinylm._tokenizer_json import LLAMA3_PATTERN, splitter
+from tinylm.errors import InputError
 from tinylm.llama2c import load_tokenizer
 from tinylm.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -441,16 +443,6 @@ REFUSED = {
     r"Hugging Face reads \\w in": {
         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated"}
     },
-    r"Hugging Face reads \[\\p\{L\}&&\[ in": {
-        "pre_tokenizer": {
-            "type": "Split",
-            "pattern": {"Regex": r"[\p{L}&&[^\p{Han}]]+"},
-            "behavior": "Isolated",
-        }
-    },
-    r"Hugging Face reads \{1,3\}\+ in": {
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "a{1,3}+"}, "behavior": "Isolated"}
-    },
     "normalizer 'Prepend'": {
         "normalizer": {
             "type": "Sequence",
@@ -480,6 +472,27 @@ def test_what_is_not_understood_is_refused_by_name(reason, bpe, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(ValueError, match=f"tokenizer.json: .*{reason}"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "part"),
+    [
+        (r"[\p{L}&&[^\p{Han}]]+", r"[\p{L}&&["),
+        ("a{1,3}+", "{1,3}+"),
+        ("a{,3}+", "{,3}+"),
+        ("a{3}?", "{3}?"),
+        (r"\p{Word}+", r"\p{Word}"),
+    ],
+)
+def test_a_pattern_that_hugging_face_reads_in_another_way_is_refused(pattern, part):
+    with pytest.raises(InputError, match=regex.escape(f"reads {part} in another way")):
+        splitter(pattern)
+
+
+def test_a_bracket_that_is_written_out_begins_no_set():
+    pattern, text = r"\[[^\]]*\]|[\[\\(]+", r"a[b]c[\(["
+    theirs = pre_tokenizers.Split(Regex(pattern), "isolated").pre_tokenize_str(text)
+    assert [*splitter(pattern)(text)] == [part for part, _ in theirs]
 
 
 BROKEN = [(None, "no such"), (b"{", "cannot be"), (b"\xff", "cannot be"), (b"[]", "JSON object")]

@@ -27,10 +27,11 @@ LLAMA3_PATTERN = (  # another way to write PATTERN: the same pieces
 )
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 UNALIKE = regex.compile(  # what means one thing to oniguruma, another one to `regex`
-    r"\{\d+,?\d*\}\+"  # a{1,3}+ repeats or is possessive
-    r"|\\[bBGhKmNwWXZ]|\\[pP](?!\{)|\(\?[a-z]*m"
+    r"\{(?:\d+,?\d*|,\d+)\}\+"  # a{1,3}+ repeats or is possessive
+    r"|\{\d+\}\?"  # a{3}? may be nothing, or is lazy
+    r"|\\[bBGhKmNwWXZ]|\\[pP](?!\{)|\\[pP]\{\^?(?i:word)\}|\(\?[a-z]*m"
     r"|\[:\^?(?:alnum|digit|punct|word):"
-    r"|\[(?:\\.|[^]\\])*(?:&&|\[(?!:))"  # a set within a set, or two that must both hold
+    r"|\[[^]]*(?:&&|\[(?!:))"  # a set within a set, or two that must both hold
 )
 LONE_SURROGATE = regex.compile("[\ud800-\udc7f\udd00-\udfff]")
 
@@ -250,7 +251,7 @@ def splitter(pattern: str, matches_only: bool = False) -> Splitter:
     """What cuts a text into the matches of `pattern` and what lies between them, or drops that."""
     if pattern in (PATTERN, LLAMA3_PATTERN):
         return bpe.split_words
-    if found := UNALIKE.search(pattern.replace(r"\\", "")):
+    if found := UNALIKE.search(regex.sub(r"\\\W", "-", pattern)):  # \[ and \\ mean themselves
         raise InputError(
             f"unsupported Split pattern {pattern!r}: Hugging Face reads {found[0]} in another way"
         )

@@ -217,8 +217,9 @@ def from_json(content: dict) -> ModelConfig:
         each = ids if isinstance(ids, list) and name == "eos_token_id" else [ids]
         if not all(isinstance(i, int) for i in each):
             raise InputError(f"{name}: expected a token's id, got {ids!r}")
-    if not 0 <= values.get("bos_token_id", 0) < values["vocab_size"]:
-        del values["bos_token_id"]  # GPT-2's 50256, which transformers writes for any vocabulary
+    if values.get("bos_token_id") not in range(values["vocab_size"]):
+        # not GPT-2's 50256, which transformers writes for any vocabulary
+        values.pop("bos_token_id", None)
     return ModelConfig(**values, architecture=kind, exact_gelu=exact, scores=scores)
 
 

@@ -98,8 +98,8 @@ def sample(
         return logits.argmax(-1)
     if not temperature > 0:
         raise InputError(f"temperature: expected 0 or more, got {temperature}")
-    small = max(temperature, 1e-100)  # below it quotients are infinite
-    x = numpy.divide(logits, small, dtype=numpy.float64)
+    # A quotient by next to nothing would be infinite.
+    x = numpy.divide(logits, max(temperature, 1e-100), dtype=numpy.float64)
     if 0 < top_k < x.shape[-1]:
         kth = numpy.partition(x, -top_k, -1)[:, -top_k, None]
         x[x < kth] = -numpy.inf

@@ -10,6 +10,7 @@
 
 float* take_scratch(size_t floats);  // from the pool, 64-byte aligned, not zeroed (runtime.h)
 void give_scratch(float* p, size_t floats);
+[[noreturn]] void out_of_memory();  // as take_scratch says it
 
 extern bool bfloat16_products;  // round the operands of large products and of attention (runtime.h)
 

@@ -1,8 +1,8 @@
 // muon.cpp - the optimizer of matrices: momentum, then four steps of Newton and Schulz towards the
 // nearest orthogonal matrix, which is what moves the weights.
 //
-// A small matrix is one thread's from its gradient to its weights, and never leaves that core's
-// cache; a large one is all threads'. Every pass rounds for itself, as NumPy's do.
+// A small matrix is one thread's from its gradient to its weights, so that it stays in that core's
+// cache where it fits; a large one is all threads'. Every pass rounds for itself, as NumPy's do.
 #include "simd.h"
 
 namespace ISA {
@@ -52,9 +52,16 @@ static void muon_matrix(const Muon& s, const MuonMatrix& w, int threads) {
 static void muon(const Muon& step, const MuonMatrix* matrices, long n, int threads) {
     constexpr long LARGE = 1 << 20;  // numbers: 4 MB
     const auto small = [](const MuonMatrix& w) { return w.M * w.N < LARGE; };
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (long i = 0; i < n; ++i)
-        if (small(matrices[i])) muon_matrix(step, matrices[i], 1);
+    bool full = false;  // the memory: an exception that leaves a parallel region ends the process
+#pragma omp parallel for schedule(dynamic) num_threads(threads) reduction(|| : full)
+    for (long i = 0; i < n; ++i) {
+        try {
+            if (small(matrices[i])) muon_matrix(step, matrices[i], 1);
+        } catch (...) {
+            full = true;
+        }
+    }
+    if (full) out_of_memory();
     for (long i = 0; i < n; ++i)
         if (!small(matrices[i])) muon_matrix(step, matrices[i], threads);
 }

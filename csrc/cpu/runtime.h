@@ -28,6 +28,7 @@ float* take_scratch(size_t floats) {
     return static_cast<float*>(pool.take(floats * sizeof(float)));
 }
 void give_scratch(float* p, size_t floats) { pool.give(p, floats * sizeof(float)); }
+void out_of_memory() { throw std::bad_alloc(); }
 
 // ---- instruction set ---------------------------------------------------------------------------
 

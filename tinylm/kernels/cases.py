@@ -210,6 +210,7 @@ CASES = [
     Case("muon", "odd", lambda d: d.muon((37, 5), (5, 37), (1, 1), grad_scale=0.25), slack=10),
     Case("muon", "zeros", lambda d: d.muon((8, 3), scale=0.0)),
     Case("muon", "large", lambda d: d.muon((130, 67), (300, 1001)), slack=10),
+    Case("muon", "too large for one thread", lambda d: d.muon((9, 1 << 17)), slack=10),
     Case("global_norm", "several arrays", lambda d: dict(arrays=[d(1), d(37, 5), d(0), d(200, 301)])),
     Case("global_norm", "overflow of float32", lambda d: dict(arrays=[d(5, scale=1e30)])),
 ]
