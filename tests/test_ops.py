@@ -139,3 +139,10 @@ def test_gradients_of_parts_are_copied_unless_they_lie_side_by_side(order):
     Tensor.from_op(numpy.zeros(1), ops.split(y, 3), lambda dout: gradients).backward()
     assert numpy.array_equal(x.grad, numpy.concatenate(gradients, -1))
     assert (seen[0] is beside) == (order == (0, 1, 2))
+
+
+def test_a_number_of_numpy_leaves_a_tensor_its_dtype():
+    x = Tensor(numpy.ones(3, numpy.float32), requires_grad=True)
+    y = (x + numpy.float64(1)) * (1 / numpy.int64(3)) - numpy.array(2.0)
+    y.sum().backward()
+    assert (y.dtype, x.grad.dtype) == (numpy.float32, numpy.float32)

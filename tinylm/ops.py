@@ -32,7 +32,7 @@ def wrap(x) -> Tensor:
 def add(x: Tensor, y: Tensor | float) -> Tensor:
     """x + y, broadcasting."""
     if not isinstance(y, Tensor) and backend.xp.ndim(y) == 0:
-        return Tensor.from_op(x.data + y, (x,), lambda dout: (dout,))
+        return Tensor.from_op(x.data + float(y), (x,), lambda dout: (dout,))
     y = wrap(y)
     shapes = x.shape, y.shape
 
@@ -47,6 +47,7 @@ def add(x: Tensor, y: Tensor | float) -> Tensor:
 def mul(x: Tensor, y: Tensor | float) -> Tensor:
     """x · y, broadcasting."""
     if not isinstance(y, Tensor) and backend.xp.ndim(y) == 0:
+        y = float(y)  # of no dtype, so that x keeps its own
         return Tensor.from_op(x.data * y, (x,), lambda dout: (dout * y,))
     y = wrap(y)
 
