@@ -176,6 +176,26 @@ def test_answers_are_shown_while_they_are_written(assistant, tmp_path, monkeypat
     assert places == sorted(places)
 
 
+def test_asked_to_stop_while_answers_are_written_it_does_not_wait(assistant, tmp_path, monkeypatch):
+    """A SIGTERM comes once: nobody may be there to send another one."""
+
+    class Stopped(Nobody):
+        sent = False
+
+        def show(self, state):
+            if state["phase"] == "writing" and not self.sent:
+                self.sent = True
+                signal.raise_signal(signal.SIGTERM)
+
+        def ask(self):
+            raise AssertionError("it waits")
+
+    monkeypatch.setitem(feedback.JUDGES, "human", lambda config: Person(Stopped()))
+    plan = Plan(tmp_path / "run", feedback.FeedbackConfig(judge="human"), Progress())
+    with pytest.raises(Waiting, match="waits for a person's judgement"):
+        feedback.run(assistant / "sft", assistant / "prompts", plan)
+
+
 def test_marks():
     texts = ["a", "b", "a", "cut off"]
     assert marks(texts, [1, 0], 1) == [1.0, 0.0, 1.0, None]  # the second one shown, and its equal

@@ -171,7 +171,8 @@ def test_a_model_that_cannot_judge_is_a_sentence(base, tmp_path):
 
 
 class Server(ThreadingHTTPServer):
-    """Chat completions by `answer(request) -> text, status or bytes`; `asked`: all requests."""
+    """Chat completions by `answer(request) -> text, status, bytes, or (status, bytes, headers as
+    pairs …)`; `asked`: all requests."""
 
     daemon_threads = True
 
@@ -194,9 +195,13 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(said, str):
             said = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
         status, body = (said, b"{}") if isinstance(said, int) else (200, said)
+        headers = {}
         if isinstance(said, tuple):
-            status, body = said
+            status, body, *more = said
+            headers = dict(more)
         self.send_response(status)
+        for header in headers.items():
+            self.send_header(*header)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -332,12 +337,28 @@ def test_too_slow_is_as_good_as_down():
     assert len(server.asked) >= ATTEMPTS
 
 
-@pytest.mark.parametrize("body", [b"<html>hello</html>", b"{}", b'{"choices": []}', b"[1]"])
+@pytest.mark.parametrize(
+    "body", [b"<html>hello</html>", b"{}", b'{"choices": []}', b"[1]", b"[" * 100_000]
+)
 def test_what_is_no_chat_completion_is_no_judgement(body):
     with serving(lambda content: body) as server:
         judge = endpoint(server.url)
         assert judge([group("aaa", "a")]) == [[None, None]]
     assert "not a chat completion" in judge.trouble
+
+
+@pytest.mark.parametrize("charset", ["zlib", "idna", "rot13", "undefined"])
+def test_json_is_read_as_such_whatever_charset_it_claims(charset):
+    said = json.dumps({"choices": [{"message": {"content": "T"}}]}).encode()
+    header = "Content-Type", f"application/json; charset={charset}"
+    with serving(lambda content: (200, said, header)) as server:
+        assert endpoint(server.url)([group("aaa", "a")]) == [[0, 0]]
+
+
+@pytest.mark.parametrize("place", ["javascript:1", "http://xn--a.example/"])
+def test_to_be_sent_nowhere_is_no_judgement(place):
+    with serving(lambda content: (302, b"", ("Location", place))) as server:
+        assert endpoint(server.url)([group("aaa", "a")]) == [[None, None]]
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 302])

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 from urllib.parse import urlsplit
 
@@ -145,6 +146,32 @@ def page_files() -> str:
 def test_the_state_is_sent_at_once(page):
     line = ask(page, "GET", "/events")[2]
     assert json.loads(line.removeprefix(b"data: ")) == ASKED
+
+
+def test_a_browser_that_goes_away_in_the_middle_is_no_error(page, caplog):
+    place = urlsplit(page.link)
+    with socket.create_connection((place.hostname, place.port)) as gone:
+        head = f"Host: {place.netloc}\r\nOrigin: http://{place.netloc}\r\nContent-Length: 99\r\n"
+        gone.sendall(f"POST /judge HTTP/1.1\r\n{head}Authorization: Bearer ".encode())
+        gone.sendall(f"{page.token}\r\n\r\n{{".encode())
+        assert ask(page, "GET", "/")[0] == 200  # the server is busy with both now
+    assert ask(page, "POST", "/judge", CHOICE)[0] == 204
+    page.close()
+    assert page.ask() == (1, "good")
+    assert not caplog.text
+
+
+def test_a_request_that_names_no_host():
+    """HTTP/1.0 needs none; with the address 0.0.0.0, any is let in."""
+    page = Page("0.0.0.0", 0)
+    page.open(told := Told())
+    port = urlsplit(re.search(r"http://\S+", told.said)[0]).port
+    for method, code in (("GET", b"200"), ("POST", b"405")):
+        with socket.create_connection(("127.0.0.1", port)) as asking:
+            asking.sendall(f"{method} / HTTP/1.0\r\nCookie: x={page.token}; ".encode())
+            asking.sendall(f"tinylm-{port}={page.token}\r\n\r\n".encode())
+            assert asking.recv(12).split()[1] == code
+    page.close()
 
 
 def test_a_port_that_is_taken(page):

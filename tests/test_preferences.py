@@ -1,5 +1,7 @@
 """Preferences: every form in a file becomes the same thing, and comes back."""
 
+import math
+
 import pytest
 from commands import write_rows
 
@@ -61,6 +63,12 @@ def test_the_best_answer_becomes_a_conversation(tmp_path):
     assert list(FORMS["conversations"](judged[0])) == [{"messages": ASKED + said("b")}]
 
 
+def test_an_empty_answer_is_no_conversation_to_learn_from(tmp_path):
+    rows = [{"prompt": "Hello?", "answers": ["a", " "], "scores": [0, 3]}]
+    judged = read_preferences(write_rows(tmp_path / "p.jsonl", rows))
+    assert list(FORMS["conversations"](judged[0])) == []
+
+
 def tree_of(text, *replies):
     return {"prompt": {"role": "prompter", "text": text, "replies": [*replies]}}
 
@@ -87,6 +95,9 @@ def test_pairs_that_have_a_label_too_stay_pairs(tmp_path):
         ({"prompt": ASKED + said("x"), "chosen": "a", "rejected": "b"}, "must end with"),
         ({"prompt": "x", "answers": ["a"], "scores": [1, 2]}, "same length"),
         ({"prompt": "x", "answers": ["a"], "scores": ["1"]}, "a number or null"),
+        ({"prompt": "x", "answers": ["a", "b"], "scores": [math.nan, 1]}, "a number or null"),
+        ({"prompt": "x", "answers": ["a", "b"], "scores": [10**400, 1]}, "a number or null"),
+        ({"chosen": ASKED + said("a"), "rejected": ASKED + said("a")}, "are the same"),
         ({"prompt": "x", "answers": ["a", "b"], "scores": [1, 1]}, "no answer in it is preferred"),
         ({"prompt": {"role": "system", "replies": []}}, "not a conversation tree"),
         (tree_of("a", {"text": "b", "rank": "first", "replies": []}), "not a conversation tree"),

@@ -208,6 +208,28 @@ def test_broken_claims_are_named(tmp_path, capsys, content):
     assert said.count("\n") == 1
 
 
+def test_a_line_that_is_no_row_does_not_stop_info(runs, capsys):
+    path = runs / "base" / "training" / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + b"3\n\xff\n")
+    assert cli.run(["info", str(runs / "base")]) == 0
+    assert "bits_per_byte" in capsys.readouterr().out
+
+
+def test_what_no_chart_can_hold_is_not_drawn(runs):
+    numbers = {"value": math.inf, "low": -1e308, "high": 1e308, "by_seed": [None, math.nan, 1.0]}
+    measure = {"name": "gold", **numbers, "n": 3, "chance": None}
+    claim = {"title": "", "says": "", "holds": True, "measures": [measure]}
+    (runs.parent / "lab").mkdir()
+    (runs.parent / "lab" / "claims.json").write_text(json.dumps([claim]))
+    rows = metrics(runs / "feedback")
+    for row, reward in zip(rows, (1e308, -1e308, 10**400)):
+        row["reward"] = reward
+    write_rows(runs / "feedback" / "training" / "metrics.jsonl", rows)
+    html = drawn(runs, runs.parent / "lab")
+    assert not re.search(r' (d|cx|cy)="[^"]*(nan|inf|None)', html)
+    assert re.findall(r' d="M(\S+) 8h', html) == ["100.0"]
+
+
 def test_claims_below_zero_stay_on_their_scale(tmp_path):
     low = {"name": "gold", "value": -1.0, "low": -1.5, "high": 3.0, "by_seed": [-1.5], "n": 3}
     claim = {"title": "", "says": "", "holds": True, "measures": [low | {"chance": None}]}

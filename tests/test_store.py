@@ -77,6 +77,12 @@ def test_half_of_a_character_is_stored_as_a_replacement(store):
     assert [j.scores for j in store.judgements()] == [[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]
 
 
+def test_of_equal_answers_the_one_that_was_judged_counts(store):
+    store.add_all("file", [Judged(ASKED, ["a", "a", "b"], [None, 1.0, 0.0])], "judge")
+    (judged,) = store.judged()
+    assert (judged.answers, judged.scores) == (["a", "b"], [1.0, 0.0])
+
+
 def test_messages_are_the_same_in_whatever_order_their_fields_stand(store):
     for fields in (ASKED[0].items(), reversed(ASKED[0].items())):
         store.add_all("file", [Judged([dict(fields)], ["a", "b"], [0.0, 1.0])], "judge")

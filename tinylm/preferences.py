@@ -7,6 +7,7 @@ means something: the better answers are preferred to the worse.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
@@ -96,6 +97,8 @@ def divided(chosen, rejected, where: str) -> tuple[list[dict], list[list[dict]]]
     n = len([*takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected))])
     if not n:
         raise InputError(where + '"chosen" and "rejected" do not begin alike: there is no prompt')
+    if n == len(chosen) == len(rejected):
+        raise InputError(where + '"chosen" and "rejected" are the same, so neither is preferred')
     return chosen[:n], [chosen[n:], rejected[n:]]
 
 
@@ -103,7 +106,8 @@ def check_ranking(answers, scores, where: str) -> None:
     if not isinstance(answers, list) or not isinstance(scores, list) or len(answers) != len(scores):
         raise InputError(where + '"answers" and "scores" must be lists of the same length')
     for score in scores:
-        if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float))):
+        number = isinstance(score, (int, float)) and not isinstance(score, bool)
+        if score is not None and not (number and abs(score) <= sys.float_info.max):
             raise InputError(f"{where}a score must be a number or null, got {score!r:.60}")
 
 
@@ -158,10 +162,13 @@ def as_ranking(judged: Judged) -> Iterator[dict]:
 
 
 def as_conversation(judged: Judged) -> Iterator[dict]:
-    """The best answer, for `tinylm sft`: best-of-n, learned (arXiv 2009.01325)."""
+    """The best answer, for `tinylm sft`: best-of-n, learned (arXiv 2009.01325); sft takes no empty
+    one."""
     if judged.pairs():
         _, best = max((s, -i) for i, s in enumerate(judged.scores) if s is not None)
-        yield {"messages": [*judged.messages, turn("assistant", judged.answers[-best])]}
+        messages = [*judged.messages, turn("assistant", judged.answers[-best])]
+        if all(each["content"].strip() for each in messages if each["role"] == "assistant"):
+            yield {"messages": messages}
 
 
 FORMS = {

@@ -214,6 +214,7 @@ def write(folders: list[Path], out: Path | None = None, ask: list[str] = ()) -> 
     templates = Environment(
         loader=PackageLoader("tinylm"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    templates.tests["finite"] = finite
     write_text(out, templates.get_template("report.html").render(content(folders, [*ask])))
     return out
 

@@ -29,6 +29,7 @@ class Stage(ABC):
     others: str  # what a run was begun with if its source is another one, and what to do about it
     found: tuple[tuple[str, str], ...] = ()  # (a result, the line of the card if it is there)
     cautious = False  # after harm, the loop goes back to earlier weights and calls recover()
+    stopping = False  # the loop was asked to stop after this step: nobody is waited for
     recordable = False  # its loss depends on a batch's tokens, targets and start alone
 
     def __init__(

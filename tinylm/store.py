@@ -190,11 +190,11 @@ class Store:
         last = {(j.item, j.judge): j for j in self.judgements(judge=judge)}
         for id, who in sorted(last):
             item, judgement = items[id], last[id, who]
-            if set(judgement.scores) <= {None}:
+            told = [(a, s) for a, s in zip(item.answers, judgement.scores) if s is not None]
+            if not told:
                 continue
-            scores = dict(zip(reversed(item.answers), reversed(judgement.scores)))
-            answers = [*dict.fromkeys(item.answers)]
-            yield Judged(item.messages, answers, [scores[answer] for answer in answers])
+            scores, answers = dict(reversed(told)), [*dict.fromkeys(item.answers)]
+            yield Judged(item.messages, answers, [scores.get(answer) for answer in answers])
 
 
 def alike(messages: list[dict], answers: list[str]) -> tuple:

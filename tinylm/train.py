@@ -99,14 +99,16 @@ class Metrics:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+    """The rows of a run's metrics.jsonl, up to the first line that is none: a kill cut it short."""
     path = folder / "training" / "metrics.jsonl"
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+            row["step"]
+        except (ValueError, KeyError, TypeError):
             break
+        rows.append(row)
     return rows
 
 
@@ -159,7 +161,7 @@ class Trainer:
         """Asked to stop: after the step in progress, and the second time at once."""
         if self.stop_asked:
             raise KeyboardInterrupt
-        self.stop_asked = True
+        self.stop_asked = self.stage.stopping = True
         self.progress.say("stopping after this step (again: at once, losing it) ...")
 
     def loop(self, metrics: Metrics) -> bool:

@@ -184,9 +184,10 @@ class Endpoint(Judge):
 
         try:
             answer = self.client.post(self.url, content=json.dumps(content))  # all in ASCII
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # of where it sends us
             return None, f"{type(error).__name__} {error}".strip(), 0.0
-        body = answer.text.replace(self.key, "…") if self.key else answer.text
+        body = answer.content.decode(errors="replace")  # JSON is UTF-8, whatever it says it is
+        body = body.replace(self.key, "…") if self.key else body
         if answer.status_code in AGAIN:
             wait = answer.headers.get("retry-after", "")
             return None, f"status {answer.status_code}", float(wait) if wait.isdecimal() else 0.0
@@ -198,7 +199,7 @@ class Endpoint(Judge):
             raise InputError(told)
         try:
             return "" + (answer.json()["choices"][0]["message"]["content"] or ""), "", 0.0
-        except (ValueError, KeyError, IndexError, TypeError):
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
             return None, f"not a chat completion: {body!r:.80}", 0.0
 
 

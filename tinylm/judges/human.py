@@ -166,7 +166,7 @@ class Person(Judge):
                 answers=[item.answers[k] for k in shown], judged=self.count(), undo=i > 0,
                 cut=sum(self.cut(item, k) for k in range(len(item.answers))),
             )  # fmt: skip
-            with leaving(self.folder):
+            with leaving(self.folder, self.stage):
                 choice, comment = self.asker.ask()
             if choice == UNDO:
                 i = max(0, i - 1)
@@ -241,14 +241,17 @@ def marks(texts: list[str], shown: list[int], choice: int | str) -> list[float |
 
 
 @contextmanager
-def leaving(folder: Path):
-    """While a person is waited for, Ctrl-C and SIGTERM leave at once: all is stored."""
+def leaving(folder: Path, stage):
+    """While a person is waited for, Ctrl-C and SIGTERM leave at once, as does one that came shortly
+    before: all is stored."""
 
-    def leave(number, frame):
+    def leave(number=None, frame=None):
         raise Waiting(f"{folder} waits for a person's judgement: {AGAIN}")
 
     try:
         with asked_to_stop(leave):
+            if stage.stopping:
+                leave()
             yield
     except EOFError:
         raise Waiting(f"nobody is here to judge, so {folder} waits: {AGAIN}") from None

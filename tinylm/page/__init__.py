@@ -21,7 +21,7 @@ try:
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import RedirectResponse, Response, StreamingResponse
     from starlette.routing import Route
 except ImportError as error:
@@ -145,7 +145,7 @@ class Page:
             if not any(map(self.known, offered)):
                 return refusal(403, "Open the link that tinylm has printed: it carries a token.")
             origin = request.headers.get("origin")
-            own = f"{request.url.scheme}://{request.headers['host']}"
+            own = f"{request.url.scheme}://{request.headers.get('host')}"
             if origin != own and (origin or request.method == "POST"):
                 return refusal(403, "This request is not of the page itself.")
             return await handler(request)
@@ -184,10 +184,13 @@ class Page:
     async def judge(self, request: Request) -> Response:
         """{"question", "choice", "comment"}: counts if it is about what is asked now."""
         body = b""
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MOST:
-                return refusal(413, f"A judgement has at most {MOST} bytes.")
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MOST:
+                    return refusal(413, f"A judgement has at most {MOST} bytes.")
+        except ClientDisconnect:
+            return refusal(400, "The rest of it is missing.")
         try:
             said = json.loads(body)
             question, choice, comment = (said[key] for key in ("question", "choice", "comment"))
