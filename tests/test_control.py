@@ -219,7 +219,7 @@ def test_a_run_whose_end_was_put_off_is_not_finished(tokenizer, tmp_path):
         begin(make_stage(tokenizer, count_of_a, max_steps=steps), tmp_path) for steps in (2, 4)
     )
     shorter.run(False)
-    longer.stop_asked = True
+    longer.stage.stopping = True
     with pytest.raises(KeyboardInterrupt):
         longer.run(True)
     state = Checkpoint(tmp_path).state()

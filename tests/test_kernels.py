@@ -396,6 +396,16 @@ def test_nan_is_not_swallowed(case, isa):
         assert all(np.isnan(g).any() for g in gradients.values())
 
 
+@every_isa
+def test_nan_in_a_gradient_spoils_its_own_matrix_alone(isa):
+    _cpu.use_isa(isa)
+    matrices = [[np.float32(Draw(i)(40, 30)) for i in range(3)] for _ in range(2)]
+    matrices[0][1][0, 0] = np.nan
+    _cpu.muon(matrices, 1e-2, 0.9, 0.1)
+    assert np.isnan(matrices[0][0]).all()
+    assert np.isfinite(matrices[1][0]).all()
+
+
 @pytest.mark.parametrize(
     ("isa", "dtype"), [(i, "float32") for i in _cpu.isas()] + [(i, "bfloat16") for i in BFLOAT16]
 )

@@ -156,7 +156,7 @@ def test_interrupted_and_resumed_it_has_the_same_bits(trained, base, preferences
         "import sys, tinylm.train as train; from tinylm.cli import run\n"
         "update = train.Trainer.update\n"
         "def stop(self):\n"
-        "    row = update(self); self.stop_asked = self.step == 33; return row\n"
+        "    row = update(self); self.stage.stopping = self.step == 33; return row\n"
         "train.Trainer.update = stop\n"
         "sys.exit(run(sys.argv[1:]))"
     )

@@ -136,7 +136,7 @@ def test_ctrl_c_while_updates_are_refused_saves_after_one_that_is_not(
 
     def asked_at_the_fifth(trainer):
         row = update(trainer)
-        trainer.stop_asked = trainer.step >= 5
+        trainer.stage.stopping = trainer.step >= 5
         return row
 
     def refusing(guard, loss, norm, harm=""):

@@ -157,8 +157,9 @@ def set_weights(model: Transformer, weights: Tensors, folder: Path) -> None:
                 f"but config.json asks for {parameter.shape}"
             )
         parameter.data = backend.asarray(values)
-    head, table = weights.pop("lm_head.weight", None), backend.to_numpy(model.embedding.weight.data)
-    if not (head is None or model.config.scores or numpy.array_equal(head, table)):
+    head, table = weights.pop("lm_head.weight", None), model.embedding.weight.data
+    tied = head is None or model.config.scores or numpy.array_equal(head, backend.to_numpy(table))
+    if not tied:
         raise InputError(
             f"{folder}/model.safetensors: lm_head.weight is not the embedding table, "
             "but config.json ties them (tie_word_embeddings)"

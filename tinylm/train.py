@@ -126,7 +126,6 @@ class Trainer:
         self.asked: list[Callable[[], dict]] = []  # steps of which nothing is logged yet
         self.good: Tensors = {}  # weights and moments of a cautious stage that were in order
         self.environment = environment.describe()
-        self.stop_asked = False
 
     def run(self, resume: bool) -> dict:
         """Train to the end, or until Ctrl-C; returns the final evaluation and what it took.
@@ -159,9 +158,9 @@ class Trainer:
 
     def stop(self, number, frame) -> None:
         """Asked to stop: after the step in progress, and the second time at once."""
-        if self.stop_asked:
+        if self.stage.stopping:
             raise KeyboardInterrupt
-        self.stop_asked = self.stage.stopping = True
+        self.stage.stopping = True
         self.progress.say("stopping after this step (again: at once, losing it) ...")
 
     def loop(self, metrics: Metrics) -> bool:
@@ -174,7 +173,7 @@ class Trainer:
                 if not self.finished():  # else only the evaluation at the end is still to be made
                     self.asked.append(self.ask() if self.device else partial(dict, self.update()))
                 self.seconds = time.perf_counter() - began
-                final, stopping = self.finished(), self.stop_asked
+                final, stopping = self.finished(), self.stage.stopping
                 evaluating = final or self.step % c.eval_every == 0
                 saving = final or stopping or put_off or self.step % c.save_every == 0
                 self.tell(metrics, 1 if self.device and not evaluating and not saving else 0)

@@ -8,6 +8,7 @@ Gradients: float64, central differences along a random direction. Parity: ‖out
 import functools
 import inspect
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -232,16 +233,17 @@ def rounded(value, dtype):
 def forward(kernels, case: Case, arguments: dict) -> dict:
     """Call the forward; -> its results by name."""
     names = OPS[case.op].returns
-    if case.op == "adamw":
-        arguments = rounded(arguments, arguments["param"].dtype)
-        kernels.adamw(**arguments)
-        return {name: arguments[name] for name in names}
-    if case.op == "muon":
-        matrices = rounded(arguments["matrices"], arguments["matrices"][0][0].dtype)
-        kernels.muon(**arguments | {"matrices": matrices})
-        return {"matrices": np.concatenate([x.ravel() for matrix in matrices for x in matrix])}
+    if names[0] in arguments:  # in place
+        arguments = deepcopy(arguments)
+        getattr(kernels, case.op)(**arguments)
+        return {name: joined(arguments[name]) for name in names}
     results = getattr(kernels, case.op + "_forward" * bool(OPS[case.op].inputs))(**arguments)
     return dict(zip(names, results if isinstance(results, tuple) else (results,)))
+
+
+def joined(value) -> np.ndarray:
+    """An array, or all numbers of a list of such."""
+    return np.concatenate([joined(v).ravel() for v in value]) if isinstance(value, list) else value
 
 
 def backward(kernels, case: Case, arguments: dict, results: dict, dy, over=False) -> dict:
