@@ -1,8 +1,8 @@
 """Builds the two extensions: tinylm.kernels._cpu (C++17, OpenMP) and tinylm._bpe (Cython).
 
 csrc/cpu/table.cpp is compiled once per instruction set, each time into a namespace of that name;
-bindings.cpp is compiled once and picks a table when it is imported. Both extensions are optional:
-where they cannot be built, tinylm runs on its NumPy reference kernels and says so.
+isa.cpp hears which of them compiled, and offers those that the processor runs. Both extensions are
+optional: where they cannot be built, tinylm runs on its NumPy reference kernels and says so.
 """
 
 import os
@@ -19,11 +19,11 @@ from setuptools.errors import CompileError
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 BF16 = [*AVX512, "-mavx512bf16"]
-INSTRUCTION_SETS = {"baseline": []}
+INSTRUCTION_SETS = {"baseline": []}  # best first
 if platform.machine().lower() in ("x86_64", "amd64"):
-    INSTRUCTION_SETS |= {
-        "avx2": AVX2, "avx512": AVX512, "avx512bf16": BF16,
-        "amx": [*BF16, "-mamx-tile", "-mamx-bf16"],
+    INSTRUCTION_SETS = {
+        "amx": [*BF16, "-mamx-tile", "-mamx-bf16"], "avx512bf16": BF16, "avx512": AVX512,
+        "avx2": AVX2, "baseline": [],
     }  # fmt: skip
 
 # A kernel sums in a fixed order and may contract a*b+c into one rounding; nothing else is relaxed.
@@ -54,44 +54,52 @@ def openmp_flags(compiler: list[str]) -> list[str]:
 
 
 class BuildExtensions(build_ext):
-    """build_ext that compiles table.cpp once per instruction set."""
+    """build_ext that compiles all at once: both extensions, and each table of kernels."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = True
+        self.force = True  # flags come from the environment too, which has no date
 
     def build_extension(self, ext: Extension) -> None:
-        self.force = True  # flags come from the environment too, which has no date
         try:
             openmp = openmp_flags(self.compiler.compiler_so_cxx)
             ext.extra_compile_args += openmp
             ext.extra_link_args += openmp
             if ext.name == "tinylm.kernels._cpu":
-                self.prepare_kernels(ext, openmp)
+                self.compile_kernels(ext)
             super().build_extension(ext)
         except Exception as error:  # Cython's own errors would not count as "optional"
             raise CompileError(f"{ext.name}: {error}") from error
 
-    def prepare_kernels(self, ext: Extension, openmp: list[str]) -> None:
-        import pybind11
-
-        ext.include_dirs.append(pybind11.get_include())
+    def compile_kernels(self, ext: Extension) -> None:
+        """Compile all but isa.cpp, which is left to build_ext and told of the tables made here."""
         ext.extra_compile_args += FLAGS
         ext.extra_link_args += [f"-fsanitize={SANITIZE}"] if SANITIZE else []
+        flags = {"bindings": [], **INSTRUCTION_SETS}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            flags = {isa: [*FLAGS, *openmp, *known] for isa, known in INSTRUCTION_SETS.items()}
-            objects = list(pool.map(self.compile_table, flags, flags.values()))
-        ext.extra_objects = [path for path in objects if path]
-        ext.define_macros += [(f"HAVE_{i.upper()}", "1") for i, path in zip(flags, objects) if path]
+            made = pool.map(lambda name: self.compile_object(name, ext, flags[name]), flags)
+            objects = {name: path for name, path in zip(flags, made) if path}
+        ext.extra_objects = [*objects.values()]
+        tables = ", ".join(f"&kernels_{name}" for name in INSTRUCTION_SETS if name in objects)
+        ext.define_macros = [("TABLES", tables)]
 
-    def compile_table(self, name: str, flags: list[str]) -> str | None:
-        """Compile csrc/cpu/table.cpp for one instruction set; returns the object's path, or None
-        where it does not compile, as with an older compiler."""
+    def compile_object(self, name: str, ext: Extension, flags: list[str]) -> str | None:
+        """Compile bindings.cpp, or table.cpp for one instruction set; returns the object's path, or
+        None where a table does not compile, as with an older compiler."""
+        import pybind11
+
+        source = "bindings" if name == "bindings" else "table"
         try:
             (built,) = self.compiler.compile(
-                ["csrc/cpu/table.cpp"],
+                [f"csrc/cpu/{source}.cpp"],
                 output_dir=os.path.join(self.build_temp, name),
                 macros=[("ISA", name)],
-                extra_postargs=flags,
+                include_dirs=[pybind11.get_include()],
+                extra_postargs=[*ext.extra_compile_args, *flags],
             )
         except CompileError:
-            if name == "baseline":
+            if name in ("bindings", "baseline"):
                 raise
             print(f"tinylm: {name} did not compile here: left out", file=sys.stderr)
             return None
@@ -100,7 +108,7 @@ class BuildExtensions(build_ext):
 
 CPU = Extension(
     "tinylm.kernels._cpu",
-    sources=["csrc/cpu/bindings.cpp"],
+    sources=["csrc/cpu/isa.cpp"],
     language="c++",
     optional=True,
 )

@@ -9,7 +9,7 @@
 // along its rows and B in words across them, as in all products here (word.h); depth comes in
 // groups of 16 words, the last of them filled up with zeros.
 //
-// The operating system lets a process have tiles if it asks (runtime.h). What they hold is declared
+// The operating system lets a process have tiles if it asks (isa.cpp). What they hold is declared
 // by each thread, while it multiplies.
 #pragma once
 #include "word.h"

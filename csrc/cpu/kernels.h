@@ -1,4 +1,4 @@
-// kernels.h - what one instruction set offers. bindings.cpp picks one of the tables.
+// kernels.h - what one instruction set offers. isa.cpp tells which of the tables run.
 //
 // Shape letters as in tinylm/kernels/__init__.py. Arrays are float32 and C-contiguous unless said
 // otherwise; arguments are checked by bindings.cpp. The bits of a result depend on the shapes
