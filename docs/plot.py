@@ -55,7 +55,7 @@ def outwitted(seed: Path, panels) -> None:
             axes.plot(x, y, "o-", color=shade, label=f"{n:,} comparisons")
             axes.set(title=title, xlabel="√KL from the fine-tuned model, nats per token")
         if turned:
-            at = min(len(x) - 1, turned[0] * len(x) // FEEDBACK["max_steps"])
+            at = (turned[0] - 1) * len(x) // FEEDBACK["max_steps"]
             panels[1].plot(x[at], gold[at], "o", mfc="none", mec=shade, markersize=11)
     panels[0].set_ylabel("mean score")
     panels[1].legend(title="ring: the run said so", loc="lower left", alignment="left")

@@ -166,6 +166,8 @@ def test_show_mask_colours_what_is_learned(base, conversations):
     )
     assert done.stdout.count("\x1b[1;32m") == 2
     assert "\x1b[1;32mThe cat says tac.<|end|>\x1b[0m" in done.stdout
+    told = succeeds("sft", base, "--data", conversations, "--show-mask", 2, "--json").stdout
+    assert ["The cat says tac.<|end|>", True] in json.loads(told)["examples"][0]
 
 
 # ---- what they survive -------------------------------------------------------------------------

@@ -118,6 +118,16 @@ def test_a_full_disk_is_told_with_what_to_do(error, capfd, monkeypatch, text_fil
     refused(capfd, "pretrain", text_file, "--out", tmp_path / "r", saying="make room")
 
 
+def test_a_file_in_the_place_of_a_directory_is_told_with_what_to_do(capfd, text_file):
+    made = "tokenizer", text_file, "--vocab-size", 300, "--out"
+    refused(capfd, *made, text_file, saying="that is a file; name a directory")
+    refused(capfd, *made, text_file / "in", saying="that is a file; name a directory")
+
+
+def test_what_a_sentence_cites_cannot_move_the_cursor(capfd):
+    refused(capfd, "pretrain", "\x1b[2Jnothing", "--out", "r", saying="?[2Jnothing")
+
+
 def test_a_line_that_goes_to_a_file_is_not_broken(capfd):
     Progress().say("word " * 60)
     assert capfd.readouterr().err.count("\n") == 1

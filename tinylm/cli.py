@@ -66,24 +66,26 @@ def run(arguments: list[str]) -> int:  # noqa: PLR0911  (one for each way to end
         sys.stdout = None
         return 0
     except MemoryError:
-        return mistake("out of memory: use a smaller --batch-size, --block-size or --n-embd")
+        return mistake("out of memory: use a smaller --batch-size, --block-size, --n-embd or --n")
     except OSError as error:
         if error.strerror is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        remedy = "; make room, then run it again" if error.errno in FULL else ""
-        return mistake(where + error.strerror + remedy)
+        return mistake(where + error.strerror + REMEDIES.get(error.errno, ""))
     except sqlite3.OperationalError as error:
         return mistake(f"SQLite: {error}; make room, or end what else writes, then run it again")
     return 0
 
 
 def mistake(sentence: str) -> int:
-    print("tinylm: " + " ".join(sentence.split()), file=sys.stderr)
+    line = " ".join(sentence.split())
+    print("tinylm: " + "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
     return 2
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, the size that a file may have
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # a disk, a quota, what a file may hold
+REMEDIES = dict.fromkeys(FULL, "; make room, then run it again")
+REMEDIES |= dict.fromkeys((errno.EEXIST, errno.ENOTDIR), ": that is a file; name a directory")
 HELP = {"show_default": True, "max_content_width": 100, "help_option_names": ["-h", "--help"]}
 
 
@@ -157,7 +159,9 @@ def sft(base, data, show_mask, plan):
     Rows are `messages`, or `instruction`, `input`, `output`, or `prompt`, `completion`.
     """
     if show_mask:
-        tell(False, {}, *fine_tuning.masks(base, data, show_mask, plan.progress))
+        shown = fine_tuning.masks(base, data, show_mask, plan.progress)
+        as_json = click.get_current_context().params["as_json"]
+        tell(as_json, {"examples": shown}, *map(fine_tuning.coloured, shown))
         return None
     if plan.out is None:
         raise InputError("name the directory of the run: --out DIR")

@@ -131,22 +131,23 @@ def read_examples(
     return rows, examples
 
 
-def masks(base: Path, data: Path, n: int, progress: Progress) -> list[Text]:
-    """The first n conversations as the model reads them, the learned tokens in green."""
+def masks(base: Path, data: Path, n: int, progress: Progress) -> list[list[tuple[str, bool]]]:
+    """The first n conversations as the model reads them, each in parts: (text, learned)."""
     model, tokenizer, added = checkpoint.load_for_chat(base)
     progress.given_chat_tokens(base, added)
     _, examples = read_examples(data, tokenizer, model.config.block_size, progress)
-    shown = []
-    for ids, learned in examples[:n]:
-        parts = masked(tokenizer, ids, learned)
-        shown.append(Text.assemble(*((t, "bold green" if on else "dim") for t, on in parts)))
-    return shown
+    return [masked(tokenizer, ids, learned) for ids, learned in examples[:n]]
+
+
+def coloured(parts: list[tuple[str, bool]]) -> Text:
+    """An example with the learned tokens in green."""
+    return Text.assemble(*((text, "bold green" if on else "dim") for text, on in parts))
 
 
 def masked(tokenizer: Tokenizer, ids: list[int], learned: list[bool]) -> list[tuple[str, bool]]:
     """An example cut where what is learned begins and ends: (text, whether it is learned)."""
     edges = numpy.flatnonzero(numpy.diff([-1, *learned, -1]))
     return [
-        (tokenizer.decode(ids[first:end], continues=bool(first > 0)), learned[first])
+        (tokenizer.decode(ids[first:end], continues=bool(first > 0)), bool(learned[first]))
         for first, end in zip(edges, edges[1:])
     ]
