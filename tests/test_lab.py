@@ -5,6 +5,7 @@ import re
 import shutil
 from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from commands import weights
@@ -89,8 +90,9 @@ def test_the_command_prints_what_it_measured(monkeypatch, tmp_path, capsys):
     def measure(workshop):
         return [Measure("share", 0.5 + workshop.seed / 4, 2 + workshop.seed, 4, 0.25)]
 
-    claim = lab.Claim("toy", "A toy", "It is one.", measure, lambda value: value["share"] > 0.6)
-    monkeypatch.setattr(lab, "CLAIMS", {"toy": claim})
+    toy = SimpleNamespace(TITLE="A toy", SAYS="It is one.", measure=measure)
+    toy.holds = lambda value: value["share"] > 0.6
+    monkeypatch.setattr(lab, "CLAIMS", {"toy": toy})
     assert cli.run(["lab", "all", "--out", str(tmp_path), "--seeds", "2", "--json"]) == 0
     told = capsys.readouterr()
     (row,) = json.loads(told.out)["claims"]

@@ -14,8 +14,9 @@ import pytest
 from commands import command, python, weights
 from persons import REPLIES, arguments, judge, judgements
 
+from tinylm import report
 from tinylm.errors import InputError
-from tinylm.page import HEADERS, MOST, Page
+from tinylm.page import HEADERS, LONGEST, MOST, Page
 
 EVIL = "<script>document.title = 'evil'</script><img src=x onerror=\"document.title = 'evil'\">"
 ASKED = {
@@ -118,6 +119,13 @@ def test_what_other_pages_send_does_not_count(page, headers):
 def test_nonsense_is_refused(page, body, status):
     assert ask(page, "POST", "/judge", body)[0] == status
     assert page.replies.empty()
+
+
+def test_a_comment_of_any_characters_is_let_in(page):
+    """JSON writes a control character as six bytes."""
+    comment = "\x1b" * LONGEST
+    assert ask(page, "POST", "/judge", {**CHOICE, "comment": comment})[0] == 204
+    assert page.ask() == (1, comment)
 
 
 def test_a_question_is_answered_once(page):
@@ -265,16 +273,69 @@ def test_keys_and_clicks(page, tab):
     assert page.replies.empty()
 
 
+def test_what_is_undone_leaves_the_comment_for_the_next_judgement(page, tab):
+    tab.goto(page.link)
+    tab.wait_for_selector("body.asking .answer")
+    for number, key in ((8, "u"), (9, "1")):
+        tab.keyboard.press("c")
+        tab.keyboard.type("so ")
+        tab.keyboard.press("Escape")
+        tab.keyboard.press(key)
+        said = page.replies.get(timeout=10)
+        page.show({**ASKED, "question": number})
+        tab.wait_for_selector(f"main[data-number='{number}']")
+    assert said == (0, "so so ")
+
+
+def test_a_key_that_is_held_down_judges_once(page, tab):
+    tab.goto(page.link)
+    tab.wait_for_selector("body.asking .answer")
+    tab.focus("[data-choice=skip]")
+    tab.keyboard.down("Enter")
+    assert page.replies.get(timeout=10) == ("skip", "")
+    page.show({**ASKED, "question": 8})
+    tab.wait_for_selector("main[data-number='8']")
+    tab.keyboard.down("Enter")  # as the keyboard repeats it
+    tab.keyboard.up("Enter")
+    tab.keyboard.press("1")
+    assert page.replies.get(timeout=10) == (0, "")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_a_phone(page, tab, scheme):
     tab.set_viewport_size({"width": 400, "height": 800})
     tab.emulate_media(color_scheme=scheme)
-    page.show({**ASKED, "answers": ["x" * 300, "short"]})
+    long = {"prompt": "x" * 300, "before": "", "now": "x" * 300, "new": True}
+    page.show({**ASKED, "answers": ["x" * 300, "short"], "of": 300, "fixed": [long]})
     tab.goto(page.link)
     tab.wait_for_selector(".answer")
     assert tab.evaluate("document.documentElement.scrollWidth") <= 400
+    assert tab.locator(".steps .now").bounding_box()["width"] > 0
     light = tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(251, 250, 246)"
     assert light == (scheme == "light")
+
+
+def test_what_is_written_from_right_to_left_ends_at_the_left(page, tab):
+    page.show({**ASKED, "messages": [{"role": "user", "content": "\u0634\u0643\u0631\u0627!"}]})
+    tab.goto(page.link)
+    tab.wait_for_selector(".answer")
+    place = """i => { const range = document.createRange(), text = by("prompt").firstChild;
+      range.setStart(text, i); range.setEnd(text, i + 1);
+      return range.getBoundingClientRect().x }"""
+    assert tab.evaluate(place, 4) < tab.evaluate(place, 0)
+
+
+def test_a_report_card_fits_a_phone(tab, tmp_path):
+    long = "x" * 300
+    measure = {"name": long, "value": 1, "low": 0, "high": 1, "n": 3, "chance": None}
+    claim = {"title": long, "says": long, "holds": True, "measures": [measure]}
+    (tmp_path / "claims.json").write_text(json.dumps([claim]))
+    shares = {"right": 0.5, "wrong": 0.3, "idk": 0.2, "n": 20}
+    results = {"sets": {"known": "things"}, "stages": {long: {"known": shares}}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    tab.set_viewport_size({"width": 400, "height": 800})
+    tab.goto(report.write([tmp_path]).as_uri())
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 400
 
 
 def test_a_run_in_the_browser(tab, assistant, tmp_path):

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from html.parser import HTMLParser
+from importlib import resources
 from types import SimpleNamespace
 
 import numpy
@@ -15,7 +16,7 @@ import tinylm
 from tinylm import checkpoint, cli, evaluate, report, xray
 from tinylm.charts import Chart, smooth
 from tinylm.checkpoint import Checkpoint
-from tinylm.runs import Run
+from tinylm.runs import Run, find_runs
 
 STAGES = ("base", "sft", "feedback")
 EVIL = "<script>alert('é')</script>"
@@ -249,12 +250,16 @@ def test_a_foreign_results_json_is_named(runs, capsys, content):
     assert said.count("\n") == 1
 
 
-def test_quickstarts_of_one_name_are_told_apart(tmp_path):
+def test_quickstarts_of_one_name_are_told_apart(trained, tmp_path):
     shares = {"right": 0.5, "wrong": 0.3, "idk": 0.2, "n": 20}
     content = {"sets": {"known": "known things"}, "stages": {"sft": {"known": shares}}}
     results = {tmp_path / of / "quickstart" / "results.json": content for of in ("one", "two")}
     (found,) = report.tested(results)
     assert [*found["stages"]] == ["one/quickstart/sft", "two/quickstart/sft"]
+    for of in ("one", "two"):
+        shutil.copytree(trained / "sft", tmp_path / of / "quickstart" / "sft")
+    names = [run.name for run in find_runs([path.parent for path in results])]
+    assert names == ["one/quickstart/sft", "two/quickstart/sft"]
 
 
 def test_gold_that_is_silent_on_a_step_moves_no_other_score(runs):
@@ -339,3 +344,25 @@ def test_a_running_mean_keeps_a_straight_line():
     assert [x for x, _ in smooth(line)] == [x for x, _ in line]
     assert [y for _, y in smooth(line)] == pytest.approx([y for _, y in line])
     assert smooth([]) == []
+
+
+@pytest.mark.parametrize("scheme", [0, 1])
+def test_every_text_stands_out(scheme):
+    """By at least 4.5 to 1 (WCAG AA), light and dark, whatever a token's shade."""
+    css = resources.files("tinylm").joinpath("templates", "report.css").read_text()
+    of = [dict(re.findall(r"--(\w+): (#?\w+)", block)) for block in css.split("}")[:2]][scheme]
+    rgb = {name: [int(x[i : i + 2], 16) for i in (1, 3, 5)] for name, x in of.items() if "#" in x}
+
+    def mixed(a, b, share):
+        return [share * x + (1 - share) * y for x, y in zip(rgb[a], rgb[b])]
+
+    def contrast(a, b):
+        parts = [[(((x / 255 + 0.055) / 1.055) ** 2.4) for x in colour] for colour in (a, b)]
+        low, high = sorted(0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b in parts)
+        return (high + 0.05) / (low + 0.05)
+
+    assert all(contrast(rgb[x], rgb["paper"]) > 4.5 for x in ("ink", "soft", "accent", "alarm"))
+    for doubt in (0, 0.2, 0.4, 0.6, 0.8, 1):
+        shade = mixed("accent", "paper", doubt * int(of["shade"]) / 100)
+        assert contrast(rgb["ink"], shade) > 4.5
+        assert contrast(mixed("ink", "soft", doubt), shade) > 4.5  # a special token

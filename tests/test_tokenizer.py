@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from tinylm import _bpe_python, backend
 from tinylm import tokenizer as tk
-from tinylm._tokenizer_json import LLAMA3_PATTERN, splitter
+from tinylm._tokenizer_json import LLAMA3_PATTERN, PATTERN, splitter
 from tinylm.errors import InputError
 from tinylm.llama2c import load_tokenizer
 from tinylm.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -309,7 +309,7 @@ def sequence(*steps):
 
 BYTE_LEVEL_KINDS = {
     "gpt2": (pre_tokenizers.ByteLevel(add_prefix_space=False), {}),
-    "gpt4": (sequence(pre_tokenizers.Split(Regex(tk.PATTERN), "removed", invert=True)), {}),
+    "gpt4": (sequence(pre_tokenizers.Split(Regex(PATTERN), "removed", invert=True)), {}),
     "llama3": (sequence(pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated")),
                {"ignore_merges": True}),
     "smollm": (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),

@@ -387,6 +387,7 @@ cdef class Encoder:
         return 0
 
     cdef int cut(self, const char* piece, uint32_t n) except -1:
+        cdef bytes encoded
         self.ids.clear()
         if self.whole and decoded(piece, n) in self.whole:
             self.ids.push_back(self.whole[decoded(piece, n)])
@@ -394,19 +395,14 @@ cdef class Encoder:
             self.cut_bytes(piece, n)
         else:
             for character in decoded(piece, n):
-                self.cut_character(character)
-        return 0
-
-    cdef int cut_character(self, str character) except -1:
-        cdef bytes encoded
-        token = self.characters.get(character)
-        if token is not None:
-            self.ids.push_back(token)
-        elif self.byte_ids.size():
-            encoded = character.encode("utf-8", "surrogatepass")
-            self.cut_bytes(PyBytes_AS_STRING(encoded), PyBytes_GET_SIZE(encoded))
-        elif self.unk >= 0:
-            self.ids.push_back(self.unk)
+                token = self.characters.get(character)
+                if token is not None:
+                    self.ids.push_back(token)
+                elif self.byte_ids.size():
+                    encoded = character.encode("utf-8", "surrogatepass")
+                    self.cut_bytes(PyBytes_AS_STRING(encoded), PyBytes_GET_SIZE(encoded))
+                elif self.unk >= 0:
+                    self.ids.push_back(self.unk)
         return 0
 
     cdef void cut_bytes(self, const char* piece, uint32_t n) noexcept:

@@ -12,6 +12,7 @@ encoding repeats the merges on a new text in the order in which they were learnt
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from itertools import chain, pairwise
 
 import numpy as np
@@ -24,7 +25,7 @@ PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-CACHE_SIZE = 1 << 18  # pieces remembered by an Encoder before it forgets them all
+CACHE_SIZE = 1 << 18  # pieces remembered by an Encoder
 LONGEST_CACHED = 64  # characters; longer pieces hardly ever come twice
 
 
@@ -59,23 +60,18 @@ class Encoder:
         self.ranks = {(left, right): rank for rank, (left, right, _) in enumerate(merges)}
         self.merged = [merged for _, _, merged in merges]
         self.whole = {piece: [token] for piece, token in (whole or {}).items()}
-        self.cache: dict[str, list[int]] = {}
+        self.remembered = lru_cache(CACHE_SIZE)(self.encode_piece)
 
     def encode(self, pieces: Iterable[str]) -> np.ndarray:
         """The ids of all pieces, one after the other: uint32 (n,)."""
         ids: list[int] = []
         for piece in pieces:
-            known = self.cache.get(piece)
-            ids += self.encode_piece(piece) if known is None else known
+            short = len(piece) <= LONGEST_CACHED
+            ids += self.remembered(piece) if short else self.encode_piece(piece)
         return np.array(ids, np.uint32)
 
     def encode_piece(self, piece: str) -> list[int]:
-        ids = self.whole.get(piece) or self.merge(self.cut(piece))
-        if len(piece) <= LONGEST_CACHED:
-            if len(self.cache) >= CACHE_SIZE:
-                self.cache.clear()
-            self.cache[piece] = ids
-        return ids
+        return self.whole.get(piece) or self.merge(self.cut(piece))
 
     def cut(self, piece: str) -> list[int]:
         ids = []

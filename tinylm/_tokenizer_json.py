@@ -45,11 +45,12 @@ def byte_characters() -> list[str]:
 
 BYTE_CHARACTERS = byte_characters()
 BYTE_OF_CHARACTER = {character: b for b, character in enumerate(BYTE_CHARACTERS)}
+BYTE_TOKENS = [f"<0x{b:02X}>" for b in range(256)]  # how SentencePiece writes each byte
 
 BYTE_LEVEL = {
     "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False,
 }  # fmt: skip
-SPLIT = {"type": "Split", "pattern": None, "behavior": "Isolated", "invert": False}
+SPLIT = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
 
 
 def make_spec(tokens: list[str], merges: list[tuple[str, str]]) -> dict:
@@ -189,16 +190,15 @@ class Layout:
         special = {token["content"] for token in spec.get("added_tokens") or []}
         ordinary = {token: i for token, i in vocab.items() if token not in special}
         unk = vocab.get(model.get("unk_token"), -1)
-        byte_ids = None
-        if self.byte_level:
-            byte_ids = [vocab.get(character, unk) for character in BYTE_CHARACTERS]
-        elif self.byte_tokens:
-            byte_ids = [vocab[f"<0x{b:02X}>"] for b in range(256)]
-        characters = {} if self.byte_level else {t: i for t, i in ordinary.items() if len(t) == 1}
         whole = ordinary if model.get("ignore_merges") else {}
         if self.byte_level:
-            texts = [self.token_bytes(t).decode("utf-8", "surrogateescape") for t in whole]
-            whole = dict(zip(texts, whole.values()))
+            byte_ids, characters = [vocab.get(c, unk) for c in BYTE_CHARACTERS], {}
+            whole = {
+                self.token_bytes(t).decode("utf-8", "surrogateescape"): i for t, i in whole.items()
+            }
+        else:
+            byte_ids = [vocab[token] for token in BYTE_TOKENS] if self.byte_tokens else None
+            characters = {t: i for t, i in ordinary.items() if len(t) == 1}
         return {
             "byte_ids": byte_ids,
             "merges": list(read_merges(model)),
@@ -217,12 +217,12 @@ def check(spec: dict) -> None:
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise InputError(f"unsupported {name} {model[name]!r}")
-    if model.get("fuse_unk") and not model.get("byte_fallback"):
-        raise InputError("unsupported fuse_unk")
     if model.get("byte_fallback"):
-        missing = [f"<0x{b:02X}>" for b in range(256) if f"<0x{b:02X}>" not in model["vocab"]]
+        missing = [token for token in BYTE_TOKENS if token not in model["vocab"]]
         if missing:
             raise InputError(f"unsupported byte_fallback without the token {missing[0]}")
+    elif model.get("fuse_unk"):
+        raise InputError("unsupported fuse_unk")
     for token in spec.get("added_tokens") or []:
         if not token.get("special"):
             raise InputError(f"unsupported added token {token['content']!r}: it is not special")

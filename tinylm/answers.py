@@ -38,8 +38,7 @@ class Answers(SharedPrompts):
 
     def state(self) -> dict:
         """As JSON, in which floats survive to the bit."""
-        kept = (getattr(self, name) for name in KEPT)
-        pending = [backend.to_numpy(x).tolist() for x in kept]
+        pending = [backend.to_numpy(getattr(self, name)).tolist() for name in KEPT]
         return {"pending": pending, "notes": self.notes, "harm": self.harm}
 
     @classmethod

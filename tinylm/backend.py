@@ -51,17 +51,6 @@ def use(backend: str) -> None:
 NOT_COMPILED = "its extension was not compiled; install a C++ compiler, then reinstall tinylm"
 
 
-def default() -> str:
-    """The fastest backend that runs here; says so when it is not the compiled one."""
-    try:
-        importlib.import_module(MODULES["cpu"])
-    except ImportError:
-        notice = "tinylm: the C++ kernels are not compiled, so the NumPy reference kernels run"
-        print(f"{notice} (correct, but slow)", file=sys.stderr)
-        return "reference"
-    return "cpu"
-
-
 MOST_THREADS = 1024  # far more than processors: OpenMP ends the process where it cannot have them
 _limits = None  # keeps threadpoolctl's limits in force
 
@@ -155,4 +144,8 @@ def to_numpy(x) -> numpy.ndarray:
     return x.get()
 
 
-use(default())
+try:
+    use("cpu")
+except ImportError:
+    notice = "tinylm: the C++ kernels are not compiled, so the NumPy reference kernels run"
+    print(f"{notice} (correct, but slow)", file=sys.stderr)

@@ -28,6 +28,8 @@ from tinylm.tokenizer import Tokenizer
 
 Tensors = dict[str, numpy.ndarray]
 FLOATS = ("F32", "F16", "BF16", "F64")
+# masks and rotary frequencies, which older versions of transformers saved beside the weights
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 # ---- a model directory -------------------------------------------------------------------------
 
@@ -143,14 +145,13 @@ def set_weights(model: Transformer, weights: Tensors, folder: Path) -> None:
     """Put the file's tensors into the model. Raises InputError naming what is missing or misshapen.
 
     A checkpoint of the bare model, whose names lack the leading `transformer.` or `model.`, is read
-    too; buffers that older versions saved (masks, rotary frequencies) are left out.
+    too.
     """
     for name, parameter in model.parameters().items():
-        bare = name.split(".", 1)[1]
-        values = weights.pop(name, None)
-        values = weights.pop(bare, None) if values is None else values
-        if values is None:
+        found = name if name in weights else name.split(".", 1)[1]
+        if found not in weights:
             raise InputError(f"{folder}/model.safetensors: the tensor {name} is missing")
+        values = weights.pop(found)
         if values.shape != parameter.shape:
             raise InputError(
                 f"{folder}/model.safetensors: {name} has shape {values.shape}, "
@@ -164,10 +165,8 @@ def set_weights(model: Transformer, weights: Tensors, folder: Path) -> None:
             f"{folder}/model.safetensors: lm_head.weight is not the embedding table, "
             "but config.json ties them (tie_word_embeddings)"
         )
-    buffers = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
-    unknown = [name for name in weights if not name.endswith(buffers)]
-    if unknown:
-        raise InputError(f"{folder}/model.safetensors: unknown tensor {sorted(unknown)[0]}")
+    if weights:
+        raise InputError(f"{folder}/model.safetensors: unknown tensor {min(weights)}")
 
 
 # ---- what resuming reads -----------------------------------------------------------------------
@@ -254,16 +253,14 @@ def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> Non
 
 
 def read_tensors(path: Path) -> Tensors:
-    """The tensors of a safetensors file, as float32."""
+    """The tensors of a safetensors file, as float32, but for BUFFERS."""
     with open_tensors(path) as file:
-        tensors = {}
-        for name in file.keys():  # noqa: SIM118  (not a dict)
+        names = [name for name in file.keys() if not name.endswith(BUFFERS)]  # noqa: SIM118
+        for name in names:
             kind = file.get_slice(name).get_dtype()
-            if kind in FLOATS:
-                tensors[name] = numpy.asarray(file.get_tensor(name), numpy.float32)
-            elif not name.endswith((".attn.bias", ".attn.masked_bias")):  # old causal masks
+            if kind not in FLOATS:
                 raise InputError(f"{path}: {name} is of type {kind}, expected a float type")
-        return tensors
+        return {name: numpy.asarray(file.get_tensor(name), numpy.float32) for name in names}
 
 
 def open_tensors(path: Path):

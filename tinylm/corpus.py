@@ -42,8 +42,8 @@ def list_files(paths: Iterable[str | Path]) -> list[Path]:
     files = []
     for path in map(Path, paths):
         if path.is_dir():
-            inner = [p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file()]
-            found = [path / p for p in inner if is_text(p)]
+            inner = sorted(path.rglob("*"))
+            found = [p for p in inner if p.is_file() and is_text(p.relative_to(path))]
             if not found:
                 raise InputError(f"{path}: no text files here ({', '.join(TEXT_ENDINGS)}, or .gz)")
             files += found
@@ -142,8 +142,11 @@ CUTS = re.compile(r"\S(?= )|\n(?=\S)")
 INVALID = re.compile("[\udc80-\udcff]")
 
 
-def as_documents(pieces: Iterable[tuple[str, bool]]) -> Iterator[Iterator[str]]:
-    """Group pieces into documents, each an iterator to be exhausted before the next one."""
+def as_documents(pieces: Iterable[tuple[str, bool]], separator="") -> Iterator[Iterator[str]]:
+    """Group pieces into documents, each an iterator to be exhausted before the next one.
+
+    Where a separator divides them, the newlines around it belong to none.
+    """
     pieces = iter(pieces)
 
     def rest(text, ends):
@@ -153,7 +156,7 @@ def as_documents(pieces: Iterable[tuple[str, bool]]) -> Iterator[Iterator[str]]:
             yield text
 
     for text, ends in pieces:
-        yield rest(text, ends)
+        yield stripped(rest(text, ends)) if separator else rest(text, ends)
 
 
 def stripped(pieces: Iterable[str]) -> Iterator[str]:
@@ -228,9 +231,9 @@ def make_corpus(
     hashes.execute("create table hashes (digest blob primary key) without rowid")
     insert = "insert or ignore into hashes values (?)"
     with open(whole, "wb") as tokens, open(index, "wb") as ends:
-        for document in as_documents(read_texts(files, separator, seen)):
+        for document in as_documents(read_texts(files, separator, seen), separator):
             place = tokens.tell()
-            digest = write_document(document, tokenizer, dtype, tokens, counts, bool(separator))
+            digest = write_document(document, tokenizer, dtype, tokens, counts)
             fresh = digest and hashes.execute(insert, [digest]).rowcount
             if digest:
                 counts["documents" if fresh else "duplicates"] += 1
@@ -248,12 +251,12 @@ def make_corpus(
     return corpus
 
 
-def write_document(pieces, tokenizer, dtype, file, counts, strip: bool) -> bytes | None:
+def write_document(pieces, tokenizer, dtype, file, counts) -> bytes | None:
     """Append `<|begin|> tokens <|end|>`; returns the hash of the text, or None if it was empty."""
     begin, end = (tokenizer.special[name] for name in ("<|begin|>", "<|end|>"))
     hasher, empty = hashlib.blake2b(digest_size=16), True
     file.write(numpy.array([begin], dtype).tobytes())
-    for text in stripped(pieces) if strip else pieces:
+    for text in pieces:
         if not text:
             continue
         empty = False

@@ -65,7 +65,7 @@ class Windows:
     def __init__(self, shards: list[numpy.ndarray], block_size: int, seed: int):
         self.shards = [shard for shard in shards if len(shard) > block_size]
         if not self.shards:
-            longest = max([0, *map(len, shards)])
+            longest = max(map(len, shards), default=0)
             raise InputError(
                 f"the training text has {longest} tokens, fewer than one context of {block_size} "
                 f"and the token after it: use a smaller --block-size or more text"
@@ -223,20 +223,19 @@ class SharedPrompts(Batch):
         alone = max(len(prompt) - 1 + len(ids) for prompt, answers in prompts for ids in answers)
         whole = max(len(prompt) - 1 + sum(map(len, answers)) for prompt, answers in prompts)
         width = max(min(most, max(ROW, whole)), alone)
-        parts, sizes = [], []  # a prompt and answers to it that lie together in a row
+        parts = []  # a prompt and answers to it that lie together in a row
         n_answers = 0
         for prompt, answers in prompts:
             room = 0
             for ids in answers:
                 if len(ids) > room:
                     parts.append((prompt, []))
-                    sizes.append(len(prompt) - 1)
-                    room = width - sizes[-1]
+                    room = width - (len(prompt) - 1)
                 parts[-1][1].append((n_answers, ids))
-                sizes[-1] += len(ids)
                 room -= len(ids)
                 n_answers += 1
 
+        sizes = [len(prompt) - 1 + sum(len(ids) for _, ids in said) for prompt, said in parts]
         rows = first_fit(sizes, width)
         shape = len(rows), max(sum(sizes[i] for i in row) for row in rows)
         tokens, start = numpy.full(shape, padding), numpy.zeros(shape, "int32")

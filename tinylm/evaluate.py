@@ -12,13 +12,13 @@ import sys
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy
 
 from tinylm.chat import template_of, turn
-from tinylm.corpus import Corpus, as_documents, byte_lengths, list_files, read_texts, stripped
+from tinylm.corpus import Corpus, as_documents, byte_lengths, list_files, read_texts
 from tinylm.data import Batch, in_order, next_token_batch
 from tinylm.errors import InputError
 from tinylm.generate import answers, complete_in_parts, encode_prompt
@@ -183,7 +183,7 @@ def variety(texts: list[str]) -> dict[str, float]:
     distinct_2   different pairs of words among all pairs of words (arXiv 1510.03055)
     repetition   pairs of words that stood in the same text before, mean over the texts
     """
-    pairs = [[*zip(text.split(), text.split()[1:])] for text in texts]
+    pairs = [[*pairwise(text.split())] for text in texts]
     every = [pair for of in pairs for pair in of]
     again = [1 - len(set(of)) / len(of) for of in pairs if of]
     return {
@@ -233,10 +233,9 @@ def encode_files(tokenizer: Tokenizer, files: list, separator: str) -> numpy.nda
     """All documents of files as one array of tokens, as make_corpus would lay them on disk."""
     begin, end = (tokenizer.special.get(name) for name in ("<|begin|>", "<|end|>"))
     begin, end = (tokenizer.bos_id, tokenizer.eos_id) if begin is None else (begin, end)
-    parts = []
-    for document in as_documents(read_texts(files, separator)):
-        texts = stripped(document) if separator else document
-        ids = [i for text in texts for i in tokenizer.encode(text)]
+    tokens = []
+    for document in as_documents(read_texts(files, separator), separator):
+        ids = [i for text in document for i in tokenizer.encode(text)]
         if ids:
-            parts.append([i for i in (begin, *ids, end) if i is not None])
-    return numpy.array([i for part in parts for i in part], numpy.int64)
+            tokens += [i for i in (begin, *ids, end) if i is not None]
+    return numpy.array(tokens, numpy.int64)

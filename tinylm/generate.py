@@ -55,8 +55,7 @@ class LayerCache:
 
     def take(self, rows: Array) -> None:
         end, old = self.length - self.prompts[0].shape[2], self.written
-        self.prompt = self.prompt[rows]
-        self.written = [backend.empty((len(rows), *x.shape[1:]), x.dtype) for x in old]
+        self.go_on(self.prompt[rows], room=old[0].shape[2])
         for new, x in zip(self.written, old):
             new[:, :, :end] = x[rows, :, :end]
 
@@ -317,12 +316,10 @@ class Conversation:
             return stream_text(self.model, self.tokenizer, said, **self.settings)
         form, size = ChatFormat(self.tokenizer), self.model.config.block_size
         room = min(self.settings.get("max_new_tokens", LONGEST), size // 2)
-        self.forgotten = 0
-        while (
-            self.forgotten + 1 < len(self.messages)
-            and len(form.ids(self.seen(), answer_next=True)) + room > size
-        ):
-            self.forgotten += 2  # a question and its answer
+        for forgotten in range(0, len(self.messages), 2):  # a question and its answer
+            self.forgotten = forgotten
+            if len(form.ids(self.seen(), answer_next=True)) + room <= size:
+                break
         return stream_answer(self.model, self.tokenizer, self.seen(), **self.settings)
 
     def seen(self) -> list[dict]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy
 
-from tinylm._tokenizer_json import add_special, make_spec
+from tinylm._tokenizer_json import BYTE_TOKENS, add_special, make_spec
 from tinylm.checkpoint import set_weights
 from tinylm.errors import InputError
 from tinylm.model import ModelConfig, Transformer
@@ -108,7 +108,7 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
     the neighbours whose union has the best score: so every way to cut a token in two is a merge,
     ranked by the token's score. vocab_size: how many tokens to read, by default all.
     """
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    names = ["<unk>", "<s>", "</s>", *BYTE_TOKENS]
     scores = {}
     for score, piece in read_tokens(Path(path), vocab_size)[len(names) :]:
         names.append(piece.replace(" ", "▁"))

@@ -52,13 +52,11 @@ def available() -> int | None:
     """
     if hasattr(backend.kernels, "free_bytes"):
         return backend.kernels.free_bytes()
-    limits = []
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                limits.append(int(line.split()[1]) * 1024)
+        lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
+    limits = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     try:
         group = Path("/sys/fs/cgroup")
         limit, used = (int((group / f"memory.{of}").read_text()) for of in ("max", "current"))

@@ -22,7 +22,7 @@ from tinylm.almanac import Almanac
 from tinylm.checkpoint import Checkpoint
 from tinylm.files import write_json
 from tinylm.progress import Progress, table
-from tinylm.settings import Plan
+from tinylm.settings import Plan, TrainConfig
 from tinylm.stages import feedback, pretrain, sft
 
 KINDS = ("country", "element", "state", "animal")
@@ -58,18 +58,14 @@ def run(out: Path, progress: Progress, seed: int = 0) -> dict:
         "1 of 4  Pre-training: predict the next word of prose about "
         f"{sum(e.part != 'withheld' for e in world.entities)} things"
     )
-    text = [str(almanac / "text.jsonl")]
-    stage(
-        pretrain.run, text, out / "base", pretrain.PretrainConfig(seed=seed, **PRETRAIN), progress
-    )
+    text, config = str(almanac / "text.jsonl"), pretrain.PretrainConfig(seed=seed, **PRETRAIN)
+    stage(pretrain.run, [[text]], out / "base", config, progress)
     progress.heading("2 of 4  Fine-tuning: questions and answers about more than half of them")
-    conversations = almanac / "conversations.jsonl"
-    stage(
-        sft.run, out / "base", conversations, out / "sft", sft.SFTConfig(seed=seed, **SFT), progress
-    )
+    conversations, config = almanac / "conversations.jsonl", sft.SFTConfig(seed=seed, **SFT)
+    stage(sft.run, [out / "base", conversations], out / "sft", config, progress)
     progress.heading("3 of 4  Feedback: +1 right, −1 wrong, 0 for “I don't know”")
     prompts, config = almanac / "prompts.jsonl", feedback.FeedbackConfig(seed=seed, **FEEDBACK)
-    stage(feedback.run, out / "sft", prompts, out / "feedback", config, progress)
+    stage(feedback.run, [out / "sft", prompts], out / "feedback", config, progress)
     progress.heading("4 of 4  The test: questions about things that no training asked about")
     results, tables = compare(out, world)
     results = {"seconds": round(time.monotonic() - began, 1), **results}
@@ -85,10 +81,9 @@ def run(out: Path, progress: Progress, seed: int = 0) -> dict:
     return results
 
 
-def stage(run, *arguments) -> None:
+def stage(run, inputs: list, folder: Path, config: TrainConfig, progress: Progress) -> None:
     """Run one stage, or what is left of it."""
-    *arguments, folder, config, progress = arguments
-    run(*arguments, Plan(folder, config, progress, folder.exists(), {"seed"}))
+    run(*inputs, Plan(folder, config, progress, folder.exists(), {"seed"}))
     report.attempt([folder], progress)
 
 

@@ -13,6 +13,7 @@ from random import Random
 from tinylm.tables import Table
 
 PEOPLE = 300
+NAME = ("given", "beginning", "ending")  # its parts; all other choices are facts
 
 
 def people(choices: dict[str, list[str]], seed: int, n: int = PEOPLE) -> Table:
@@ -20,10 +21,8 @@ def people(choices: dict[str, list[str]], seed: int, n: int = PEOPLE) -> Table:
 
     choices: "given", "beginning" and "ending" of names; all others are facts and their k values.
     """
-    rng = Random(f"registry {seed}")
-    given, beginnings, endings = (choices[part] for part in ("given", "beginning", "ending"))
-    facts = facts_of(choices)
-    names = rng.sample(list(product(given, beginnings, endings)), n)
+    rng, facts = Random(f"registry {seed}"), facts_of(choices)
+    names = rng.sample(list(product(*(choices[part] for part in NAME))), n)
     return {
         f"{first} {beginning}{ending}": {fact: (rng.choice(choices[fact]),) for fact in facts}
         for first, beginning, ending in names
@@ -31,4 +30,4 @@ def people(choices: dict[str, list[str]], seed: int, n: int = PEOPLE) -> Table:
 
 
 def facts_of(choices: dict[str, list[str]]) -> list[str]:
-    return [name for name in choices if name not in ("given", "beginning", "ending")]
+    return [name for name in choices if name not in NAME]

@@ -110,8 +110,8 @@ def figures(runs: list[Run]) -> list[tuple[str, str]]:
                 found.append((number.format(**numbers), f"{run.name}: {what.format(**numbers)}"))
                 break
     if runs:
-        sizes = sorted({run.loaded[0].n_parameters() for run in runs})
-        shown = " – ".join(f"{n:,}" for n in [*sizes[:1], *sizes[1:][-1:]])
+        sizes = [run.loaded[0].n_parameters() for run in runs]
+        shown = " – ".join(f"{n:,}" for n in sorted({min(sizes), max(sizes)}))
         found.insert(0, (shown, "parameters"))
         seconds = sum(run.state["seconds"] for run in runs)
         found.append((clock(seconds), "of training" + (", all runs together" if runs[1:] else "")))
@@ -215,7 +215,7 @@ def write(folders: list[Path], out: Path | None = None, ask: list[str] = ()) -> 
         loader=PackageLoader("tinylm"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     templates.tests["finite"] = finite
-    write_text(out, templates.get_template("report.html").render(content(folders, [*ask])))
+    write_text(out, templates.get_template("report.html").render(content(folders, ask)))
     return out
 
 

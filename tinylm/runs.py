@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -107,8 +108,9 @@ def find_runs(folders: list[Path]) -> list[Run]:
             raise InputError(f"{folder}: no run in it: expected training/metrics.jsonl, or runs")
         found |= {path: Run(path, path.name) for path in runs}
     if len({run.name for run in found.values()}) < len(found):
+        shared = os.path.commonpath([path.resolve().parent for path in found])
         for path, run in found.items():
-            run.name = f"{path.resolve().parent.name}/{path.name}"
+            run.name = str(path.resolve().relative_to(shared))
     return sorted(found.values(), key=lambda run: [*STAGES.values()].index(run.stage))
 
 

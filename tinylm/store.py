@@ -191,10 +191,9 @@ class Store:
         for id, who in sorted(last):
             item, judgement = items[id], last[id, who]
             told = [(a, s) for a, s in zip(item.answers, judgement.scores) if s is not None]
-            if not told:
-                continue
-            scores, answers = dict(reversed(told)), [*dict.fromkeys(item.answers)]
-            yield Judged(item.messages, answers, [scores.get(answer) for answer in answers])
+            if told:
+                scores, answers = dict(reversed(told)), [*dict.fromkeys(item.answers)]
+                yield Judged(item.messages, answers, [scores.get(answer) for answer in answers])
 
 
 def alike(messages: list[dict], answers: list[str]) -> tuple:

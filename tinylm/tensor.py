@@ -21,6 +21,7 @@ Array = Any  # of the backend in use: numpy.ndarray or cupy.ndarray
 
 _clock = count()  # creation order is a topological order of the graph
 _recording = True
+_FREED = object()  # in place of the vjp of a node that has been used
 
 
 @contextmanager
@@ -138,7 +139,7 @@ class Tensor:
         if not self.requires_grad:
             raise RuntimeError("backward: no Tensor here requires a gradient")
         nodes = sorted(ancestors(self.node), key=lambda node: node.index, reverse=True)
-        if any(node.vjp is _freed for node in nodes):
+        if any(node.vjp is _FREED for node in nodes):
             raise RuntimeError("backward: this graph was freed by an earlier backward")
         # ones, with no array library at hand: x**0 is 1 even where x is infinite or NaN
         self.node.receive(self.data**0 if grad is None else grad, new=grad is None)
@@ -149,7 +150,7 @@ class Tensor:
             for parent, dparent in zip(node.parents, node.vjp(g), strict=True):
                 if dparent is not None and parent is not None:
                     parent.receive(dparent, new=not overlap(dparent, g))
-            node.parents, node.vjp = (), _freed
+            node.parents, node.vjp = (), _FREED
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -182,11 +183,6 @@ class Tensor:
 def overlap(dparent: Array, grad: Array) -> bool:
     """Whether what a vjp returned is the gradient it was given, or a view of it; else it is new."""
     return dparent is grad or dparent.base is grad or grad.base is dparent.base is not None
-
-
-def _freed(grad):
-    """Stands in for the vjp of a node that has been used."""
-    raise AssertionError("a freed node is refused before it is called")
 
 
 def ancestors(root: Node) -> set[Node]:

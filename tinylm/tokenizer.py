@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tinylm._bpe_python import PATTERN
 from tinylm._tokenizer_json import (
     BYTE_CHARACTERS,
     BYTE_LEVEL,
@@ -207,8 +206,7 @@ def train_bpe(
     for left, right in merges:  # no two merges make the same token: equal strings merge equally
         tokens.append(tokens[left] + tokens[right])
     spec = make_spec(tokens, [(tokens[left], tokens[right]) for left, right in merges])
-    split = SPLIT | {"pattern": {"Regex": PATTERN}}
-    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]}
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [SPLIT, BYTE_LEVEL]}
     spec["decoder"] = BYTE_LEVEL
     return Tokenizer(add_special(spec, SPECIAL_TOKENS), CONFIG)
 

@@ -291,7 +291,8 @@ class Trainer:
         """
         if not self.good:
             return
-        checkpoint.put_tensors(self.stage.model, self.optimizer, copied(self.good))
+        copies = {name: x.copy() for name, x in self.good.items()}
+        checkpoint.put_tensors(self.stage.model, self.optimizer, copies)
         self.guard.rate *= 0.5 if refusal == NOT_FINITE else 1.0
         self.guard.returns += 1
         self.stage.recover(refusal)
@@ -304,13 +305,11 @@ class Trainer:
 
     def share_done(self, ahead: int = 0) -> float:
         """How much of the run lies behind after `ahead` more steps, 0 to 1, by steps or by time."""
-        shares = [0.0]
-        if self.config.max_steps:
-            shares.append((self.step + ahead) / self.config.max_steps)
-        if self.config.minutes:
-            per_step = self.seconds / self.step if self.step else 0.0
-            shares.append((self.seconds + ahead * per_step) / (60 * self.config.minutes))
-        return min(1.0, max(shares))
+        c = self.config
+        seconds = self.seconds + ahead * self.seconds / max(1, self.step)
+        by_steps = (self.step + ahead) / c.max_steps if c.max_steps else 0.0
+        by_time = seconds / (60 * c.minutes) if c.minutes else 0.0
+        return min(1.0, max(by_steps, by_time))
 
     def finished(self) -> bool:
         return self.share_done() >= 1
@@ -363,10 +362,6 @@ def train(stage: Stage, plan: Plan, **found) -> dict:
 def denominator(batches: list[Batch]) -> int:
     """What the summed loss of a step is divided by."""
     return max(1, sum(batch.denominator() for batch in batches))
-
-
-def copied(tensors: Tensors) -> Tensors:
-    return {name: x.copy() for name, x in tensors.items()}
 
 
 def make_optimizer(model: Transformer, config: TrainConfig) -> AdamW:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -61,16 +62,13 @@ def probabilities(model: Transformer, batch: Batch) -> numpy.ndarray:
 
 def pieces(tokenizer: Tokenizer, ids: Iterable[int], p: Iterable[float]) -> Iterator[Piece]:
     """Tokens as text; those that end within a character wait for its rest."""
-    special, held, sure = set(tokenizer.special.values()), b"", 1.0
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    special, text, sure = set(tokenizer.special.values()), "", 1.0
     for i, probability in zip(ids, p):
-        held, sure = held + tokenizer.tokens[i], sure * float(probability)
-        try:
-            text = held.decode()
-        except UnicodeDecodeError as error:
-            if error.reason == "unexpected end of data":
-                continue
-            text = held.decode(errors="replace")
-        yield Piece(text, sure, i in special)
-        held, sure = b"", 1.0
-    if held:
-        yield Piece(held.decode(errors="replace"), sure)
+        text, sure = text + decoder.decode(tokenizer.tokens[i]), sure * float(probability)
+        inside, _ = decoder.getstate()  # bytes of a character that is not whole
+        if not inside:
+            yield Piece(text, sure, i in special)
+            text, sure = "", 1.0
+    if text := text + decoder.decode(b"", final=True):
+        yield Piece(text, sure)

@@ -13,10 +13,8 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from threading import Lock
 
@@ -25,7 +23,6 @@ from tinylm.errors import InputError
 from tinylm.judges import Group, Judge
 from tinylm.judges.pairwise import agreement, compare, request
 
-MODES = ("pairwise", "rubric")
 KEY = "TINYLM_JUDGE_KEY"
 JSON = {"Content-Type": "application/json"}
 ATTEMPTS = 4  # to reach it, with a pause that doubles
@@ -66,6 +63,9 @@ def mark(reply: str) -> float:
     return (int(found[1]) - 5.5) / 4.5
 
 
+MODES = {"pairwise": letter, "rubric": mark}  # what reads a reply
+
+
 class Unreachable(Exception):
     """No usable reply could be had."""
 
@@ -80,6 +80,7 @@ class Endpoint(Judge):
             raise InputError(f"--judge-mode {mode}: an endpoint judges {' or '.join(MODES)}")
         self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.name, self.mode, self.concurrency = name, mode, concurrency
+        self.parse = MODES[mode]
         self.key = os.environ.get(KEY, "")
         self.client = open_client(url, timeout, self.key)
         self.pause, self.down = 0.5, False
@@ -103,11 +104,11 @@ class Endpoint(Judge):
     def __call__(self, groups: list[Group]) -> list[list[float | None]]:
         self.down = False
         if self.mode == "pairwise":
-            scores, agreed = compare(groups, partial(self.judgements, parse=letter))
+            scores, agreed = compare(groups, self.judgements)
             self.agreed += agreed
             return scores
         asked = dict.fromkeys(rubric(group, answer) for group in groups for answer in group.answers)
-        found = dict(zip(asked, self.judgements([*asked], mark)))
+        found = dict(zip(asked, self.judgements([*asked])))
         return [[found[rubric(group, answer)] for answer in group.answers] for group in groups]
 
     def notes(self) -> dict[str, float]:
@@ -117,12 +118,12 @@ class Endpoint(Judge):
         names = ("asked", "cached", "junk", "unreachable")
         return {f"judge_{name}": float(counts[name]) for name in names} | agreement(agreed)
 
-    def judgements(self, questions: list[str], parse: Callable) -> list[float | None]:
+    def judgements(self, questions: list[str]) -> list[float | None]:
         """What it says to each question, several at a time."""
         with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(partial(self.judgement, parse=parse), questions))
+            return list(pool.map(self.judgement, questions))
 
-    def judgement(self, question: str, parse: Callable) -> float | None:
+    def judgement(self, question: str) -> float | None:
         """A reply that cannot be read gets one more chance, and is shown why."""
         asked = f"{self.name}\n{question}".encode("utf-8", "backslashreplace")
         key = hashlib.blake2b(asked, digest_size=16).hexdigest()
@@ -134,7 +135,7 @@ class Endpoint(Judge):
             for _ in range(2):
                 reply = self.reply(messages)
                 try:
-                    found = parse(reply)
+                    found = self.parse(reply)
                     break
                 except ValueError as error:
                     messages += [turn("assistant", reply), turn("user", str(error))]

@@ -132,9 +132,8 @@ class Person(Judge):
             return found
         prompt, size = self.stage.form.ids(messages, True), self.config.max_new_tokens
         rng = numpy.random.default_rng((self.config.seed, place, 1))
-        ids = [
-            complete(m, [prompt], size, rng)[0] for m in (self.stage.model, self.stage.reference)
-        ]
+        models = self.stage.model, self.stage.reference
+        ids = [complete(model, [prompt], size, rng)[0] for model in models]
         return self.add("compare", place, messages, [self.stage.text(x) for x in ids], ids)
 
     def add(self, kind, place, messages, texts, ids, logp=()) -> Item:

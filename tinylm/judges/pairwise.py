@@ -56,11 +56,10 @@ def compare(
         found = {(text, text): 0.0 for text in group.answers}
         for a, b in combinations(dict.fromkeys(group.answers), 2):
             first, second = asked[question(group, a, b)], asked[question(group, b, a)]
-            if first is None or second is None:
-                continue
-            agreed.append(first * second < 0 or first == second == 0)
-            won = float((first > second) - (first < second)) if in_nats or agreed[-1] else 0.0
-            found |= {(a, b): won, (b, a): -won}
+            if None not in (first, second):
+                agreed.append(first * second < 0 or first == second == 0)
+                won = float((first > second) - (first < second)) if in_nats or agreed[-1] else 0.0
+                found |= {(a, b): won, (b, a): -won}
         return found
 
     return [mean_results(group.answers, results(group)) for group in groups], agreed

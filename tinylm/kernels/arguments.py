@@ -68,6 +68,10 @@ class Arguments:
             self.wrong(arg, "a C-contiguous array")
         return x
 
+    def place(self, arg: str, x, shape):
+        """The array to write to that was given, or a new one."""
+        return self.kernels.empty(shape) if x is None else self.in_place(arg, x, shape)
+
     def ints(self, arg: str, x, letters: str, shape, least: int) -> tuple:
         """int32 or int64 -> int32, and what a kernel needs to check them: fault, check."""
         self.dtype(arg, x, "int32", "int64")

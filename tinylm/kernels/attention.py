@@ -37,8 +37,8 @@ class Attention:
 
     def launch_attention(self, name, tiles, grid, *arguments) -> None:
         """grid: tokens that blocks share, heads, rows of the batch; D is the last argument."""
-        plan = attention_plan(arguments[-1], self.products == "bfloat16", tiles)
-        ending, tile, block, shared = plan
+        bfloat16 = self.products == "bfloat16"
+        ending, tile, block, shared = attention_plan(arguments[-1], bfloat16, tiles)
         grid = (up(grid[0], tile), *grid[1:])
         self.launch(f"attention_{name}_{ending}", grid, *arguments, block=block, shared=shared)
 

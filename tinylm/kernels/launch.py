@@ -70,10 +70,6 @@ class Kernels(Attention):
     def empty(self, shape):
         return self.xp.empty(shape, "float32")
 
-    def place(self, args, arg: str, x, shape):
-        """The array to write to that was given, or a new one."""
-        return self.empty(shape) if x is None else args.in_place(arg, x, shape)
-
     def empty_heads(self, B: int, heads: int, tokens: int, D: int):
         """(B, heads, tokens, D), in memory (B, tokens, heads, D): merging heads is free."""
         return self.empty((B, tokens, heads, D)).swapaxes(1, 2)
@@ -141,10 +137,10 @@ class Kernels(Attention):
     def sum_shares(self, name: str, x, *arguments):
         """Sums over rows of x -> (C): the rows in shares, then the shares by the same kernel."""
         N, C = rows_of(x).shape
-        shares = min(128, up(N, SUM_ROWS))
+        shares = max(1, min(128, up(N, SUM_ROWS)))
         out = self.empty((C,))
-        first = out if shares <= 1 else self.empty((shares, C))
-        self.launch(name, (up(C, 32), max(1, shares)), x, *arguments, first, N, C)
+        first = out if shares == 1 else self.empty((shares, C))
+        self.launch(name, (up(C, 32), shares), x, *arguments, first, N, C)
         if shares > 1:
             self.launch("sum_rows", (up(C, 32), 1), first, out, shares, C)
         return out
@@ -188,7 +184,7 @@ class Kernels(Attention):
         x = args.floats("x", x)
         dy = args.floats("dy", dy, "(..., F)", (*x.shape[:-1], None))
         weight = self.weight_of(args, weight, transposed, x.shape[-1], dy.shape[-1])
-        dx, dweight = self.place(args, "dx", dx, x.shape), self.empty(weight.shape)
+        dx, dweight = args.place("dx", dx, x.shape), self.empty(weight.shape)
         dy, x = rows_of(dy), self.operand(rows_of(x))
         operand = self.operand(dy)
         left, right = (x, operand) if transposed else (operand, x)
@@ -214,7 +210,7 @@ class Kernels(Attention):
         dy = args.floats("dy", dy, "(B, T, C)", (*tokens.shape, None))
         tokens, check = args.ints("tokens", tokens, "(B, T)", tokens.shape, 0)
         V, C, add = vocab_size, dy.shape[-1], int(total is not None)
-        dweight = self.place(args, "total", total, (V, C))
+        dweight = args.place("total", total, (V, C))
         sizes = (tokens.size, V, C)
         self.launch("embedding_backward", (V,), dy, tokens, dweight, add, *sizes, *check)
         return dweight
@@ -312,7 +308,7 @@ class Kernels(Attention):
         gate = args.floats("gate", gate)
         up = args.floats("up", up, "the shape of gate", gate.shape)
         dy = args.floats("dy", dy, "the shape of gate", gate.shape)
-        dgate, dup = self.place(args, "dgate", dgate, gate.shape), self.empty(gate.shape)
+        dgate, dup = args.place("dgate", dgate, gate.shape), self.empty(gate.shape)
         self.each("swiglu_backward", dy, gate, up, dgate, dup)
         return dgate, dup
 
@@ -326,7 +322,7 @@ class Kernels(Attention):
         args = Arguments(self, "gelu_backward")
         x = args.floats("x", x)
         dy = args.floats("dy", dy, "the shape of x", x.shape)
-        dx = self.place(args, "dx", dx, x.shape)
+        dx = args.place("dx", dx, x.shape)
         self.each("gelu_backward", dy, x, dx, rest=(int(approximate),))
         return dx
 
@@ -361,9 +357,9 @@ class Kernels(Attention):
     def logits_in_blocks(self, x, weight):
         """The logits of some rows of x (N, C) after the other, in the same memory."""
         N, V = x.shape[0], weight.shape[0]
-        most = min(N, max(1, LOGITS // max(1, V)))
+        most = max(1, min(N, LOGITS // max(1, V)))
         memory = self.empty((most, V))
-        for first in range(0, N, most or 1):
+        for first in range(0, N, most):
             rows = slice(first, min(N, first + most))
             logits = memory[: rows.stop - first]
             self.product(x[rows], weight, logits, transpose_b=True)
@@ -386,21 +382,19 @@ class Kernels(Attention):
         dloss = args.floats("dloss", dloss, "(...)", targets.shape).reshape(-1)
         lse = args.floats("lse", lse, "(...)", targets.shape).reshape(-1)
         targets, dx, dweight = targets.reshape(-1), self.empty(x.shape), self.empty(weight.shape)
-
-        def to_gradient(rows, logits):
+        for rows, logits in self.head_backward(x, weight, dx, dweight):
             given = (dloss[rows], logits, targets[rows], lse[rows], logits, weight.shape[0])
             self.launch("cross_entropy_backward", logits.shape[:1], *given, *check)
-
-        self.head_backward(to_gradient, x, weight, dx, dweight)
         return dx, dweight
 
-    def head_backward(self, to_gradient, x, weight, dx, dweight) -> None:
-        """dx and dweight, where to_gradient(rows, logits) turns logits into dlogits in place."""
+    def head_backward(self, x, weight, dx, dweight):
+        """The logits of some rows after the other, which the caller's loop turns into dlogits in
+        place; from these then dx and dweight."""
         x, weight, dx = self.operand(rows_of(x)), self.operand(weight), rows_of(dx)
         if x.shape[0] == 0:
             dweight.fill(0)
         for rows, logits in self.logits_in_blocks(x, weight):
-            to_gradient(rows, logits)
+            yield rows, logits
             dlogits = self.operand(logits)
             self.product(dlogits, weight, dx[rows])
             self.product(dlogits, x[rows], dweight, transpose_a=True, add=rows.start > 0)
@@ -412,13 +406,10 @@ class Kernels(Attention):
         dx, dweight, scale = self.empty(x.shape), self.empty(weight.shape), self.empty((1,))
         self.launch("one_over_counted", (1,), targets, targets.size, scale, block=1024)
         flat = [a.reshape(-1) for a in (targets, loss, lse)]
-
-        def to_gradient(rows, logits):
-            of_rows = [a[rows] for a in flat]
-            given = (logits, of_rows[0], scale, *of_rows[1:], weight.shape[0])
+        for rows, logits in self.head_backward(x, weight, dx, dweight):
+            of_targets, *results = (a[rows] for a in flat)
+            given = (logits, of_targets, scale, *results, weight.shape[0])
             self.launch("cross_entropy_with_gradients", logits.shape[:1], *given, *check)
-
-        self.head_backward(to_gradient, x, weight, dx, dweight)
         return loss, lse, dx, dweight
 
     def scale_evenly(self, made, dloss, targets):

@@ -1,7 +1,8 @@
 """`tinylm lab`: what is claimed about the three stages, each claim by an experiment of its own.
 
 One file a claim, to be read like an experiment in a paper: what is expected, what is varied, what
-is measured. Every seed has its own world and its own models.
+is measured. Each has a TITLE and what it SAYS, `measure`, for one seed, and `holds`: whether the
+pooled values bear it out. Every seed has its own world and its own models.
 
     OUT/seed0/ seed1/ …    run directories, which claims share where they need the same one
     OUT/claims.json        what was measured
@@ -24,11 +25,14 @@ from tinylm.lab import (
     outwitted,
     refusal,
 )  # fmt: skip
-from tinylm.lab.workshop import Claim, Workshop, pooled
+from tinylm.lab.workshop import Workshop, pooled
 from tinylm.progress import Progress, table
 
-EXPERIMENTS = (compression, assistant, extraction, newfacts, cutoff, refusal, outwitted, missing)
-CLAIMS: dict[str, Claim] = {experiment.CLAIM.name: experiment.CLAIM for experiment in EXPERIMENTS}
+CLAIMS = {
+    "compression": compression, "assistant": assistant, "extraction": extraction,
+    "newfacts": newfacts, "cutoff": cutoff, "refusal": refusal, "outwitted": outwitted,
+    "missing": missing,
+}  # fmt: skip
 
 
 def run(name: str, out: Path, progress: Progress, seeds: int = 3, **smaller) -> list[dict]:
@@ -41,13 +45,13 @@ def run(name: str, out: Path, progress: Progress, seeds: int = 3, **smaller) -> 
     known_claims(out / "claims.json")  # what is wrong with it must not show hours later
     workshops = [Workshop(out / f"seed{s}", s, progress, smaller) for s in range(seeds)]
     found = []
-    for claim in CLAIMS.values():
-        if name not in ("all", claim.name):
+    for claim, experiment in CLAIMS.items():
+        if name not in ("all", claim):
             continue
-        by_seed = [claim.measure(workshop) for workshop in workshops]
+        by_seed = [experiment.measure(workshop) for workshop in workshops]
         measures = [pooled(list(same)) for same in zip(*by_seed)]
-        holds = claim.holds({m["name"]: m["value"] for m in measures})
-        row = {"claim": claim.name, "title": claim.title, "says": claim.says, "holds": bool(holds)}
+        holds = bool(experiment.holds({m["name"]: m["value"] for m in measures}))
+        row = {"claim": claim, "title": experiment.TITLE, "says": experiment.SAYS, "holds": holds}
         found.append({**row, "measures": measures})
         write_claims(out / "claims.json", found[-1])
         progress.console.print(shown(found[-1]))

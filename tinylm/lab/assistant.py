@@ -14,7 +14,10 @@ from __future__ import annotations
 import re
 
 from tinylm.lab import world
-from tinylm.lab.workshop import Claim, Measure, Workshop, answers, recalled, right_answers, share
+from tinylm.lab.workshop import Measure, Workshop, answers, recalled, right_answers, share
+
+TITLE = "Fine-tuning teaches the form of an answer; the knowledge is from pre-training"
+SAYS = "The same questions put to a model before and after fine-tuning that was about other things."
 
 
 def direct(said: str) -> bool:
@@ -41,11 +44,3 @@ def measure(workshop: Workshop) -> list[Measure]:
 def holds(value: dict[str, float]) -> bool:
     usable = value["assistant: direct answers"] - value["base: direct answers"] >= 0.8
     return usable and value["assistant: right answers"] >= 0.8 * value["base: facts known"]
-
-
-CLAIM = Claim(
-    "assistant",
-    "Fine-tuning teaches the form of an answer; the knowledge is from pre-training",
-    "The same questions put to a model before and after fine-tuning that was about other things.",
-    measure, holds,
-)  # fmt: skip

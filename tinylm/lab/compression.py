@@ -14,8 +14,10 @@ from random import Random
 
 from tinylm import checkpoint
 from tinylm.lab import extraction
-from tinylm.lab.workshop import Claim, Measure, Workshop, chance, recalled, results_of, share
+from tinylm.lab.workshop import Measure, Workshop, chance, recalled, results_of, share
 
+TITLE = "Pre-training compresses what was read"
+SAYS = "Held-out text beside xz at equal terms, and the facts that models of three sizes hold."
 WIDTHS = (16, 32, extraction.WIDTH)
 
 
@@ -45,11 +47,3 @@ def holds(value: dict[str, float]) -> bool:
     known = [value[f"{width} wide: facts known"] for width in WIDTHS]
     best = value[f"{WIDTHS[-1]} wide: bits per byte"]
     return best < value["xz: bits per byte"] and known == sorted(known)
-
-
-CLAIM = Claim(
-    "compression",
-    "Pre-training compresses what was read",
-    "Held-out text beside xz at equal terms, and the facts that models of three sizes hold.",
-    measure, holds,
-)  # fmt: skip

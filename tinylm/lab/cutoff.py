@@ -16,7 +16,12 @@ from tinylm import evaluate
 from tinylm.almanac import Almanac, Question
 from tinylm.checkpoint import load
 from tinylm.lab import world
-from tinylm.lab.workshop import Claim, Measure, Workshop, right_answers, share
+from tinylm.lab.workshop import Measure, Workshop, right_answers, share
+
+TITLE = "What happened after the cut-off is not known"
+SAYS = (
+    f"Questions about events before {world.CUTOFF} and since; chance: always the commonest answer."
+)
 
 
 def commonest(almanac: Almanac, questions: list[Question]) -> float:
@@ -53,11 +58,3 @@ def measure(workshop: Workshop) -> list[Measure]:
 def holds(value: dict[str, float]) -> bool:
     gap = value["events before the cut-off"] - value["events after the cut-off"]
     return gap >= 0.5 and value["the model cards carry the date"] == 1
-
-
-CLAIM = Claim(
-    "cutoff",
-    "What happened after the cut-off is not known",
-    f"Questions about events before {world.CUTOFF} and since; chance: always the commonest answer.",
-    measure, holds,
-)  # fmt: skip

@@ -17,8 +17,10 @@ from pathlib import Path
 from random import Random
 
 from tinylm.almanac import Almanac, Question
-from tinylm.lab.workshop import Claim, Measure, Workshop, chance, completed, right_answers, share
+from tinylm.lab.workshop import Measure, Workshop, chance, completed, right_answers, share
 
+TITLE = "What was read can be asked for only if it was read in several wordings"
+SAYS = "Questions about people that no question in training was about, by what was read of them."
 FACTS = 4
 PASSES = 40  # tellings of everything, each another; the fixed text is told in another order
 TOGETHER = 6  # people in a document
@@ -89,11 +91,3 @@ def measure(workshop: Workshop) -> list[Measure]:
 
 def holds(value: dict[str, float]) -> bool:
     return value[TEXTS["mixed"]] - value[TEXTS["fixed"]] >= 0.6
-
-
-CLAIM = Claim(
-    "extraction",
-    "What was read can be asked for only if it was read in several wordings",
-    "Questions about people that no question in training was about, by what was read of them.",
-    measure, holds,
-)  # fmt: skip

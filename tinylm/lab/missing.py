@@ -22,10 +22,12 @@ from tinylm.almanac import Almanac, capital
 from tinylm.data import Example, packed_batch
 from tinylm.generate import BLANK, blank_ids, fill
 from tinylm.lab import extraction
-from tinylm.lab.workshop import Claim, Measure, Workshop, results_of, share, values_of
+from tinylm.lab.workshop import Measure, Workshop, results_of, share, values_of
 from tinylm.stages.pretrain import OBJECTIVES
 from tinylm.tensor import no_grad
 
+TITLE = "Practising blanks teaches to fill them, at a small price for the next word"
+SAYS = "The same text, three objectives; the next-word model takes the likeliest whole sentence."
 PASSES = 200  # tellings of everything, each another
 PRETRAIN = {**extraction.PRETRAIN, "n_embd": extraction.WIDTH, "vocab_size": 1000}  # fewer people
 
@@ -93,11 +95,3 @@ def measure(workshop: Workshop) -> list[Measure]:
 def holds(value: dict[str, float]) -> bool:
     bits = [value[f"{objective}: next-word bits per byte"] for objective in ("mixed", "next")]
     return value["mixed: without candidates"] >= 0.5 and bits[0] <= 1.05 * bits[1]
-
-
-CLAIM = Claim(
-    "missing",
-    "Practising blanks teaches to fill them, at a small price for the next word",
-    "The same text, three objectives; the next-word model takes the likeliest whole sentence.",
-    measure, holds,
-)  # fmt: skip

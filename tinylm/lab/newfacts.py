@@ -18,7 +18,10 @@ from random import Random
 
 from tinylm.almanac import Almanac, Question, answers_well, capital
 from tinylm.lab import world
-from tinylm.lab.workshop import Claim, Measure, Workshop, chance, recalled, right_answers, share
+from tinylm.lab.workshop import Measure, Workshop, chance, recalled, right_answers, share
+
+TITLE = "Facts taught only in fine-tuning are learned less well"
+SAYS = "The same kind of facts, read about before or not, after equally many questions about both."
 
 
 def tuned(workshop: Workshop, name: str, almanac: Almanac, *parts: str) -> Path:
@@ -70,11 +73,3 @@ def holds(value: dict[str, float]) -> bool:
         value[f"read and asked about: {how}"] - value[f"only asked about: {how}"] >= 0.1
         for how in ("other question", "sentence ended")
     )
-
-
-CLAIM = Claim(
-    "newfacts",
-    "Facts taught only in fine-tuning are learned less well",
-    "The same kind of facts, read about before or not, after equally many questions about both.",
-    measure, holds,
-)  # fmt: skip

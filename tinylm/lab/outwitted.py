@@ -26,10 +26,12 @@ from tinylm.almanac import Almanac, capital
 from tinylm.chat import turn
 from tinylm.generate import answers
 from tinylm.lab import world
-from tinylm.lab.workshop import Claim, Measure, Workshop
+from tinylm.lab.workshop import Measure, Workshop
 from tinylm.report import drift
 from tinylm.runs import Run
 
+TITLE = "A judge that has learned from few comparisons is soon outwitted"
+SAYS = "Feedback by reward models of 50, 200, 2,000 comparisons, beside the rule that they learned."
 COMPARISONS = {50: 60, 200: 100, 2000: 250}  # and a reward model's steps, of 16 of them
 REQUESTS = ("Tell me about {}.", "What do you know about {}?", "Describe {}.", "Who is {}?")
 SENTENCES = (1, 1, 1, 2, 2, 2, 3, 3, 4, 5)  # of an answer in fine-tuning, as likely as it is here
@@ -92,9 +94,8 @@ def measure(workshop: Workshop) -> list[Measure]:
     asked, found = workshop.rows("outwitted/prompts", prompts(almanac)), []
     for n, steps in COMPARISONS.items():
         pairs = workshop.rows(f"outwitted/pairs-{n}", comparisons(almanac, model, n))
-        settings = {**REWARD, "max_steps": steps}
-        judge = workshop.reward(f"outwitted/judge-{n}", model, pairs, **settings)
-        settings = {**FEEDBACK, "reward_model": str(judge)}
+        judge = workshop.reward(f"outwitted/judge-{n}", model, pairs, **REWARD, max_steps=steps)
+        settings = FEEDBACK | {"reward_model": str(judge)}
         run = workshop.feedback(f"outwitted/feedback-{n}", model, asked, **settings)
         made = Run(run, run.name)
         rewards, golds = (drift(made, scores, 20) for scores in ("reward", "gold"))
@@ -122,11 +123,3 @@ def holds(value: dict[str, float]) -> bool:
     )
     noticed = value[f"{few} comparisons: the run said so"] > 0.5
     return risen and noticed and lost[few] > max(0.2, lost[many])
-
-
-CLAIM = Claim(
-    "outwitted",
-    "A judge that has learned from few comparisons is soon outwitted",
-    "Feedback by reward models of 50, 200, 2,000 comparisons, beside the rule that they learned.",
-    measure, holds,
-)  # fmt: skip

@@ -19,8 +19,10 @@ from pathlib import Path
 
 from tinylm import quickstart
 from tinylm.almanac import Almanac, Question
-from tinylm.lab.workshop import Claim, Measure, Workshop, share, verdicts
+from tinylm.lab.workshop import Measure, Workshop, share, verdicts
 
+TITLE = "Feedback teaches to answer only what is known"
+SAYS = "Answers before feedback and after, by the confidence t from which on answering pays."
 CONFIDENCES = (0.5, 0.8)
 
 
@@ -64,11 +66,3 @@ def holds(value: dict[str, float]) -> bool:
     lost = value["before: known, right"] - value["t = 0.5: known, right"]
     wrong = [value[f"t = 0.5: {part}, wrong"] for part in ("withheld", "invented")]
     return max(wrong) <= 0.25 and lost <= 0.05
-
-
-CLAIM = Claim(
-    "refusal",
-    "Feedback teaches to answer only what is known",
-    "Answers before feedback and after, by the confidence t from which on answering pays.",
-    measure, holds,
-)  # fmt: skip

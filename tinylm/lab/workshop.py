@@ -7,7 +7,7 @@ again, a claim later or after an interruption, gets what is there, or what was l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from random import Random
@@ -49,17 +49,6 @@ def share(
     hits = list(hits)
     worth = asked and evaluate.effective_n(hits, [question.thing for question in asked])
     return Measure(name, sum(hits) / len(hits), sum(hits), len(hits), chance, worth)
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What is claimed, how one seed measures it, and whether the pooled values bear it out."""
-
-    name: str
-    title: str
-    says: str
-    measure: Callable[[Workshop], list[Measure]]
-    holds: Callable[[dict[str, float]], bool]
 
 
 def pooled(measures: list[Measure]) -> dict:

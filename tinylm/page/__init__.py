@@ -30,7 +30,7 @@ except ImportError as error:
         "with --page none"
     ) from error
 
-MOST = 8192  # bytes of a judgement
+MOST = 16384  # bytes of a judgement: a character of a comment may need six
 LONGEST = 2000  # characters of a comment
 BEAT = 15  # seconds between signs of life, which tell the server who has gone
 WORDS = ("tie", "skip", "undo")

@@ -21,9 +21,11 @@ function draw(next) {
   if (other || state.phase !== "asking") sent = false;
   document.body.className = state.phase;
   by("question").dataset.number = state.question;
+  by("question").setAttribute("aria-busy", state.phase === "writing"); // not read aloud word by word
   by("where").textContent = where();
   const count = state.of || 1;
   by("steps").replaceChildren(...Array.from({length: count}, (_, i) => element("li", {class: step(i + 1)})));
+  by("steps").classList.toggle("many", count > 40); // gaps would leave them no width
   const messages = state.messages || [];
   by("talk").replaceChildren(...messages.slice(0, -1).map((m) => element("p", {}, m.content)));
   by("prompt").textContent = ending() || (messages.length ? messages[messages.length - 1].content : "One moment …");
@@ -78,7 +80,7 @@ async function choose(choice) {
   const reply = await fetch("judge", {method: "POST", headers, body}).catch(() => null);
   if (reply && reply.ok) {
     comment(false);
-    by("comment").value = "";
+    if (choice !== "undo") by("comment").value = ""; // what is undone leaves it for the next one
     return;
   }
   sent = false;
@@ -93,6 +95,8 @@ function comment(open) {
 }
 
 document.addEventListener("keydown", (event) => {
+  // A button would be pressed again and again: one judgement for one stroke.
+  if (event.repeat && event.key === "Enter" && event.target !== by("comment")) event.preventDefault();
   if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
   if (event.target === by("comment")) {
     if (event.key === "Escape") { comment(false); by("comment-toggle").focus(); }

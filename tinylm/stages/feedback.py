@@ -151,43 +151,41 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
     def draw(self) -> Answers:
         """Prompts, answers and advantages; the same ones `updates` times."""
         if not self.left:
-            first = self.drawn
-            try:
-                self.pending, self.left = self.fresh(), self.config.updates
-            except Exception:
-                self.drawn = first  # some prompts may have been judged before it failed
-                raise
+            self.pending, self.left = self.fresh(), self.config.updates
         self.left -= 1
         return self.pending
 
     def fresh(self) -> Answers:
         """New answers. Where all to a prompt score alike, another takes its place: --resample."""
-        groups, batch, drift = self.ask(self.config.batch_size // self.config.answers)
+        n = self.config.batch_size // self.config.answers
+        groups, batch, drift = self.ask(self.drawn, n)
         causes = [self.cause(group) for group in groups]
         for _ in range(self.config.resample):
             alike = [g for g, group in enumerate(groups) if cause(group.scores)]
             if not alike:
                 break
-            others, *_ = self.ask(len(alike))
+            others, *_ = self.ask(self.drawn + len(causes), len(alike))
             causes += [self.cause(group) for group in others]
             for g, other in zip(alike, others):
                 groups[g] = other
             batch, drift = self.as_batch(groups)
+        self.drawn += len(causes)  # not before: a judge that fails has drawn nothing
         return self.weighed(batch, groups, drift, causes)
 
-    def ask(self, n: int) -> tuple[list[Group], Answers, numpy.ndarray]:
-        """The next n prompts with judged answers, the batch that they make, each answer's drift."""
+    def ask(self, place: int, n: int) -> tuple[list[Group], Answers, numpy.ndarray]:
+        """n prompts of the stream, from a place on, with judged answers, the batch that these make,
+        and the drift of each."""
         G = self.config.answers
-        rows = [self.prompt(self.drawn + i) for i in range(n)]
+        rows = [self.prompt(place + i) for i in range(n)]
         prompts = [self.form.ids(row.messages, True) for row in rows]
-        said = self.judge.begin(self.drawn, rows)
+        said = self.judge.begin(place, rows)
         if said is None:
-            rng = numpy.random.default_rng((self.config.seed, self.drawn))
+            rng = numpy.random.default_rng((self.config.seed, place))
             asked = [ids for ids in prompts for _ in range(G)]
             size, heard = self.config.max_new_tokens, self.judge.hear
             said = complete(self.model, asked, size, rng, heard=heard)
         groups = [
-            self.group(row, ids, self.drawn + g, said[g * G :][:G])
+            self.group(row, ids, place + g, said[g * G :][:G])
             for g, (row, ids) in enumerate(zip(rows, prompts))
         ]
         batch, drift = self.as_batch(groups)
@@ -195,7 +193,6 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
         for group in groups:
             group.logp = [next(logp).tolist() for _ in group.ids]
         self.score(groups)
-        self.drawn += n
         return groups, batch, drift
 
     def prompt(self, i: int) -> Row:
@@ -342,10 +339,10 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
         if not self.heldout:
             return summary
         asked = [row.messages for row in self.heldout]
-        settings = {"max_new_tokens": self.config.max_new_tokens}
+        most = self.config.max_new_tokens
         if self.before is None:
-            self.before = answers(self.reference, self.tokenizer, asked, **settings)
-        after = answers(self.model, self.tokenizer, asked, **settings)
+            self.before = answers(self.reference, self.tokenizer, asked, most)
+        after = answers(self.model, self.tokenizer, asked, most)
         pairs = zip(self.heldout, self.before, after)
         scores = self.judge([Group(row, [old, new]) for row, old, new in pairs])
         scores = numpy.array([pair for pair in scores if None not in pair])
@@ -354,8 +351,7 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
             old, new = scores.T
             found |= {"reward_before": float(old.mean()), "held_out_reward": float(new.mean())}
             found["preferred"] = float((new > old).mean() + (new == old).mean() / 2)
-        same = [old == new for old, new in zip(self.before, after)]
-        i = 0 if all(same) else same.index(False)
+        i = numpy.argmax([old != new for old, new in zip(self.before, after)])  # 0 if none does
         question = asked[i][-1]["content"]
         return {
             **summary,

@@ -66,6 +66,7 @@ class DPOConfig(PreferenceConfig):
     learning_rate: float = setting(1e-4, "Peak learning rate: 0.2 to 0.5 of the fine-tuning's.")
     weight_decay: float = setting(0.0, "Decoupled decay of matrices.")
     beta: float = setting(0.1, "Price of a nat of drift from the fine-tuned model (β).")
+    center = 0.0  # no flag: the model as it came keeps the scores around zero
 
     def check(self) -> None:
         self.expect("more than 0", "beta")
@@ -148,16 +149,12 @@ with a probability of σ(s). Scores lie around zero."""
     def asked(self, prompts: list[Asked]) -> list[Asked]:
         return to_be_read(prompts)
 
-    @property
-    def center(self) -> float:
-        return self.config.center
-
     def scores(self, batch: Comparisons) -> Tensor:
         """r of every answer, (answers,)."""
         return self.model.scores(batch.tokens, batch.ends, batch.start, batch.gap)
 
     def loss(self, batch: Comparisons) -> Tensor:
-        return bradley_terry(self.scores(batch), batch.pairs, batch.weights, self.center)
+        return bradley_terry(self.scores(batch), batch.pairs, batch.weights, self.config.center)
 
     def evaluate(self, final: bool) -> dict:
         """How often the better of two held-out answers scores more, and whether σ(r_w − r_l) is
@@ -209,7 +206,7 @@ with a probability of σ(s). Scores lie around zero."""
 class DPO(Reward):
     """The same stage, where the model scores an answer by how much likelier it has become."""
 
-    name, center = "dpo", 0.0  # the model as it came keeps the scores around zero
+    name = "dpo"
     about = """An assistant improved by preferences, made by tinylm
 
 It read answers of which some had been preferred to others, and those became likelier (DPO)."""

@@ -98,7 +98,7 @@ def run(base: Path, data: Path, plan: Plan) -> dict:
     plan.config.end_after_epochs(len(stage.packed.rows))
     plan.progress.say(
         f"{stage.n_train:,} conversations to learn from, {len(stage.heldout):,} held out: "
-        f"{sum(map(sum, (learned for _, learned in examples))):,} tokens of answers"
+        f"{sum(sum(learned) for _, learned in examples):,} tokens of answers"
     )
     return train(stage, plan, conversations=stage.n_train)
 
