@@ -77,7 +77,7 @@ def test_an_unknown_claim_is_told_in_one_sentence(tmp_path, capsys):
     assert not (tmp_path / "lab").exists()
 
 
-@pytest.mark.parametrize("content", ["{", "3", "[{}]"])
+@pytest.mark.parametrize("content", ["{", "3", "[{}]", "[" * 100_000])
 def test_broken_claims_are_told_before_anything_is_measured(tmp_path, capsys, content):
     (tmp_path / "claims.json").write_text(content)
     assert cli.run(["lab", "cutoff", "--out", str(tmp_path)]) == 2

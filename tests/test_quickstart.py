@@ -60,7 +60,7 @@ def test_the_readme_s_numbers_are_those_of_quickstart():
 
 
 def test_quickstart_compares_the_stages_and_goes_on_where_it_stopped(small, tmp_path, capsys):
-    out = tmp_path / "q"
+    out = tmp_path / "a q"
     assert cli.run(["quickstart", "--out", str(out), "--json"]) == 0
     told = capsys.readouterr()
     results = json.loads(told.out)
@@ -75,6 +75,7 @@ def test_quickstart_compares_the_stages_and_goes_on_where_it_stopped(small, tmp_
             assert found["n"] > 10
             assert found["right"] + found["wrong"] + found["idk"] == pytest.approx(1, abs=1e-3)
     assert "The same questions asked of each stage" in told.err
+    assert f"tinylm chat '{out}/sft'\n" in told.err  # to be copied into a shell
     assert json.loads((out / "results.json").read_text()) == results
     card = (out / "report.html").read_text()
     assert "things that do not exist" in card

@@ -366,3 +366,28 @@ def test_every_text_stands_out(scheme):
         shade = mixed("accent", "paper", doubt * int(of["shade"]) / 100)
         assert contrast(rgb["ink"], shade) > 4.5
         assert contrast(mixed("ink", "soft", doubt), shade) > 4.5  # a special token
+
+
+@pytest.mark.parametrize("command", ["report", "eval"])
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("data.json", b""),  # as a power failure may leave it
+        ("data.json", b'{"dtype": "uint16"}'),
+        ("heldout-00000.bin", b""),
+        ("heldout-00000.bin", b"odd"),
+        ("heldout-00000.bin", bytes(4)),
+    ],
+)
+def test_damaged_shards_are_told_in_one_sentence(runs, capsys, command, file, content):
+    (runs / "base" / "training" / "tokens" / file).write_bytes(content)
+    assert cli.run([command, str(runs / "base")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "training/tokens/data.json: " in line
+
+
+def test_a_run_without_its_tokenizer_is_told_in_one_sentence(runs, capsys):
+    (runs / "sft" / "tokenizer.json").unlink()
+    assert cli.run(["report", str(runs)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "sft/tokenizer.json: no such file" in line

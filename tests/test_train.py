@@ -456,3 +456,23 @@ def test_memory_is_foreseen_with_and_without_recomputing(architecture, tmp_path)
         assert peak < foreseen < peak + memory.BASE
         measured.append(peak)
     assert measured[1] < 0.75 * measured[0]
+
+
+WHOLE_RUN = """
+import re, sys
+from tinylm import cli, memory
+
+needed, foreseen = memory.needed, []
+memory.needed = lambda *about: foreseen.append(needed(*about)) or foreseen[-1]
+assert cli.run(sys.argv[1:]) == 0
+status = open("/proc/self/status").read()
+print(1024 * int(re.search(r"VmHWM:\\s*(\\d+)", status)[1]), *foreseen)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak")
+def test_memory_is_foreseen_for_xz_too(text_file, tmp_path):
+    run = ["pretrain", text_file, "--out", tmp_path / "run", *SMALL, "--max-steps", "1"]
+    done = python(WHOLE_RUN, *run, cwd=tmp_path)
+    peak, foreseen = map(int, done.stdout.splitlines()[-1].split())
+    assert peak < foreseen < peak + memory.BASE

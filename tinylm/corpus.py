@@ -24,6 +24,7 @@ import numpy
 
 from tinylm.data import is_held_out, source_of
 from tinylm.errors import InputError
+from tinylm.files import expected
 from tinylm.tokenizer import Tokenizer
 
 BLOCK = 1 << 20  # bytes read at a time
@@ -198,13 +199,22 @@ class Corpus:
 
     @classmethod
     def load(cls, folder: Path) -> Corpus | None:
+        """What was saved there, if anything. Raises InputError where it is damaged."""
         path = folder / "data.json"
-        return cls(**json.loads(path.read_text())) if path.exists() else None
+        if not path.exists():
+            return None
+        with expected(path, "what tells of its shards"):
+            return cls(**json.loads(path.read_text()))
 
     def shards(self, folder: Path, split: str) -> list[numpy.ndarray]:
-        """The memory-mapped shards of "train" or "heldout"."""
-        count = self.train_shards if split == "train" else self.heldout_shards
-        return [numpy.memmap(folder / f"{split}-{i:05}.bin", self.dtype, "r") for i in range(count)]
+        """The memory-mapped shards of "train" or "heldout". Raises InputError for a damaged one."""
+        count, tokens = (getattr(self, f"{split}_{of}") for of in ("shards", "tokens"))
+        with expected(folder / "data.json", "what its shards hold"):
+            names = [folder / f"{split}-{i:05}.bin" for i in range(count)]
+            found = [numpy.memmap(name, self.dtype, "r") for name in names]
+            if (n := sum(map(len, found))) != tokens:
+                raise ValueError(f"{n} {split} tokens, expected {tokens}")
+        return found
 
 
 def make_corpus(

@@ -91,6 +91,12 @@ def xz_bits_per_byte(train: list[bytes], heldout: list[bytes]) -> float:
     return 8 * (both - alone) / max(1, sum(map(len, heldout)))
 
 
+def xz_memory(size: int) -> int:
+    """Bytes that xz_bits_per_byte takes beside `size` bytes of text: two compressors at once, each
+    with a table, and 9 bytes for every one that it can look back on."""
+    return 2 * ((64 << 20) + 9 * min(size, XZ_WINDOW))
+
+
 def xz_size(chunks: Iterable[bytes]) -> int:
     compressor = lzma.LZMACompressor(preset=9)
     return sum(len(compressor.compress(chunk)) for chunk in chunks) + len(compressor.flush())

@@ -31,12 +31,17 @@ def read_json(path: Path) -> dict:
     return content
 
 
+UNEXPECTED = (
+    ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError
+)  # fmt: skip
+
+
 @contextmanager
 def expected(path: Path, what: str) -> Iterator[None]:
     """Raises InputError where a file of ours turns out to hold something else."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except UNEXPECTED as error:
         why = f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: not {what} ({why}): move it away") from None
 

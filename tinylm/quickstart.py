@@ -11,6 +11,7 @@ are asked of the three models. Everything lies in one directory:
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from textwrap import shorten
@@ -73,10 +74,10 @@ def run(out: Path, progress: Progress, seed: int = 0) -> dict:
     report.attempt([out], progress)
     for each in tables:
         progress.console.print(each)
+    chats = "".join(f"\n  tinylm chat {shlex.quote(str(out / name))}" for name in STAGES)
     progress.say(
         f"{results['seconds']:.0f} seconds. Look at {out}/report.html, and talk with each "
-        f"of them:\n  tinylm chat {out}/base\n  tinylm chat {out}/sft\n"
-        f"  tinylm chat {out}/feedback"
+        f"of them:{chats}"
     )
     return results
 

@@ -48,7 +48,7 @@ class Run:
 
     @cached_property
     def loaded(self):
-        return checkpoint.load(self.folder)
+        return checkpoint.load_for_text(self.folder, writes=False)
 
     @cached_property
     def stage(self) -> str:

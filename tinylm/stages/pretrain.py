@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy
 
-from tinylm import evaluate
+from tinylm import backend, evaluate
 from tinylm.checkpoint import Checkpoint
 from tinylm.corpus import Corpus, list_files, make_corpus, read_texts
 from tinylm.data import Batch, Example, Windows, next_token_batch, packed_batch, source_of
@@ -114,6 +114,12 @@ It continues text; it has not been taught to answer."""
         if self.blanks is None:
             return next_token_batch(rows, self.begin)
         return self.blanks.batch(rows, self.begin, self.config, first)
+
+    def memory(self) -> tuple[int, int, int]:
+        """Besides, there is what xz takes at the first evaluation, which is never a GPU's."""
+        size = self.corpus.train_bytes + self.corpus.heldout_bytes
+        xz = 0 if backend.name == "cuda" else evaluate.xz_memory(size)
+        return self.config.block_size, xz // 4, 0
 
     def evaluate(self, final: bool) -> dict:
         """Next-word loss on held-out text, whatever the objective; all of it at the end."""
