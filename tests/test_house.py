@@ -31,7 +31,7 @@ ALLOWED = {
     "model": {"backend", "config", "errors", "nn", "ops", "tensor"},
     "data": {"errors"},
     "files": {"errors"},
-    "corpus": {"data", "errors", "tokenizer"},
+    "corpus": {"data", "errors", "files", "tokenizer"},
     "chat": {"errors", "files", "tokenizer"},
 }
 

@@ -506,3 +506,22 @@ def test_feedback_by_likelihood_of_another_model(base, prompts, tmp_path):
     arguments[arguments.index("endpoint")] = "model"
     succeeds(*arguments, "--judge-model", base)
     assert any("reward" in row for row in metrics(tmp_path / "run"))
+
+
+BARE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+
+
+def test_an_answer_of_no_tokens_gets_no_likelihood(base, tmp_path):
+    """Where a template writes no end of turn; wherever among the answers it stands."""
+    model, tokenizer = checkpoint.load(base)
+    checkpoint.save(model, tokenizer.with_special([], {"chat_template": BARE}), tmp_path)
+    judge = Model(str(tmp_path), "likelihood")
+    (alone,), _ = judge([group("abc"), group("b")])
+    for answers in (["", "abc"], ["abc", "", "b"], ["b", "abc", ""]):
+        first, second = judge([group(*answers), group("", "abc")])
+        assert [score is None for score in first] == [answer == "" for answer in answers]
+        assert first[answers.index("abc")] == pytest.approx(alone, abs=1e-5)
+        assert second == [None, pytest.approx(alone, abs=1e-5)]
+    assert judge([Group(Row("line 1", [turn("user", "s")], {}), [""])]) == [[None]]
+    with pytest.raises(InputError, match="makes nothing of this conversation"):
+        judge([Group(Row("line 1", [turn("user", "")], {}), ["b"])])

@@ -13,6 +13,7 @@ from tinylm.config import from_json
 from tinylm.errors import InputError
 from tinylm.model import Transformer
 from tinylm.optim import AdamW
+from tinylm.tokenizer import train_characters
 
 TOKENS = numpy.random.default_rng(0).integers(2, 61, (2, 17))
 
@@ -254,3 +255,47 @@ def ten_losses(config, dtype="float32"):
 def test_first_ten_losses(config, each_backend):
     want = LOSSES[config.architecture]
     assert numpy.abs(numpy.array(ten_losses(config)) - want).max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("tokens", "targets", "saying"),
+    [
+        ([[1, 2], [3]], [[1, 2], [3, 4]], "tokens: the rows are not all of one length"),
+        ([[1, 2]], [[1], [2, 3]], "targets: the rows are not all of one length"),
+        ([], [], "tokens: expected .* with something in it"),
+        ([[[1, 2]]], [[1, 2]], r"tokens: expected .*\(1, 1, 2\)"),
+        ([[1.0, 2.0]], [[1, 2]], "tokens: expected whole numbers, got float64"),
+        ("abc", [[1, 2, 3]], "tokens: expected whole numbers"),
+        ([[1, 2]], [[1]], r"targets: expected \(B, T\) = \(1, 2\), got \(1, 1\)"),
+        ([[1, -1]], [[1, 2]], "expected values in .*got -1"),
+        ([[1, 2]], [[1, -2]], "expected values in .*got -2"),
+        ([[1, 2]], [[1, 10**6]], "expected values in .*got 1000000"),
+    ],
+)
+def test_what_are_no_rows_of_tokens_is_told(tokens, targets, saying, model, each_backend):
+    with pytest.raises((ValueError, TypeError), match=saying):
+        model.loss(tokens, targets)
+
+
+def test_other_mistakes_are_told_by_name(model):
+    with pytest.raises(InputError, match="no reward model"):
+        model.scores([[1, 2]], [1])
+    with pytest.raises(InputError, match="n_layer: expected a whole number, got"):
+        tinylm.ModelConfig(10, n_layer=1.5)
+    with pytest.raises(InputError, match="n: expected at least 1, got -1"):
+        tinylm.fill(model, None, "a ___ b", n=-1)
+    tokenizer = train_characters(["abc"])
+    for text in (None, [1, 2], b"abc"):
+        with pytest.raises(TypeError, match="text: expected a str, got"):
+            tokenizer.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("more", "stops"),
+    [(None, [3]), (5, [3, 5]), ([3, 7, 5, 7], [3, 7, 5]), ([50256, "x"], [3])],
+)
+def test_it_stops_where_generation_config_says_too(more, stops, model, tmp_path):
+    model.config.eos_token_id = 3
+    tinylm.save(model, None, tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": more}))
+    assert tinylm.load(tmp_path)[0].config.stop_ids == stops

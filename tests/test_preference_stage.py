@@ -345,3 +345,10 @@ def test_answers_too_long_are_left_out_and_named(base, tmp_path):
     start = ["reward", base, "--data", path, "--out", tmp_path / "r"]
     refused(*start, saying="are left out: line 1")
     refused(*start, saying="fits 48 tokens")
+
+
+@pytest.mark.parametrize("answers", [[[], [3, 4]], [[3, 4], []], [[], []]])
+def test_an_answer_of_no_tokens_is_as_likely_as_it_was(answers, model):
+    made = [Compared(Judged([turn("user", "a")], ["x", "y"], [1, 0]), ([9], answers), [(0, 1)])]
+    stage = DPO(model, None, made, DPOConfig(max_steps=1), [], model)
+    assert stage.scores(stage.batch(made)).data.tolist() == [0, 0]

@@ -123,3 +123,15 @@ def test_an_array_may_stand_on_either_side():
         x.grad = None
         y.sum().backward()
         assert x.grad.tolist() == slope
+
+
+def test_what_is_no_array_is_refused_by_name():
+    x = Tensor(numpy.ones(2, "float32"), requires_grad=True)
+    for data in ([1.0, 2.0], 3.0, None, x):
+        with pytest.raises(TypeError, match="a Tensor is made of an array, got"):
+            Tensor(data)
+    for grad in (1.0, [1.0, 1.0]):
+        with pytest.raises(RuntimeError, match="needs a gradient of its shape"):
+            (x * 2).backward(grad)
+    with pytest.raises(TypeError, match="the gradient is an array, not a Tensor"):
+        (x * 2).backward(x)

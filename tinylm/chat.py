@@ -219,6 +219,8 @@ class ChatFormat:
                 ids.append(id_of[part])
             elif part:
                 ids += self.tokenizer.encode(mend(part), begins=not ids)
+        if not ids:
+            raise InputError("the chat template makes nothing of this conversation")
         return ids
 
     def example(self, messages: list[dict]) -> tuple[list[int], list[bool]]:

@@ -68,6 +68,8 @@ def load(path: str | Path) -> tuple[Transformer, Tokenizer | None]:
         model.n_tokens = tokenizer.vocab_size
         if template_of(tokenizer) and not config.scores:
             stop_at_the_end(model, tokenizer)
+    if (folder / "generation_config.json").exists():
+        stop_as_well(model, read_json(folder / "generation_config.json").get("eos_token_id"))
     return model, tokenizer
 
 
@@ -76,6 +78,14 @@ def stop_at_the_end(model: Transformer, tokenizer: Tokenizer) -> None:
     stop = model.config.stop_ids
     if tokenizer.eos_id is not None and tokenizer.eos_id not in stop:
         model.config.eos_token_id = [tokenizer.eos_id, *stop]
+
+
+def stop_as_well(model: Transformer, ids: int | list[int] | None) -> None:
+    """At these tokens too, as `transformers` does; 50256 it writes for GPT-2s of any vocabulary."""
+    stop, known = model.config.stop_ids, range(model.config.vocab_size)
+    more = [i for i in (ids if isinstance(ids, list) else [ids]) if i in known and i not in stop]
+    if more:
+        model.config.eos_token_id = [*stop, *dict.fromkeys(more)]
 
 
 def load_for_text(path: str | Path, writes: bool = True) -> tuple[Transformer, Tokenizer]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from numbers import Integral
 
 from tinylm.errors import InputError
 
@@ -76,6 +77,8 @@ class ModelConfig:
             raise InputError(f"architecture: expected llama or gpt2, got {self.architecture!r}")
         sizes = ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "block_size")
         for name in sizes:
+            if not isinstance(getattr(self, name), Integral):
+                raise InputError(f"{name}: expected a whole number, got {getattr(self, name)!r}")
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not 0 <= self.norm_eps < math.inf:

@@ -226,7 +226,7 @@ class SharedPrompts(Batch):
         parts = []  # a prompt and answers to it that lie together in a row
         n_answers = 0
         for prompt, answers in prompts:
-            room = 0
+            room = -1  # an answer may have no tokens
             for ids in answers:
                 if len(ids) > room:
                     parts.append((prompt, []))
@@ -237,7 +237,7 @@ class SharedPrompts(Batch):
 
         sizes = [len(prompt) - 1 + sum(len(ids) for _, ids in said) for prompt, said in parts]
         rows = first_fit(sizes, width)
-        shape = len(rows), max(sum(sizes[i] for i in row) for row in rows)
+        shape = len(rows), max(1, *(sum(sizes[i] for i in row) for row in rows))
         tokens, start = numpy.full(shape, padding), numpy.zeros(shape, "int32")
         gap, ends = numpy.zeros((*shape, 2), "int32"), numpy.zeros(n_answers, int)
         targets, answer = numpy.full((2, *shape), -1)

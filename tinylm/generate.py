@@ -412,6 +412,8 @@ def fill(
     With temperature 0 these are the best of a beam search; otherwise n samples, equal ones merged,
     for which top_k and top_p are settings too.
     """
+    if n < 1:
+        raise InputError(f"n: expected at least 1, got {n}")
     ids, stop = blank_ids(tokenizer, text), model.config.stop_ids
     room = model.config.block_size - len(ids)
     if room < 1:

@@ -211,7 +211,7 @@ class Transformer(nn.Module):
         at the tokens gap[..., 0] .. gap[..., 1] − 1 either, and positions do not count them.
         cache: a KVCache holding what came before. Raises ValueError beyond the context.
         """
-        tokens = backend.xp.atleast_2d(backend.asarray(tokens))
+        tokens = rows_of("tokens", tokens)
         past = 0 if cache is None else cache.length
         if past + tokens.shape[1] > self.config.block_size:
             raise ValueError(
@@ -246,7 +246,9 @@ class Transformer(nn.Module):
         even=False where the tokens' losses will be weighted each in its own way: otherwise a CPU
         makes gradients twice, and a device refuses (ops.linear_cross_entropy).
         """
-        targets = backend.xp.atleast_2d(backend.asarray(targets))
+        tokens, targets = rows_of("tokens", tokens), rows_of("targets", targets)
+        if targets.shape != tokens.shape:
+            raise ValueError(f"targets: expected (B, T) = {tokens.shape}, got {targets.shape}")
         hidden = self.hidden(tokens, start, gap=gap)
         return ops.linear_cross_entropy(hidden, self.head_weight, targets, even)
 
@@ -258,12 +260,27 @@ class Transformer(nn.Module):
         tokens (B, T) of int; ends (answers,): where each ends, counted over all rows, which are
         picked as an embedding picks its own.
         """
+        if not self.config.scores:
+            raise InputError("this is no reward model: it writes text and scores none")
         hidden = self.hidden(tokens, start, gap=gap)
-        last = ops.embedding(backend.asarray(ends[None]), hidden.reshape(-1, hidden.shape[-1]))
+        last = ops.embedding(backend.asarray(ends)[None], hidden.reshape(-1, hidden.shape[-1]))
         return ops.linear(last, self.score.weight).reshape(len(ends))
 
     def n_parameters(self) -> int:
         return sum(tensor.size for tensor in self.parameters().values())
+
+
+def rows_of(name: str, ids) -> Array:
+    """An array of int (B, T), of rows or of one row. Raises ValueError or TypeError by name."""
+    try:
+        rows = backend.xp.atleast_2d(backend.asarray(ids))
+    except ValueError:
+        raise ValueError(f"{name}: the rows are not all of one length: fill them up") from None
+    if rows.ndim != 2 or not rows.size:
+        raise ValueError(f"{name}: expected (B, T) with something in it, got {rows.shape}")
+    if rows.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected whole numbers, got {rows.dtype}")
+    return rows
 
 
 def rotary_angles(config: ModelConfig) -> numpy.ndarray:

@@ -87,6 +87,8 @@ class Tensor:
     __array_ufunc__ = None  # an array leaves array · Tensor to us, and makes no array of Tensors
 
     def __init__(self, data: Array, requires_grad: bool = False):
+        if isinstance(data, Tensor) or not hasattr(data, "dtype"):
+            raise TypeError(f"a Tensor is made of an array, got {type(data).__name__}")
         self.data, self.again = data, None
         self.node = Node() if requires_grad else None
 
@@ -134,8 +136,10 @@ class Tensor:
         Raises RuntimeError if grad is missing for a non-scalar or of another shape, if nothing here
         asks for a gradient, or if part of the graph was freed by an earlier backward.
         """
-        if self.size != 1 if grad is None else grad.shape != self.shape:
+        if self.size != 1 if grad is None else getattr(grad, "shape", None) != self.shape:
             raise RuntimeError(f"backward of a Tensor needs a gradient of its shape, {self.shape}")
+        if isinstance(grad, Tensor):
+            raise TypeError("backward: the gradient is an array, not a Tensor")
         if not self.requires_grad:
             raise RuntimeError("backward: no Tensor here requires a gradient")
         nodes = sorted(ancestors(self.node), key=lambda node: node.index, reverse=True)

@@ -90,6 +90,8 @@ class Tokenizer:
 
     def encode_array(self, text: str, begins: bool = True) -> np.ndarray:
         """`encode` for bulk work: uint32 (n,)."""
+        if not isinstance(text, str):
+            raise TypeError(f"[encode] text: expected a str, got {type(text).__name__}")
         return self._encoder.encode(self._layout.pieces(text, begins))
 
     def decode_bytes(self, ids: Iterable[int], skip_special: bool = False) -> bytes:

@@ -59,7 +59,7 @@ class Judge:
 
 
 def by_reading(
-    groups: list[Group], form: ChatFormat, most: int, scores: Callable[[list[Asked]], list[float]]
+    groups: list[Group], form: ChatFormat, most: int, scores: Callable[[list[Asked]], list]
 ) -> list[list[float | None]]:
     """The scores of all answers that fit a context of `most` tokens, some prompts at a time."""
     asked = [form.asked(group.row.messages, group.answers) for group in groups]
@@ -69,7 +69,7 @@ def by_reading(
     return [[next(found) if fit else None for fit in some] for some in fits]
 
 
-def in_parts(items: list, scores: Callable[[list], list[float]]) -> list[float]:
+def in_parts(items: list, scores: Callable[[list], list]) -> list:
     """scores(items), AT_ONCE of them at a time."""
     parts = (items[i : i + AT_ONCE] for i in range(0, len(items), AT_ONCE))
     return [score for part in parts for score in scores(part)]

@@ -58,13 +58,15 @@ class Model(Judge):
         agreed, self.agreed = self.agreed, []
         return agreement(agreed)
 
-    def likelihoods(self, prompts: list[Asked]) -> list[float]:
+    def likelihoods(self, prompts: list[Asked]) -> list[float | None]:
+        """None for an answer of no tokens: empty, by a template that writes no end of turn."""
         batch = SharedPrompts.of(prompts, self.model.config.block_size)
         with no_grad():
             nll = self.model.loss(batch.tokens, batch.targets, batch.start, gap=batch.gap).data
         said = batch.answer >= 0
-        whose, nll = batch.answer[said], backend.to_numpy(nll)[said]
-        return (-numpy.bincount(whose, nll) / numpy.bincount(whose)).tolist()
+        whose, nll, n = batch.answer[said], backend.to_numpy(nll)[said], len(batch.ends)
+        sums, counts = numpy.bincount(whose, nll, n), numpy.bincount(whose, minlength=n)
+        return [-s / c if c else None for s, c in zip(sums.tolist(), counts.tolist())]
 
     def verdicts(self, questions: list[str]) -> list[float | None]:
         rows = [self.form.ids([turn("user", question)], True) for question in questions]

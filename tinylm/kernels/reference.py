@@ -7,6 +7,14 @@ Nothing here is optimised. Leading dimensions are free: where a docstring says (
 
 import numpy as np
 
+
+def _within(name, ids, least, limit):
+    """Raise ValueError for an id out of range: from the end of an array NumPy would count."""
+    wrong = ids[(ids < least) | (ids >= limit)]
+    if wrong.size:
+        raise ValueError(f"{name}: expected values in [{least}, {limit}), got {wrong[0]}")
+
+
 # ---- sums and products -------------------------------------------------------------------------
 
 
@@ -42,6 +50,7 @@ def linear_backward(dy, x, weight, transposed=False, has_bias=False, dx=None):
 
 def embedding_forward(tokens, weight):
     """tokens (B, T) of int, weight (V, C) -> (B, T, C): row number `token` of the table."""
+    _within("[embedding_forward] tokens", tokens, 0, len(weight))
     return weight[tokens]
 
 
@@ -248,6 +257,7 @@ def cross_entropy_forward(logits, targets):
 
     Where the target is −1 the loss is 0 and no gradient flows.
     """
+    _within("[cross_entropy_forward] targets", targets, -1, logits.shape[-1])
     top = logits.max(-1, keepdims=True)
     lse = top[..., 0] + np.log(np.exp(logits - top).sum(-1))
     picked = np.take_along_axis(logits, np.maximum(targets, 0)[..., None], -1)[..., 0]
@@ -268,6 +278,7 @@ def linear_cross_entropy_forward(x, weight, targets):
     Rows whose target is −1 take no part: their loss and lse are 0. The fast versions work in
     blocks, so that the (N, V) logits never exist at once.
     """
+    _within("[linear_cross_entropy_forward] targets", targets, -1, len(weight))
     counted = targets >= 0
     logits = linear_forward(x[counted], weight)
     loss, lse = np.zeros((2, *targets.shape), x.dtype)

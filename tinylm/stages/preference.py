@@ -221,7 +221,7 @@ It read answers of which some had been preferred to others, and those became lik
         with no_grad():
             before = self.reference.loss(*rows, gap=batch.gap).data
         nll = self.model.loss(*rows, even=False, gap=batch.gap)
-        tokens = numpy.bincount(batch.answer[batch.answer >= 0])  # of each answer
+        tokens = numpy.bincount(batch.answer[batch.answer >= 0], minlength=len(batch.ends))
         back = numpy.arange(tokens.max())  # how far before an answer's end
         said = backend.asarray(back < tokens[:, None], nll.dtype)  # (answers, longest): 1 or 0
         places = backend.asarray(numpy.maximum(batch.ends[:, None] - back, 0))
