@@ -78,6 +78,7 @@ def run(arguments: list[str]) -> int:  # noqa: PLR0911  (one for each way to end
 
 
 def mistake(sentence: str) -> int:
+    """Print it on one line, without control characters, which what it cites may hold."""
     line = " ".join(sentence.split())
     print("tinylm: " + "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
     return 2
