@@ -1,13 +1,15 @@
-"""A language model in about a hundred lines, on tensor.py, ops.py and the reference kernels alone.
+"""From raw text to an assistant in two hundred lines: all three stages, in about a minute.
 
-    python docs/minimal.py [TEXT_FILE]
+    python docs/minimal.py
 
-It reads a text, one token per character, trains a Transformer with one attention layer for a
-minute, and writes what it has learned. Everything that the package adds (fused C++ kernels, BPE,
-shards, checkpoints, a KV cache) makes this faster, safer or larger, but not different in kind.
+The text tells of every country its capital, continent and money. A Transformer of two layers, one
+token per character, reads it (pre-training); is shown questions about some countries, with answers
+(fine-tuning); then answers questions about others four times each, and hears which answers were
+right (feedback). It is tested on countries that no question was ever about: what it knows of them,
+it has read. Everything that the package adds (BPE, shards, fused losses, checkpoints, a KV cache)
+makes this faster, safer or larger, but not different in kind.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,88 +17,190 @@ import numpy as np
 import tinylm
 from tinylm import Tensor, no_grad, ops
 
-T, C, H, STEPS, BATCH = 64, 96, 4, 600, 16  # context, width, heads, steps, rows in a batch
-
-tinylm.use("reference")
+T, C, H, L = 128, 96, 4, 2  # context, width, heads, layers
+STEPS = 1600, 100, 40  # of pre-training, fine-tuning and feedback
 rng = np.random.default_rng(0)
 
-# ---- data: characters become numbers --------------------------------------------------------
+# ---- the world: facts, and sentences that tell them ------------------------------------------
 
-default = Path(__file__).parent.parent / "README.md"
-text = Path(sys.argv[1] if len(sys.argv) > 1 else default).read_text(encoding="utf-8")
-characters = sorted(set(text))
-V = len(characters)
-ids = np.array([characters.index(c) for c in text])
-train, heldout = np.split(ids, [int(0.9 * len(ids))])
+table = Path(__file__).parent.parent / "data" / "almanac" / "country.tsv"
+lines = [line for line in table.read_text(encoding="utf-8").splitlines() if line[0] != "#"]
+cells = [[cell.split("|")[0] for cell in line.split("\t")[:4]] for line in lines[1:]]
+facts = {name: (capital, continent, money) for name, capital, continent, money in cells}
+practised, judged, never_asked = np.split(rng.permutation(list(facts)), [80, 150])
 
-
-def batch(source):
-    """Random windows of the text (B, T), and the same moved on by one: what is to be predicted."""
-    begins = rng.integers(0, len(source) - T, BATCH)
-    rows = np.stack([source[i : i + T + 1] for i in begins])
-    return rows[:, :-1], rows[:, 1:]
+WORDINGS = (
+    ("The capital of {} is {}.", "In {} the capital is called {}.", "{1} is the capital of {0}."),
+    ("{} is part of {}.", "In {1} lies {0}.", "A country of {1} is {0}."),
+    ("In {} people pay with the {}.", "{} has the {}.", "The {1} is the money of {0}."),
+)
 
 
-# ---- model: a dictionary of weights and one function ----------------------------------------
+def document(name):
+    """The three facts of a country, in any order and in any words."""
+    told = [rng.choice(WORDINGS[i]).format(name, facts[name][i]) for i in rng.permutation(3)]
+    return " ".join(told) + "\n"
 
 
-def weight(*shape, std=0.05):
-    return Tensor((std * rng.standard_normal(shape)).astype(np.float32), requires_grad=True)
+def question(name):
+    return f"\nCapital of {name}?\n"
+
+
+def right_answers(name):
+    capital = facts[name][0]
+    return [f"The capital of {name} is {capital}.\n", f"{capital}.\n"]
+
+
+# ---- tokens: characters become numbers -------------------------------------------------------
+
+told = "".join(document(name) + question(name) for name in facts for _ in range(30))
+characters = sorted(set(told))
+V, END = len(characters), characters.index("\n")
+number = {c: i for i, c in enumerate(characters)}
+
+
+def encode(text):
+    return [number[c] for c in text]
+
+
+def decode(ids):
+    return "".join(characters[i] for i in ids)
+
+
+# ---- model: a dictionary of weights and one function -----------------------------------------
+
+
+def weight(*shape):
+    return Tensor((0.05 * rng.standard_normal(shape)).astype(np.float32), requires_grad=True)
 
 
 def ones():
     return Tensor(np.ones(C, np.float32), requires_grad=True)
 
 
-p = {
-    "token": weight(V, C), "position": weight(T, C),
-    "norm 1": ones(), "q": weight(C, C), "k": weight(C, C), "v": weight(C, C), "out": weight(C, C),
-    "norm 2": ones(), "gate": weight(4 * C, C), "up": weight(4 * C, C), "down": weight(C, 4 * C),
-    "norm 3": ones(), "head": weight(V, C),
-}  # fmt: skip
+p = {"token": weight(V, C), "position": weight(T, C), "norm": ones(), "head": weight(V, C)}
+layers = [
+    {"norm 1": ones(), "q": weight(C, C), "k": weight(C, C), "v": weight(C, C), "out": weight(C, C),
+     "norm 2": ones(), "gate": weight(3 * C, C), "up": weight(3 * C, C), "down": weight(C, 3 * C)}
+    for _ in range(L)
+]  # fmt: skip
+weights = [*p.values(), *(w for layer in layers for w in layer.values())]
 
 
 def model(tokens):
-    """tokens (B, T) -> logits (B, T, V)."""
+    """tokens (B, T) -> logits of the token after each, (B, T, V)."""
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     x = ops.embedding(tokens, p["token"]) + ops.embedding(positions, p["position"])
+    for w in layers:
+        n = ops.rms_norm(x, w["norm 1"])  # attention: every character looks at those before it
+        q, k, v = (ops.split_heads(ops.linear(n, w[name]), H) for name in "qkv")
+        x = x + ops.linear(ops.merge_heads(ops.attention(q, k, v)), w["out"])
 
-    n = ops.rms_norm(x, p["norm 1"])  # attention: every character looks at those before it
-    q, k, v = (ops.split_heads(ops.linear(n, p[name]), H) for name in "qkv")
-    x = x + ops.linear(ops.merge_heads(ops.attention(q, k, v)), p["out"])
-
-    n = ops.rms_norm(x, p["norm 2"])  # MLP: every character thinks by itself
-    x = x + ops.linear(ops.swiglu(ops.linear(n, p["gate"]), ops.linear(n, p["up"])), p["down"])
-
-    return ops.linear(ops.rms_norm(x, p["norm 3"]), p["head"])
+        n = ops.rms_norm(x, w["norm 2"])  # MLP: every character thinks by itself
+        x = x + ops.linear(ops.swiglu(ops.linear(n, w["gate"]), ops.linear(n, w["up"])), w["down"])
+    return ops.linear(ops.rms_norm(x, p["norm"]), p["head"])
 
 
-# ---- training: predict, measure, step downhill ----------------------------------------------
+def write(questions):
+    """An answer to each, drawn character by character from what the model holds likely."""
+    rows = np.full((len(questions), T), END)
+    for row, text in zip(rows, questions):
+        row[: len(text)] = encode(text)
+    ends = np.array([len(text) for text in questions])
+    unfinished = np.arange(len(rows))
+    with no_grad():
+        while len(unfinished) and ends.max() < T:
+            e = ends[unfinished]
+            logits = model(rows[unfinished, : e.max()]).data[np.arange(len(e)), e - 1]
+            drawn = (logits + rng.gumbel(size=logits.shape)).argmax(-1)  # as softmax would draw
+            rows[unfinished, e] = drawn
+            ends[unfinished] += 1
+            unfinished = unfinished[drawn != END]
+    return [decode(row[len(text) : end]) for row, text, end in zip(rows, questions, ends)]
 
-moments = {name: (np.zeros_like(w.data), np.zeros_like(w.data)) for name, w in p.items()}
-for step in range(1, STEPS + 1):
-    tokens, targets = batch(train)
-    loss = ops.cross_entropy(model(tokens), targets).mean()
-    loss.backward()
-    for name, w in p.items():
-        m, v = moments[name]
-        tinylm.backend.kernels.adamw(
-            w.data, w.grad, m, v, lr=3e-3, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0,
-            step=step,
-        )  # fmt: skip
-        w.grad = None
-    if step % 100 == 0 or step == 1:
-        with no_grad():
-            tokens, targets = batch(heldout)
-            unseen = ops.cross_entropy(model(tokens), targets).mean().item()
-        print(f"step {step:4}  loss {loss.item():.3f}  on unseen text {unseen:.3f}")
 
-# ---- sampling: write one character after the other ------------------------------------------
+# ---- training: one loop for the three stages -------------------------------------------------
 
-written = [int(i) for i in train[:T]]
-with no_grad():
-    for _ in range(300):
-        logits = model(np.array([written[-T:]])).data[0, -1]
-        chance = np.exp(logits / 0.7 - np.max(logits / 0.7))  # softmax, at a temperature of 0.7
-        written.append(int(rng.choice(V, p=chance / chance.sum())))
-print("".join(characters[i] for i in written[T:]))
+
+def train(stage, steps, rate, loss):
+    """loss() gives a Tensor, which every step makes smaller, and what is to be shown."""
+    moments = [(np.zeros_like(w.data), np.zeros_like(w.data)) for w in weights]
+    shown = []
+    for step in range(1, steps + 1):
+        value, figure = loss()
+        value.backward()
+        lr = rate * min(step / 20, 1) * (1 - (step - 1) / steps)
+        for w, (m, v) in zip(weights, moments):
+            tinylm.backend.kernels.adamw(
+                w.data, w.grad, m, v, lr=lr, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0,
+                step=step,
+            )  # fmt: skip
+            w.grad = None
+        shown.append(figure)
+        if step % (steps // 4) == 0:
+            print(f"{stage} {np.mean(shown):7.3f}  (step {step})", flush=True)
+            shown.clear()
+
+
+def test():
+    """What it says of countries that no question was ever about."""
+    names = np.repeat(never_asked, 4)
+    said = write([question(name) for name in names])
+    right = np.mean([text in right_answers(name) for name, text in zip(names, said)])
+    whole = np.mean([text.startswith("The capital of") for text in said])
+    print(f"\nNever asked about: {right:.0%} right, {whole:.0%} in whole sentences.")
+    for name, text in list(zip(names, said))[::60]:
+        print(f"    Capital of {name}?  {text.strip()}")
+    print()
+
+
+def pretraining():
+    """Text, whatever it says: what comes next?"""
+    rows = []
+    for _ in range(16):
+        text = "\n"
+        while len(text) <= T:
+            text += document(rng.choice(list(facts)))
+        rows.append(encode(text[: T + 1]))
+    rows = np.array(rows)
+    loss = ops.cross_entropy(model(rows[:, :-1]), rows[:, 1:]).mean()
+    return loss, loss.item()
+
+
+def of_answers(questions, answers):
+    """−log of the probability of each token of the answers (B, T), and 0 elsewhere."""
+    tokens, targets = np.full((2, len(answers), T), END)
+    targets[:] = -1  # not learned from: who asks is the user
+    for i, (asked, said) in enumerate(zip(questions, answers)):
+        whole = encode(asked + said)
+        tokens[i, : len(whole)] = whole
+        targets[i, len(asked) - 1 : len(whole) - 1] = whole[len(asked) :]
+    longest = max(len(q) + len(a) for q, a in zip(questions, answers))
+    return ops.cross_entropy(model(tokens[:, :longest]), targets[:, :longest])
+
+
+def finetuning():
+    """Questions with answers: short ones and whole sentences, as people write them."""
+    names = rng.choice(practised, 32)
+    answers = [rng.choice(right_answers(name)) for name in names]
+    loss = of_answers([question(name) for name in names], answers).sum() * (1 / 32)
+    return loss, loss.item()
+
+
+def feedback():
+    """Its own answers, four to a question: those that are right become likelier (REINFORCE)."""
+    names = np.repeat(rng.choice(judged, 16), 4)
+    questions = [question(name) for name in names]
+    answers = write(questions)
+    score = np.array([answer in right_answers(name) for name, answer in zip(names, answers)], float)
+    others = (score.reshape(16, 4).sum(1).repeat(4) - score) / 3  # what was to be expected
+    advantage = (score - others).astype(np.float32)[:, None]
+    return (of_answers(questions, answers) * advantage).sum() * (1 / 64), score.mean()
+
+
+train("pre-training, loss", STEPS[0], 5e-3, pretraining)
+test()
+train("fine-tuning, loss", STEPS[1], 5e-4, finetuning)
+test()
+train("feedback, right", STEPS[2], 3e-4, feedback)
+test()

@@ -3,7 +3,6 @@
 import ast
 import importlib
 import re
-import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -116,15 +115,18 @@ def test_what_is_run_once_in_months_asks_for_names_that_are_there(path):
             importlib.import_module(name)
 
 
-def test_the_model_of_a_hundred_lines_learns(text_file, monkeypatch, capsys):
+def test_the_three_stages_in_one_file_learn(capsys):
     path = ROOT / "docs" / "minimal.py"
-    whole, few = path.read_text(), "32, 48, 4, 100, 4"
-    assert whole.count("64, 96, 4, 600, 16") == 1
-    monkeypatch.setattr(sys, "argv", [str(path), str(text_file)])
-    program = compile(whole.replace("64, 96, 4, 600, 16", few), path, "exec")
-    exec(program, {"__name__": "__main__", "__file__": str(path)})
-    first, last = re.findall(r"on unseen text ([\d.]+)", capsys.readouterr().out)
-    assert float(last) < float(first) - 0.5
+    whole, size, steps = path.read_text(), "T, C, H, L = 128, 96, 4, 2", "STEPS = 1600, 100, 40"
+    assert whole.count(size) == whole.count(steps) == 1
+    few = whole.replace(size, "T, C, H, L = 128, 32, 4, 1").replace(steps, "STEPS = 80, 40, 4")
+    exec(compile(few, path, "exec"), {"__name__": "__main__", "__file__": str(path)})
+    told = capsys.readouterr().out
+    for stage in ("pre-training", "fine-tuning"):
+        first, *_, last = re.findall(rf"{stage}, loss +([\d.]+)", told)
+        assert float(last) < 0.95 * float(first)
+    assert len(re.findall(r"feedback, right +[\d.]+", told)) == 4
+    assert len(re.findall(r"\d+% right, \d+% in whole sentences", told)) == 3
 
 
 def test_the_installed_package_is_what_is_tested():
