@@ -1,4 +1,4 @@
-"""From raw text to an assistant in two hundred lines: all three stages, in about a minute.
+"""From raw text to an assistant in two hundred lines: all three stages, in a minute or two.
 
     python docs/minimal.py
 
