@@ -103,7 +103,9 @@ document.addEventListener("keydown", (event) => {
     return;
   }
   const words = {t: "tie", s: "skip", u: "undo", backspace: "undo"};
-  const key = event.key.toLowerCase();
+  // Where a key types neither a Latin letter nor a digit (Cyrillic; digits on AZERTY), its place counts.
+  const latin = /^[a-z0-9]$/i.test(event.key) || event.key.length > 1;
+  const key = (latin ? event.key : event.code.replace(/^(Key|Digit)/, "")).toLowerCase();
   if (/^[1-4]$/.test(key)) choose(Number(key) - 1);
   else if (key === "c") { event.preventDefault(); comment(true); }
   else if (words[key]) choose(words[key]);
