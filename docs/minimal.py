@@ -6,8 +6,10 @@ The text tells of every country its capital, continent and money. A Transformer 
 token per character, reads it (pre-training); is shown questions about some countries, with answers
 (fine-tuning); then answers questions about others four times each, and hears which answers were
 right (feedback). It is tested on countries that no question was ever about: what it knows of them,
-it has read. Everything that the package adds (BPE, shards, fused losses, checkpoints, a KV cache)
-makes this faster, safer or larger, but not different in kind.
+it has read. Fine-tuning shows short answers and whole sentences. Nobody says which are better, but
+who says the country's name first comes to its capital more easily: feedback finds that out.
+Everything that the package adds (BPE, shards, fused losses, checkpoints, a KV cache) makes this
+faster, safer or larger, but not different in kind.
 """
 
 from pathlib import Path
@@ -43,18 +45,19 @@ def document(name):
 
 
 def question(name):
+    """Asked after the end of a document, as everything is."""
     return f"\nCapital of {name}?\n"
 
 
 def right_answers(name):
+    """As a whole sentence, and in short."""
     capital = facts[name][0]
     return [f"The capital of {name} is {capital}.\n", f"{capital}.\n"]
 
 
 # ---- tokens: characters become numbers -------------------------------------------------------
 
-told = "".join(document(name) + question(name) for name in facts for _ in range(30))
-characters = sorted(set(told))
+characters = sorted(set(f"\n{facts}{WORDINGS}{question('')}"))
 V, END = len(characters), characters.index("\n")
 number = {c: i for i, c in enumerate(characters)}
 
