@@ -47,6 +47,21 @@ def test_the_loss_is_the_formula_and_its_gradient():
         assert x.grad[i] == pytest.approx(slope, rel=1e-6)
 
 
+def test_memory_is_foreseen_for_the_answers_there_are(model):
+    """Not for rows as long as the context, nor for less than many answers to a prompt take."""
+    model.config.block_size = 4096
+    judged = Judged([turn("user", "a")], ["x", "y"], [1.0, 0.0])
+    few = [Compared(judged, ([9] * n, [[1] * n, [2] * n]), [(0, 1)]) for n in range(1, 60)]
+    many = [*few, Compared(judged, ([9] * 50, [[1] * 40] * 100), [(0, 1)])]
+    for made in (few, many):
+        stage = DPO(model, None, made, DPOConfig(max_steps=1, batch_size=59), [], model)
+        tokens, kept, _ = stage.memory()
+        assert stage.batch(made[-59:]).tokens.size <= 59 * tokens
+        assert tokens <= 2 * stage.batch(made[-1:]).tokens.size
+        assert kept == model.n_parameters()
+    assert tokens > 4000
+
+
 def test_every_prompt_counts_once_however_many_answers(model):
     three = Judged([turn("user", "a")], ["x", "y", "z"], [1.0, 3.0, 2.0])
     two = Judged([turn("user", "b")], ["x", "y"], [1.0, 0.0])

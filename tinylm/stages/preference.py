@@ -156,6 +156,12 @@ with a probability of σ(s). Scores lie around zero."""
     def loss(self, batch: Comparisons) -> Tensor:
         return bradley_terry(self.scores(batch), batch.pairs, batch.weights, self.config.center)
 
+    def memory(self) -> tuple[int, int, int]:
+        """No prompt has more tokens than the longest, its answers and padding included."""
+        all_of_them = [*self.train, *self.heldout]
+        longest = max(all_of_them, key=lambda each: len(each.ids[0]) + sum(map(len, each.ids[1])))
+        return self.batch([longest]).tokens.size, 0, 0
+
     def evaluate(self, final: bool) -> dict:
         """How often the better of two held-out answers scores more, and whether σ(r_w − r_l) is
         the probability that it says; the scores' mean and spread on answers learned from."""
@@ -233,7 +239,7 @@ It read answers of which some had been preferred to others, and those became lik
 
     def memory(self) -> tuple[int, int, int]:
         """Besides, there is the model as it came."""
-        return self.config.block_size, self.model.n_parameters(), 0
+        return super().memory()[0], self.model.n_parameters(), 0
 
     def evaluate(self, final: bool) -> dict:
         """As for a reward model; and what it now says to the first held-out prompt."""
