@@ -260,8 +260,9 @@ def test_keys_and_clicks(page, tab):
     assert after(lambda: key("t")) == ("tie", "")
     assert after(lambda: key("S")) == ("skip", "")
     assert after(lambda: key("u")) == ("undo", "")
+    # in other layouts
     for typed, place, meant in (("е", "KeyT", "tie"), ("é", "Digit2", 1), ("s", "KeyO", "skip")):
-        event = f"new KeyboardEvent('keydown', {{key: '{typed}', code: '{place}'}})"  # other layouts
+        event = f"new KeyboardEvent('keydown', {{key: '{typed}', code: '{place}'}})"
         assert after(lambda e=event: tab.evaluate(f"document.dispatchEvent({e})")) == (meant, "")
     assert after(lambda: tab.click(".answer >> nth=1")) == (1, "")
     assert after(lambda: tab.click("[data-choice=tie]")) == ("tie", "")
