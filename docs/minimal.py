@@ -1,15 +1,18 @@
-"""From raw text to an assistant in two hundred lines: all three stages, in a minute or two.
+"""From raw text to an assistant in two hundred lines: all three stages, in about two minutes.
 
-    python docs/minimal.py
+    pip install . && python docs/minimal.py
 
 The text tells of every country its capital, continent and money. A Transformer of two layers, one
 token per character, reads it (pre-training); is shown questions about some countries, with answers
 (fine-tuning); then answers questions about others four times each, and hears which answers were
 right (feedback). It is tested on countries that no question was ever about: what it knows of them,
 it has read. Fine-tuning shows short answers and whole sentences. Nobody says which are better, but
-who says the country's name first comes to its capital more easily: feedback finds that out.
-Everything that the package adds (BPE, shards, fused losses, checkpoints, a KV cache) makes this
-faster, safer or larger, but not different in kind.
+who repeats the country's name comes to its capital more easily: feedback finds that out. It makes
+the better form likelier, and teaches hardly a capital.
+
+Gradients, ops and AdamW's arithmetic are tinylm's: tensor.py, ops.py and the kernels. Everything
+else that the package adds (BPE, shards, fused losses, checkpoints, a KV cache) makes this faster,
+safer or larger, but not different in kind.
 """
 
 from pathlib import Path
@@ -19,19 +22,20 @@ import numpy as np
 import tinylm
 from tinylm import Tensor, no_grad, ops
 
-T, C, H, L = 128, 96, 4, 2  # context, width, heads, layers
+T, C, H, L = 128, 96, 4, 2  # context (of a question and its answer), width, heads, layers
 STEPS = 1600, 100, 40  # of pre-training, fine-tuning and feedback
 rng = np.random.default_rng(0)
 
 # ---- the world: facts, and sentences that tell them ------------------------------------------
 
 table = Path(__file__).parent.parent / "data" / "almanac" / "country.tsv"
+# a line: name, capital, continent, money …, each perhaps with others after a "|"; empty: disputed
 lines = [line for line in table.read_text(encoding="utf-8").splitlines() if line[0] != "#"]
 cells = [[cell.split("|")[0] for cell in line.split("\t")[:4]] for line in lines[1:]]
-facts = {name: (capital, continent, money) for name, capital, continent, money in cells}
+facts = {name: told for name, *told in cells if all(told)}
 practised, judged, never_asked = np.split(rng.permutation(list(facts)), [80, 150])
 
-WORDINGS = (
+WORDINGS = (  # {0} is the country, {1} its capital, continent or money
     ("The capital of {} is {}.", "In {} the capital is called {}.", "{1} is the capital of {0}."),
     ("{} is part of {}.", "In {1} lies {0}.", "A country of {1} is {0}."),
     ("In {} people pay with the {}.", "{} has the {}.", "The {1} is the money of {0}."),
@@ -45,7 +49,7 @@ def document(name):
 
 
 def question(name):
-    """Asked after the end of a document, as everything is."""
+    """It begins with the end of a document, as every row of pre-training does."""
     return f"\nCapital of {name}?\n"
 
 
@@ -57,8 +61,9 @@ def right_answers(name):
 
 # ---- tokens: characters become numbers -------------------------------------------------------
 
+# all that occur in facts and wordings, and a few that Python prints around them
 characters = sorted(set(f"\n{facts}{WORDINGS}{question('')}"))
-V, END = len(characters), characters.index("\n")
+V, END = len(characters), characters.index("\n")  # of a document, a question, an answer
 number = {c: i for i, c in enumerate(characters)}
 
 
@@ -81,30 +86,33 @@ def ones():
     return Tensor(np.ones(C, np.float32), requires_grad=True)
 
 
-p = {"token": weight(V, C), "position": weight(T, C), "norm": ones(), "head": weight(V, C)}
+outer = {"token": weight(V, C), "position": weight(T, C), "norm": ones(), "head": weight(V, C)}
 layers = [
     {"norm 1": ones(), "q": weight(C, C), "k": weight(C, C), "v": weight(C, C), "out": weight(C, C),
      "norm 2": ones(), "gate": weight(3 * C, C), "up": weight(3 * C, C), "down": weight(C, 3 * C)}
     for _ in range(L)
 ]  # fmt: skip
-weights = [*p.values(), *(w for layer in layers for w in layer.values())]
+weights = [*outer.values(), *(w for layer in layers for w in layer.values())]
 
 
 def model(tokens):
     """tokens (B, T) -> logits of the token after each, (B, T, V)."""
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    x = ops.embedding(tokens, p["token"]) + ops.embedding(positions, p["position"])
+    x = ops.embedding(tokens, outer["token"]) + ops.embedding(positions, outer["position"])
     for w in layers:
-        n = ops.rms_norm(x, w["norm 1"])  # attention: every character looks at those before it
-        q, k, v = (ops.split_heads(ops.linear(n, w[name]), H) for name in "qkv")
+        n = ops.rms_norm(
+            x, w["norm 1"]
+        )  # attention: every character looks at itself and those before it,
+        # by q, what it looks for, k, what it is found by, and v, what it passes on
+        q, k, v = (ops.split_heads(ops.linear(n, w[each]), H) for each in ("q", "k", "v"))
         x = x + ops.linear(ops.merge_heads(ops.attention(q, k, v)), w["out"])
 
         n = ops.rms_norm(x, w["norm 2"])  # MLP: every character thinks by itself
         x = x + ops.linear(ops.swiglu(ops.linear(n, w["gate"]), ops.linear(n, w["up"])), w["down"])
-    return ops.linear(ops.rms_norm(x, p["norm"]), p["head"])
+    return ops.linear(ops.rms_norm(x, outer["norm"]), outer["head"])
 
 
-def write(questions):
+def answers_to(questions):
     """An answer to each, drawn character by character from what the model holds likely."""
     rows = np.full((len(questions), T), END)
     for row, text in zip(rows, questions):
@@ -112,13 +120,15 @@ def write(questions):
     ends = np.array([len(text) for text in questions])
     unfinished = np.arange(len(rows))
     with no_grad():
-        while len(unfinished) and ends.max() < T:
+        while len(unfinished):
             e = ends[unfinished]
             logits = model(rows[unfinished, : e.max()]).data[np.arange(len(e)), e - 1]
-            drawn = (logits + rng.gumbel(size=logits.shape)).argmax(-1)  # as softmax would draw
+            drawn = (logits + rng.gumbel(size=logits.shape)).argmax(
+                -1
+            )  # Gumbel-max: a draw from softmax
             rows[unfinished, e] = drawn
             ends[unfinished] += 1
-            unfinished = unfinished[drawn != END]
+            unfinished = unfinished[(drawn != END) & (e + 1 < T)]
     return [decode(row[len(text) : end]) for row, text, end in zip(rows, questions, ends)]
 
 
@@ -126,13 +136,13 @@ def write(questions):
 
 
 def train(stage, steps, rate, loss):
-    """loss() gives a Tensor, which every step makes smaller, and what is to be shown."""
+    """loss() gives a Tensor, down whose gradient every step goes, and a figure to print."""
     moments = [(np.zeros_like(w.data), np.zeros_like(w.data)) for w in weights]
     shown = []
     for step in range(1, steps + 1):
         value, figure = loss()
         value.backward()
-        lr = rate * min(step / 20, 1) * (1 - (step - 1) / steps)
+        lr = rate * min(step / 20, 1) * (1 - (step - 1) / steps)  # rises for 20 steps, then falls
         for w, (m, v) in zip(weights, moments):
             tinylm.backend.kernels.adamw(
                 w.data, w.grad, m, v, lr=lr, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0,
@@ -140,15 +150,15 @@ def train(stage, steps, rate, loss):
             )  # fmt: skip
             w.grad = None
         shown.append(figure)
-        if step % (steps // 4) == 0:
+        if step * 4 % steps < 4:  # four times in all
             print(f"{stage} {np.mean(shown):7.3f}  (step {step})", flush=True)
             shown.clear()
 
 
 def test():
-    """What it says of countries that no question was ever about."""
+    """Four answers, drawn by chance, to each country that no question was ever about."""
     names = np.repeat(never_asked, 4)
-    said = write([question(name) for name in names])
+    said = answers_to([question(name) for name in names])
     right = np.mean([text in right_answers(name) for name, text in zip(names, said)])
     whole = np.mean([text.startswith("The capital of") for text in said])
     print(f"\nNever asked about: {right:.0%} right, {whole:.0%} in whole sentences.")
@@ -170,14 +180,14 @@ def pretraining():
     return loss, loss.item()
 
 
-def of_answers(questions, answers):
-    """−log of the probability of each token of the answers (B, T), and 0 elsewhere."""
-    tokens, targets = np.full((2, len(answers), T), END)
-    targets[:] = -1  # not learned from: who asks is the user
-    for i, (asked, said) in enumerate(zip(questions, answers)):
-        whole = encode(asked + said)
-        tokens[i, : len(whole)] = whole
-        targets[i, len(asked) - 1 : len(whole) - 1] = whole[len(asked) :]
+def losses_of(questions, answers):
+    """−log of the probability of each token of the answers, (B, longest); 0 elsewhere."""
+    tokens = np.full((len(answers), T), END)  # what fills up a row comes last: no answer sees it
+    targets = np.full_like(tokens, -1)  # −1: nothing is learned from it
+    for i, (asked, answer) in enumerate(zip(questions, answers)):
+        row = encode(asked + answer)
+        tokens[i, : len(row)] = row
+        targets[i, len(asked) - 1 : len(row) - 1] = row[len(asked) :]
     longest = max(len(q) + len(a) for q, a in zip(questions, answers))
     return ops.cross_entropy(model(tokens[:, :longest]), targets[:, :longest])
 
@@ -186,24 +196,26 @@ def finetuning():
     """Questions with answers: short ones and whole sentences, as people write them."""
     names = rng.choice(practised, 32)
     answers = [rng.choice(right_answers(name)) for name in names]
-    loss = of_answers([question(name) for name in names], answers).sum() * (1 / 32)
+    loss = losses_of([question(name) for name in names], answers).sum() / 32
     return loss, loss.item()
 
 
 def feedback():
-    """Its own answers, four to a question: those that are right become likelier (REINFORCE)."""
+    """Its own answers, four to a question: the right ones become likelier (REINFORCE, as RLOO)."""
     names = np.repeat(rng.choice(judged, 16), 4)
     questions = [question(name) for name in names]
-    answers = write(questions)
+    answers = answers_to(questions)
     score = np.array([answer in right_answers(name) for name, answer in zip(names, answers)], float)
-    others = (score.reshape(16, 4).sum(1).repeat(4) - score) / 3  # what was to be expected
-    advantage = (score - others).astype(np.float32)[:, None]
-    return (of_answers(questions, answers) * advantage).sum() * (1 / 64), score.mean()
+    others = (score.reshape(16, 4).sum(1).repeat(4) - score) / 3  # the baseline: their mean
+    advantage = (score - others).astype(np.float32)[
+        :, None
+    ]  # above 0: likelier, below: less likely
+    return (losses_of(questions, answers) * advantage).sum() / 64, score.mean()
 
 
-train("pre-training, loss", STEPS[0], 5e-3, pretraining)
+train("pre-training, loss of a character", STEPS[0], 5e-3, pretraining)
 test()
-train("fine-tuning, loss", STEPS[1], 5e-4, finetuning)
+train("fine-tuning, loss of an answer", STEPS[1], 5e-4, finetuning)
 test()
-train("feedback, right", STEPS[2], 3e-4, feedback)
+train("feedback, share right", STEPS[2], 3e-4, feedback)
 test()

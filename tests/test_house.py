@@ -123,9 +123,9 @@ def test_the_three_stages_in_one_file_learn(capsys):
     exec(compile(few, path, "exec"), {"__name__": "__main__", "__file__": str(path)})
     told = capsys.readouterr().out
     for stage in ("pre-training", "fine-tuning"):
-        first, *_, last = re.findall(rf"{stage}, loss +([\d.]+)", told)
+        first, *_, last = re.findall(rf"{stage}, loss of an? \w+ +([\d.]+)", told)
         assert float(last) < 0.95 * float(first)
-    assert len(re.findall(r"feedback, right +[\d.]+", told)) == 4
+    assert len(re.findall(r"feedback, share right +[\d.]+", told)) == 4
     assert len(re.findall(r"\d+% right, \d+% in whole sentences", told)) == 3
 
 
