@@ -140,6 +140,19 @@ def test_nothing_of_the_future_is_in_training():
     assert asked == set(future)
 
 
+def test_what_was_found_or_climbed_later_is_not_told():
+    before = {e.name: e for e in Almanac(cutoff=1953).entities}
+    assert before["Eris"].part == "future"  # found in 2005
+    assert not {"first_climbed", "climber"} & set(before["Mount Everest"].facts)  # in 1953
+    assert "climber" in before["Mont Blanc"].facts
+
+
+def test_what_is_invented_is_no_word_of_a_name():
+    world = Almanac()
+    words = {word for e in world.entities for word in re.findall(r"\w+", e.name.casefold())}
+    assert not words & {e.name.casefold() for e in world.invented}
+
+
 def test_a_cutoff_leaves_what_was_before_it():
     """Events of every century are still learned, and without a cut-off there is no future."""
     world = Almanac(kinds=("event",), cutoff=2000)

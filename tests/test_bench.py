@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 import numpy
 import pytest
-from commands import refused, succeeds
+from commands import refused, succeeds, write_rows
 
 from tinylm import backend
+from tinylm.bench import measure_corpus
 from tinylm.kernels.cases import CASES
 from tinylm.stages.pretrain import PRESETS
 
@@ -24,6 +25,14 @@ def benchmark(monkeypatch):
     """Imports a module of the benchmarks folder."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     return importlib.import_module
+
+
+def test_tokens_around_documents_are_foretold(tmp_path):
+    """As preparing the text counts them."""
+    write_rows(tmp_path / "rows.jsonl", [{"text": "abc"}, {"text": "de"}, {"text": "f"}])
+    (tmp_path / "plain.txt").write_text("no document of its own")
+    found = measure_corpus([tmp_path / "rows.jsonl", tmp_path / "plain.txt"])
+    assert found["characters"] == 6 + 22 + 2 * 4
 
 
 def test_bench_foretells_a_run_with_each_preset(text_file):

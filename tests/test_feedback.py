@@ -15,7 +15,7 @@ from tinylm.answers import Answers
 from tinylm.chat import Row, turn
 from tinylm.data import SharedPrompts
 from tinylm.errors import InputError
-from tinylm.estimators import RunningMean, advantages, rloo, surrogate
+from tinylm.estimators import RunningMean, advantages, exact_kl, rloo, surrogate
 from tinylm.judges import Group, verifier
 from tinylm.judges.watch import Watch
 from tinylm.tensor import Tensor, no_grad
@@ -220,6 +220,16 @@ def test_what_is_no_worse_or_no_better_for_the_judge_is_not():
     assert seen([0, 1, 2], [0, 1, 0.97], noise=0.5) == ([], False)  # within the noise
 
 
+def test_noise_alone_is_no_fall_however_long_the_run():
+    alarms = 0
+    for seed in range(20):
+        rng, watch = numpy.random.default_rng(seed), Watch()
+        for step in range(1000):
+            watch.see(0.05 * step, rng.standard_normal())
+        alarms += watch.outwitted
+    assert alarms <= 1  # by the best of 50 windows and two errors, 16
+
+
 def test_gold_is_logged_and_changes_nothing(tokenizer, tmp_path):
     rule = tmp_path / "rule.py"
     rule.write_text("def score(prompt, answer, row):\n    return answer.count('a')\n")
@@ -230,6 +240,17 @@ def test_gold_is_logged_and_changes_nothing(tokenizer, tmp_path):
     said = [stages[1].text(ids.tolist()) for ids in two.by_answer(two.targets)]
     assert two.notes["gold"] == pytest.approx(numpy.mean([text.count("a") for text in said]))
     assert "gold" not in one.notes
+    assert stages[1].watch.seen == [(two.notes["gold"],) * 2] != [(two.notes["reward"],) * 2]
+
+
+@pytest.mark.usefixtures("float64")
+def test_drift_is_exact_where_logits_lie_far_apart():
+    logits, other = 60 * numpy.random.default_rng(0).standard_normal((2, 64, 50))
+    p, q = (x - numpy.logaddexp.reduce(x, -1, keepdims=True) for x in (logits, other))
+    expected = (numpy.exp(p) * (p - q)).sum(-1)
+    assert numpy.allclose(exact_kl(logits, other), expected, rtol=1e-9, atol=1e-9)
+    found = exact_kl(logits.astype("float32"), other.astype("float32"))
+    assert numpy.allclose(found, expected, rtol=1e-5, atol=1e-4)
 
 
 # ---- the stage ---------------------------------------------------------------------------------

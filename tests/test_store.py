@@ -81,6 +81,8 @@ def test_of_equal_answers_the_one_that_was_judged_counts(store):
     store.add_all("file", [Judged(ASKED, ["a", "a", "b"], [None, 1.0, 0.0])], "judge")
     (judged,) = store.judged()
     assert (judged.answers, judged.scores) == (["a", "b"], [1.0, 0.0])
+    store.add_all("file", [Judged(ASKED, ["b", "a", "b"], [0.5, 1.0, None])], "other")
+    assert store.judgements()[-1].scores == [1.0, 1.0, 0.5]
 
 
 def test_messages_are_the_same_in_whatever_order_their_fields_stand(store):

@@ -51,7 +51,7 @@ LATE_SHARE = 0.1  # of feedback's prompts: so many follow a talk as in fine-tuni
 LATE_TALK = 0.4  # of those that are small talk
 TALKED = 40  # times that each greeting and its like is answered in fine-tuning
 HIDDEN = ("withheld", "future")  # the parts that training does not name
-YEARS = ("died", "first_climbed", "discovery_year")  # facts that a cut-off can hide
+YEARS = {"died": "", "first_climbed": "climber"}  # facts that a cut-off hides: what goes with them
 WORDINGS = 5  # questions about each fact in fine-tuning
 
 
@@ -120,6 +120,11 @@ def year_in(text: str) -> int:
     return int(found[0]) if found else 0
 
 
+def began(name: str, facts: Facts) -> str:
+    """When something happened or was discovered, or its name."""
+    return (facts.get("year") or facts.get("discovery_year") or (name,))[0]
+
+
 class Almanac:
     """The tables, with a part dealt to every entity. The seed decides all of it.
 
@@ -165,7 +170,7 @@ class Almanac:
         wording = json.dumps([self.templates, self.talk], ensure_ascii=False)
         for table in rows.values():
             order = rng.sample(sorted(table), len(table))
-            years = {name: year_in(facts.get("year", (name,))[0]) for name, facts in table.items()}
+            years = {name: year_in(began(name, facts)) for name, facts in table.items()}
             future = {name for name in order if years[name] >= self.cutoff}
             order = [name for name in order if name not in future]
             parts |= dict.fromkeys(order, "quizzed") | dict.fromkeys(future, "future")
@@ -186,20 +191,23 @@ class Almanac:
 
     def told(self, kind: str, facts: Facts, part: str, hidden: re.Pattern) -> Facts:
         """The facts in use; for training, without what names the hidden or came later."""
-        facts = {fact: values for fact, values in facts.items() if fact in self.facts[kind]}
+        full, facts = facts, {f: values for f, values in facts.items() if f in self.facts[kind]}
         if part in HIDDEN:
             return facts
+        late = {y for y in YEARS if year_in(full.get(y, ("",))[0]) >= self.cutoff}
+        late |= {YEARS[year] for year in late}
         kept = {
             fact: tuple(value for value in values if not hidden.search(value))
             for fact, values in facts.items()
-            if not (fact in YEARS and year_in(values[0]) >= self.cutoff)
+            if fact not in late
         }
         return {fact: values for fact, values in kept.items() if values}
 
     def invent(self) -> list[Entity]:
         """Names that nothing has, by kind, from the halves of two that are known."""
         rng, taken = Random(self.seed + 1), {bare(e.name).casefold() for e in self.entities}
-        text = json.dumps([[e.facts for e in self.entities], self.templates, self.talk])
+        told = [[e.name, e.facts] for e in self.entities]
+        text = json.dumps([told, self.templates, self.talk], ensure_ascii=False)
         taken |= set(re.findall(r"\w+", text.casefold()))
         made, alone = [], set()  # alone: names of one word, with which no longer one may end
         for kind in self.kinds:

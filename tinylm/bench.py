@@ -209,10 +209,11 @@ def seconds_of_step(model: Transformer, optimizer: AdamW, rows: int, T: int) -> 
 def measure_corpus(files: list[Path]) -> dict[str, Any]:
     """Bytes, and about how many characters and BPE tokens they are, judged by their beginning."""
     size = sum(path.stat().st_size for path in files)
-    read, texts, characters = [], [], 0
-    for text, _ in read_texts(files, seen=read.append):
+    read, texts, characters, marks = [], [], 0, 0
+    for text, ends in read_texts(files, seen=read.append):
         texts.append(text)
         characters += len(text)
+        marks += 2 * ends  # on disk, each document has a token before it and one after it
         if characters >= SAMPLE:
             break
     if not characters:
@@ -222,8 +223,8 @@ def measure_corpus(files: list[Path]) -> dict[str, Any]:
     scale = size / sum(read)
     return {
         "bytes": size,
-        "characters": round(scale * characters),
-        "tokens": round(scale * n_tokens),
+        "characters": round(scale * (characters + marks)),
+        "tokens": round(scale * (n_tokens + marks)),
         "vocab_size": tokenizer.vocab_size,
     }
 

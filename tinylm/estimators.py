@@ -105,6 +105,8 @@ def exact_kl(logits: Array, other: Array) -> Array:
 
 
 def kl(logits: Array, other: Array) -> Array:
-    """As log p − log q = gap + log Σ p exp(−gap), with gap = logits − other, one exp is enough."""
-    p, gap = backend.kernels.softmax_forward(logits), logits - other
-    return (p * gap).sum(-1) + backend.xp.log((p * backend.xp.exp(-gap)).sum(-1))
+    """As the likeliest token's log p is −log Σ exp(logits − their maximum), no other log is needed;
+    p and q may underflow."""
+    p, q = (backend.kernels.softmax_forward(of) for of in (logits, other))
+    gap = (logits - logits.max(-1, keepdims=True)) - (other - other.max(-1, keepdims=True))
+    return (p * gap).sum(-1) + backend.xp.log(p.max(-1) / q.max(-1))

@@ -159,8 +159,9 @@ class Store:
         for each in judged:
             item = known.get(alike(each.messages, each.answers))
             if item:
-                of_text = dict(zip(map(whole, each.answers), each.scores))
-                self.judge(item.id, judge, [of_text[text] for text in item.answers])
+                told = zip(map(whole, each.answers), each.scores)  # of equal ones, the first judged
+                of_text = dict(reversed([pair for pair in told if pair[1] is not None]))
+                self.judge(item.id, judge, [of_text.get(text) for text in item.answers])
             else:
                 new = self.add_item(number, each.messages, each.answers, "imported")
                 self.judge(new, judge, each.scores)

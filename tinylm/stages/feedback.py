@@ -144,7 +144,7 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
         self.left = 0
         self.drift = 0.0  # KL per token of the latest answers
         self.gold = verifier.Verifier(verifier.load(config.gold)) if config.gold else None
-        self.watch, self.checked = Watch(), []  # gold's scores of the latest answers
+        self.watch, self.checked = Watch(), []  # (judge's, gold's) of the latest answers
         self.say: Callable[[str], None] = lambda text: None
         self.before: list[str] | None = None  # what the fine-tuned model answers
 
@@ -210,10 +210,10 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
 
         Raises InputError where a judge, unless it is a person who may skip, is mostly silent.
         """
-        if self.gold:
-            found = self.gold(groups)
-            self.checked += [score for group in found for score in group if score is not None]
-        for group, scores in zip(groups, self.judge(groups)):
+        checks, found = self.gold(groups) if self.gold else [], self.judge(groups)
+        pairs = (pair for of in zip(found, checks) for pair in zip(*of))
+        self.checked += [pair for pair in pairs if None not in pair]
+        for group, scores in zip(groups, found):
             group.scores = [
                 score if ended else self.config.truncated
                 for score, ended in zip(scores, self.ended(group))
@@ -234,11 +234,12 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
         """Why all answers score alike; "" where they do not."""
         return cause(group.scores) if any(self.ended(group)) else "truncated"
 
-    def gold_notes(self, judged: float) -> dict[str, float]:
-        """What gold says of the answers that the judge has just scored."""
+    def gold_notes(self) -> dict[str, float]:
+        """What gold says of the answers that the judge has just scored. The judge's mean is of the
+        same ones: without the fixed score of what was cut off, with what --resample replaced."""
         if not self.checked:
             return {}
-        gold, self.checked = float(numpy.mean(self.checked)), []
+        (judged, gold), self.checked = numpy.mean(self.checked, 0).tolist(), []
         if self.watch.see(judged, gold):
             self.say(
                 f"the judge is being outwitted: its scores rise (now {judged:.3f}), and gold's "
@@ -277,7 +278,7 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
             "equal_groups": sum(map(bool, causes)) / len(causes),
             **{f"equal_{why}": causes.count(why) / len(causes) for why in CAUSES},
             **self.judge.notes(),
-            **self.gold_notes(float(judged.mean())),
+            **self.gold_notes(),
         }
         return batch
 
