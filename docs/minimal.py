@@ -1,6 +1,6 @@
 """From raw text to an assistant in two hundred lines: all three stages, in about two minutes.
 
-    pip install . && python docs/minimal.py
+    pip install . && python docs/minimal.py  # without a C++ compiler about ten
 
 The text tells of every country its capital, continent and money. A Transformer of two layers, one
 token per character, reads it (pre-training); is shown questions about some countries, with answers
