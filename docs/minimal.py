@@ -1,6 +1,6 @@
 """From raw text to an assistant in two hundred lines: all three stages, in about two minutes.
 
-    pip install . && python docs/minimal.py  # without a C++ compiler about ten
+    pip install . && python docs/minimal.py  # four times as long without a C++ compiler
 
 The text tells of every country its capital, continent and money. A Transformer of two layers, one
 token per character, reads it (pre-training); is shown questions about some countries, with answers
@@ -100,14 +100,14 @@ def model(tokens):
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     x = ops.embedding(tokens, outer["token"]) + ops.embedding(positions, outer["position"])
     for w in layers:
-        n = ops.rms_norm(
-            x, w["norm 1"]
-        )  # attention: every character looks at itself and those before it,
-        # by q, what it looks for, k, what it is found by, and v, what it passes on
+        # attention: every character looks at itself and those before it, by q, what it looks for,
+        # k, what it is found by, and v, what it passes on
+        n = ops.rms_norm(x, w["norm 1"])
         q, k, v = (ops.split_heads(ops.linear(n, w[each]), H) for each in ("q", "k", "v"))
         x = x + ops.linear(ops.merge_heads(ops.attention(q, k, v)), w["out"])
 
-        n = ops.rms_norm(x, w["norm 2"])  # MLP: every character thinks by itself
+        # MLP: every character thinks by itself
+        n = ops.rms_norm(x, w["norm 2"])
         x = x + ops.linear(ops.swiglu(ops.linear(n, w["gate"]), ops.linear(n, w["up"])), w["down"])
     return ops.linear(ops.rms_norm(x, outer["norm"]), outer["head"])
 
@@ -123,9 +123,8 @@ def answers_to(questions):
         while len(unfinished):
             e = ends[unfinished]
             logits = model(rows[unfinished, : e.max()]).data[np.arange(len(e)), e - 1]
-            drawn = (logits + rng.gumbel(size=logits.shape)).argmax(
-                -1
-            )  # Gumbel-max: a draw from softmax
+            noise = rng.gumbel(size=logits.shape)
+            drawn = (logits + noise).argmax(-1)  # Gumbel-max: a draw from softmax
             rows[unfinished, e] = drawn
             ends[unfinished] += 1
             unfinished = unfinished[(drawn != END) & (e + 1 < T)]
@@ -207,10 +206,8 @@ def feedback():
     answers = answers_to(questions)
     score = np.array([answer in right_answers(name) for name, answer in zip(names, answers)], float)
     others = (score.reshape(16, 4).sum(1).repeat(4) - score) / 3  # the baseline: their mean
-    advantage = (score - others).astype(np.float32)[
-        :, None
-    ]  # above 0: likelier, below: less likely
-    return (losses_of(questions, answers) * advantage).sum() / 64, score.mean()
+    advantage = (score - others).astype(np.float32)  # above 0: likelier, below: less likely
+    return (losses_of(questions, answers) * advantage[:, None]).sum() / 64, score.mean()
 
 
 train("pre-training, loss of a character", STEPS[0], 5e-3, pretraining)

@@ -120,13 +120,24 @@ def test_the_three_stages_in_one_file_learn(capsys):
     whole, size, steps = path.read_text(), "T, C, H, L = 128, 96, 4, 2", "STEPS = 1600, 100, 40"
     assert whole.count(size) == whole.count(steps) == 1
     few = whole.replace(size, "T, C, H, L = 128, 32, 4, 1").replace(steps, "STEPS = 80, 40, 4")
-    exec(compile(few, path, "exec"), {"__name__": "__main__", "__file__": str(path)})
+    names = {"__name__": "__main__", "__file__": str(path)}
+    exec(compile(few, path, "exec"), names)
     told = capsys.readouterr().out
-    for stage in ("pre-training", "fine-tuning"):
+    for stage, share in (("pre-training", 0.75), ("fine-tuning", 0.95)):
         first, *_, last = re.findall(rf"{stage}, loss of an? \w+ +([\d.]+)", told)
-        assert float(last) < 0.95 * float(first)
+        assert float(last) < share * float(first)
     assert len(re.findall(r"feedback, share right +[\d.]+", told)) == 4
     assert len(re.findall(r"\d+% right, \d+% in whole sentences", told)) == 3
+
+    def losses():
+        return names["losses_of"]([names["question"]("Chad")] * 2, said[:2]).data.sum(1)
+
+    said = ["yes.\n", "no.\n"] * 32  # what is right becomes likelier, and what is wrong less so
+    names |= {"answers_to": lambda questions: said, "right_answers": lambda name: said[:1]}
+    before = losses()
+    names["train"]("feedback", 20, 1e-3, names["feedback"])
+    (right, wrong), (right_before, wrong_before) = losses(), before
+    assert right < right_before - 1 and wrong > wrong_before + 1
 
 
 def test_the_installed_package_is_what_is_tested():
