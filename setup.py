@@ -7,14 +7,13 @@ optional: where they cannot be built, tinylm runs on its NumPy reference kernels
 
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+from setuptools.errors import CompileError, LinkError
 
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
@@ -26,31 +25,25 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "avx2": AVX2, "baseline": [],
     }  # fmt: skip
 
+if sys.platform == "darwin":  # for this processor, not for all that python.org's Python runs on
+    os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
+
 # A kernel sums in a fixed order and may contract a*b+c into one rounding; nothing else is relaxed.
 FLAGS = [
     "-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall",
     "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
 ]  # fmt: skip
-WITHOUT_OPENMP = ["-Wno-unknown-pragmas"]
+# Flags for compiling and for linking, the first that work. Apple's compiler has OpenMP without its
+# library, which Homebrew has.
+OPENMP = [(["-fopenmp"], ["-fopenmp"])] + [
+    (["-Xclang", "-fopenmp", f"-I{libomp}/include"], [f"-L{libomp}/lib", "-lomp"])
+    for libomp in ("/opt/homebrew/opt/libomp", "/usr/local/opt/libomp")
+]
+WITHOUT_OPENMP = ["-Wno-unknown-pragmas"], []
 SANITIZE = os.environ.get("TINYLM_SANITIZE", "")  # for example "address,undefined"
 if SANITIZE:
     FLAGS += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g1", "-O1"]
     FLAGS += ["-DPOOL_KEEPS_NOTHING=1"]
-
-
-def openmp_flags(compiler: list[str]) -> list[str]:
-    """["-fopenmp"] where the compiler compiles and links it, else []: kernels use one thread."""
-    if os.environ.get("TINYLM_OPENMP") == "0":
-        return WITHOUT_OPENMP
-    with tempfile.TemporaryDirectory() as folder:
-        source = os.path.join(folder, "probe.cpp")
-        with open(source, "w") as f:
-            f.write("#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n")
-        command = [*compiler, "-fopenmp", source, "-o", os.path.join(folder, "probe")]
-        found = subprocess.run(command, capture_output=True, check=False).returncode == 0
-    if not found:
-        print("tinylm: no OpenMP found, the kernels will run on one thread", file=sys.stderr)
-    return ["-fopenmp"] if found else WITHOUT_OPENMP
 
 
 class BuildExtensions(build_ext):
@@ -63,14 +56,32 @@ class BuildExtensions(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         try:
-            openmp = openmp_flags(self.compiler.compiler_so_cxx)
-            ext.extra_compile_args += openmp
-            ext.extra_link_args += openmp
+            compiling, linking = self.openmp()
+            ext.extra_compile_args += compiling
+            ext.extra_link_args += linking
             if ext.name == "tinylm.kernels._cpu":
                 self.compile_kernels(ext)
             super().build_extension(ext)
         except Exception as error:  # Cython's own errors would not count as "optional"
             raise CompileError(f"{ext.name}: {error}") from error
+
+    def openmp(self) -> tuple[list[str], list[str]]:
+        """Flags for compiling and for linking with OpenMP; without it kernels use one thread."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = os.path.join(folder, "probe.cpp")
+            with open(source, "w") as f:
+                f.write("#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n")
+            for compiling, linking in [] if os.environ.get("TINYLM_OPENMP") == "0" else OPENMP:
+                try:
+                    objects = self.compiler.compile([source], folder, extra_postargs=compiling)
+                    self.compiler.link_executable(
+                        objects, "probe", folder, extra_postargs=linking, target_lang="c++"
+                    )
+                    return compiling, linking
+                except (CompileError, LinkError):
+                    pass
+        print("tinylm: without OpenMP, so the kernels will run on one thread", file=sys.stderr)
+        return WITHOUT_OPENMP
 
     def compile_kernels(self, ext: Extension) -> None:
         """Compile all but isa.cpp, which is left to build_ext and told of the tables made here."""

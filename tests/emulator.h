@@ -13,6 +13,7 @@
 //   overruns            Compiled with -fsanitize=address, an access out of bounds names its line.
 //
 // It does not know: caches, alignment, memory ordering between blocks, or how fast anything is.
+#define _XOPEN_SOURCE 700  // or macOS has no ucontext
 #include <math.h>
 #include <setjmp.h>
 #include <stdint.h>

@@ -95,8 +95,8 @@ def describe() -> str:
         return f"cuda ({kernels.describe()})"
     if name != "cpu":
         return name
-    n = threads()
-    return f"cpu ({kernels.isa()}, {n} thread{'s' if n > 1 else ''})"
+    n, without = threads(), "" if kernels.openmp else ", compiled without OpenMP"
+    return f"cpu ({kernels.isa()}, {n} thread{'s' if n > 1 else ''}{without})"
 
 
 def asarray(x, dtype=None):

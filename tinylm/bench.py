@@ -174,8 +174,7 @@ def measure_preset(preset: str, machine: dict, corpus: dict | None) -> dict[str,
     model = Transformer(config.shape(V))
     B, T = config.batch_size, config.block_size
     row = {"preset": preset, "parameters": model.n_parameters()}
-    room = memory.available()
-    if room and memory.needed(model.config, row["parameters"], B, T) > room:
+    if memory.needed(model.config, row["parameters"], B, T) > memory.available():
         return row | {"tokens_per_second": None}
     found = seconds_of_step(model, make_optimizer(model, config), B, T)
     speed = {dtype: B * T / seconds for dtype, seconds in found.items()}

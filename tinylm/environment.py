@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+import sys
 import timeit
 from collections.abc import Callable
 from datetime import date
@@ -34,7 +36,10 @@ def describe() -> dict:
 
 
 def processor() -> str:
-    """Its name as Linux tells it, or as far as Python knows it."""
+    """Its name as the system tells it, or as far as Python knows it."""
+    if sys.platform == "darwin":
+        sysctl = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.check_output(sysctl, text=True).strip()
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
+
 from tinylm import backend
 from tinylm.errors import InputError
 from tinylm.kernels.launch import LOGITS
@@ -45,18 +47,11 @@ def needed(
     return int(BASE + 4 * (floats + logits))
 
 
-def available() -> int | None:
-    """Bytes that this process may still take: memory free, control group; None: unknown.
-
-    On a GPU, what is free there.
-    """
+def available() -> int:
+    """Bytes that this process may still take: memory free, control group; on a GPU, free there."""
     if hasattr(backend.kernels, "free_bytes"):
         return backend.kernels.free_bytes()
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    limits = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    limits = [psutil.virtual_memory().available]
     try:
         group = Path("/sys/fs/cgroup")
         limit, used = (int((group / f"memory.{of}").read_text()) for of in ("max", "current"))
@@ -65,7 +60,7 @@ def available() -> int | None:
         limits.append(limit - used + files)
     except (OSError, ValueError, KeyError):
         pass  # no control group, or one without a limit
-    return min(limits) if limits else None
+    return min(limits)
 
 
 def check(stage) -> None:
@@ -89,7 +84,7 @@ def check(stage) -> None:
         return " ".join(flags) if needs(rows, recompute) <= room else ""
 
     wanted = needs(c.batch_size, c.recompute)
-    if room is None or wanted <= room:
+    if wanted <= room:
         return
     ways = [way for way in map(that_fit, sorted({c.recompute, True})) if way]
     smaller = "--n-embd, --n-layer or --block-size" if hasattr(c, "n_embd") else "model"

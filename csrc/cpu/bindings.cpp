@@ -666,6 +666,7 @@ PYBIND11_MODULE(_cpu, m) {
         "Instruction sets that this machine supports, best first.");
     m.def("isa", [] { return kernels().name; }, "The instruction set in use.");
     m.def("use_isa", &use_isa, "name"_a);
+    m.attr("openmp") = PARALLEL;
     m.def("threads", [] { return threads; });
     m.def("set_threads", &set_threads, "n"_a,
           "No effect in a child of fork, which has one thread.");

@@ -12,7 +12,7 @@
 #include "kernels.h"
 
 // Whether the processor has tiles, and Linux lets this process use their 8 KB a thread.
-static bool have_tiles() {
+[[maybe_unused]] static bool have_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
     unsigned a, b, c, features = 0;
     constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24;

@@ -11,6 +11,8 @@
 #include <vector>
 #if defined(__linux__)
 #include <sched.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 #include "kernels.h"
 #include "pool.h"
@@ -73,7 +75,8 @@ static void set_products(const std::string& dtype) {
 
 // ---- threads -----------------------------------------------------------------------------------
 
-// Physical cores that this process may use: of hyperthreads that share a core, one counts.
+// Physical cores that this process may use: of hyperthreads that share a core, one counts; of a
+// Mac's only the fast ones, since all threads of a kernel wait for the last.
 static int available_cores() {
 #if defined(__linux__)
     cpu_set_t allowed;
@@ -88,6 +91,12 @@ static int available_cores() {
             cores.insert(siblings);
         }
         return cores.size();
+    }
+#elif defined(__APPLE__)
+    for (const char* name : {"hw.perflevel0.physicalcpu", "hw.physicalcpu"}) {  // or all are alike
+        int cores = 0;
+        size_t size = sizeof cores;
+        if (sysctlbyname(name, &cores, &size, nullptr, 0) == 0 && cores > 0) return cores;
     }
 #endif
     const int n = std::thread::hardware_concurrency();
