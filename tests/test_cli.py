@@ -118,6 +118,22 @@ def test_a_full_disk_is_told_with_what_to_do(error, capfd, monkeypatch, text_fil
     refused(capfd, "pretrain", text_file, "--out", tmp_path / "r", saying="make room")
 
 
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ("database is locked", "; end what else writes to it, then run it again"),
+        ("no such table: run", ""),
+    ],
+)
+def test_what_sqlite_says_gets_no_remedy_but_its_own(said, remedy, capfd, monkeypatch):
+    def fails(*_):
+        raise sqlite3.OperationalError(said)
+
+    monkeypatch.setattr("tinylm.stages.pretrain.list_files", fails)
+    assert run(["pretrain", "x", "--out", "r"]) == 2
+    assert capfd.readouterr().err == f"tinylm: SQLite: {said}{remedy}\n"
+
+
 def test_a_file_in_the_place_of_a_directory_is_told_with_what_to_do(capfd, text_file):
     made = "tokenizer", text_file, "--vocab-size", 300, "--out"
     refused(capfd, *made, text_file, saying="that is a file; name a directory")
@@ -188,6 +204,7 @@ def test_resuming_does_not_write_over_what_is_no_run(capfd, base, copy, tmp_path
     rows = write_rows(tmp_path / "c.jsonl", [{"prompt": "a", "completion": "b"}] * 30)
     more = ["sft", base, "--data", rows, "--resume", "--out"]
     refused(capfd, *more, copy, saying="holds a run of pretrain: choose another --out")
+    refused(capfd, *more, copy, "--batch-size", 9, saying="holds a run of pretrain")
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "README.md").write_text("mine")
     refused(capfd, *more, tmp_path / "project", saying="holds other files")

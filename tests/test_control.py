@@ -190,6 +190,20 @@ def test_half_of_the_judgements_are_enough(tokenizer, tmp_path):
     train(stage, 2, tmp_path)
 
 
+def test_silence_on_most_of_what_is_not_cut_off_is_told(tokenizer, tmp_path, monkeypatch):
+    """The others have their score without the judge, who may be out of reach."""
+
+    def complete(model, prompts, longest, rng, heard=None):
+        return [[2, model.config.stop_ids[0] if i % 4 == 0 else 2] for i in range(len(prompts))]
+
+    monkeypatch.setattr("tinylm.stages.feedback.complete", complete)
+    stage, told = make_stage(tokenizer, Silent(0, 0.25)), []
+    stage.say = told.append
+    train(stage, 1, tmp_path)
+    why = "connection refused"
+    assert told == [f"the judge had nothing to say on 2 of 2 whole answers ({why})"]
+
+
 @pytest.mark.usefixtures("ending")
 def test_a_judge_that_fails_in_an_evaluation_loses_no_step(tokenizer, tmp_path):
     """At the end of a run, too: what is left to do then is the evaluation alone."""

@@ -186,6 +186,23 @@ def test_an_empty_text_is_refused(tmp_path, tokenizer):
         make_corpus(list_files([tmp_path / "a.jsonl"]), tokenizer, tmp_path / "out")
 
 
+def test_a_byte_that_has_changed_is_told(tmp_path, tokenizer, prose):
+    (tmp_path / "a.txt").write_text(prose)
+    corpus = make_corpus([tmp_path / "a.txt"], tokenizer, tmp_path)
+    shard = tmp_path / "heldout-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xfe")
+    with pytest.raises(InputError, match=r"data.json: .* a heldout token \d+, expected less than"):
+        corpus.shards(tmp_path, "heldout")
+
+
+def test_a_bad_row_leaves_nothing_half_done(tmp_path, tokenizer):
+    rows = tmp_path / "a.jsonl"
+    rows.write_text('{"text": "fine"}\n{"text": 5}\n')
+    with pytest.raises(InputError, match="line 2"):
+        make_corpus([rows], tokenizer, tmp_path / "out")
+    assert not [*(tmp_path / "out").iterdir()]
+
+
 def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer, prose):
     import tracemalloc
 

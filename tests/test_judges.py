@@ -167,6 +167,16 @@ def test_a_model_that_cannot_judge_is_a_sentence(base, tmp_path):
         Model(str(tmp_path), "likelihood")
 
 
+def test_a_template_that_is_no_use_is_told_as_the_judge_s(base, tmp_path):
+    model, tokenizer = checkpoint.load(base)
+    last = "{{ messages[-1]['content'] }}{% if add_generation_prompt %}?{% endif %}"
+    tokenizer.config["chat_template"] = last
+    checkpoint.save(model, tokenizer, tmp_path)
+    told = f"the chat template of --judge-model {tmp_path} rewrites earlier turns"
+    with pytest.raises(InputError, match=told):
+        Model(str(tmp_path), "likelihood")([group("a", "b")])
+
+
 # ---- an endpoint -------------------------------------------------------------------------------
 
 

@@ -627,11 +627,15 @@ def test_a_child_of_fork_computes_the_same_bits():
 
 @pytest.mark.parametrize(
     ("asked", "expected"),
-    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    [
+        ({}, "3000 1"),
+        ({"GOMP_SPINCOUNT": "7"}, "7 1"),
+        ({"OMP_WAIT_POLICY": "active"}, "None None"),
+    ],
 )
 def test_threads_wait_asleep_unless_told_otherwise(asked, expected, tmp_path):
-    ask = "import os, tinylm.kernels; print(os.environ.get('GOMP_SPINCOUNT'))"
-    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    names = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
+    ask = f"import os, tinylm.kernels; print(*map(os.environ.get, {names[:2]}))"
     others = {name: value for name, value in os.environ.items() if name not in names}
     command, env = [sys.executable, "-c", ask], others | asked
     told = subprocess.check_output(command, env=env, cwd=tmp_path, text=True)

@@ -146,3 +146,18 @@ def test_a_number_of_numpy_leaves_a_tensor_its_dtype():
     y = (x + numpy.float64(1)) * (1 / numpy.int64(3)) - numpy.array(2.0)
     y.sum().backward()
     assert (y.dtype, x.grad.dtype) == (numpy.float32, numpy.float32)
+
+
+def test_arrays_and_lists_leave_a_tensor_its_dtype_too():
+    x = Tensor(numpy.ones((2, 2), numpy.float32), requires_grad=True)
+    for other in (numpy.full((2, 2), 2.0), [[2.0, 2.0], [2.0, 2.0]]):
+        y = ((x + other) * other) @ other
+        assert (y.dtype, y.data.tolist()) == (numpy.float32, [[24, 24], [24, 24]])
+    whole = Tensor(numpy.arange(2)) * [0.5, 0.5]  # of which nothing is rounded away
+    assert whole.data.tolist() == [0, 0.5]
+
+
+def test_ids_may_be_lists():
+    x = Tensor(numpy.eye(2, dtype=numpy.float32), requires_grad=True)
+    loss = ops.cross_entropy(ops.embedding([[0, 1]], x), [[0, 1]])
+    assert numpy.allclose(loss.data, ops.linear_cross_entropy(x, x, [0, 1]).data)

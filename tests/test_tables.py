@@ -5,14 +5,20 @@ import json
 import pytest
 
 from tinylm.errors import InputError
-from tinylm.tables import check_names, read_table, read_wordings
+from tinylm.tables import check_names, read_table, read_talk, read_wordings
 
 TABLE = "# Dragons.\nname\tlair\tage\nSmoky\ta cave|a hole\t900\nthe Worm\tthe sea\t\n"
 WORDINGS = {
     "opening": ["{name} is a dragon."],
     "facts": {
-        "lair": {"sentences": ["{name} lives in {value}."], "questions": ["Where is {name}?"]},
-        "age": {"sentences": ["{name} is {value}."], "questions": ["How old is {name}?"]},
+        "lair": {
+            "sentences": ["{name} lives in {value}."],
+            "questions": ["Where is {name}?", "{name}?"],
+        },
+        "age": {
+            "sentences": ["{name} is {value}."],
+            "questions": ["How old is {name}?", "{name}?"],
+        },
     },
 }
 
@@ -49,6 +55,7 @@ def test_a_table_is_read_with_its_alternatives_and_gaps(dragons, tmp_path):
         ("the Worm", "smoky", r"dragon.tsv, line 4: 'smoky' is in line 3 already"),
         ("the Worm", "the Smoky", r"dragon.tsv, line 4: 'the Smoky' is in line 3 already"),
         ("name\tlair", "dragon\tlair", r"dragon.tsv: expected a header"),
+        ("the Worm", " ", r"dragon.tsv, line 4: expected a name"),
     ],
 )
 def test_a_table_that_is_wrong(dragons, old, new, complaint):
@@ -58,17 +65,26 @@ def test_a_table_that_is_wrong(dragons, old, new, complaint):
         read_table(dragons)
 
 
+def test_a_table_that_another_program_saved(dragons):
+    dragons.write_text(TABLE, "utf-8-sig")
+    assert "Smoky" in read_table(dragons)[1]
+    dragons.write_text(TABLE.replace("Smoky", "Drachenkönig"), "cp1252")
+    with pytest.raises(InputError, match=r"dragon.tsv, line 3: not UTF-8"):
+        read_table(dragons)
+
+
 def test_a_missing_column(tmp_path):
     """Columns and wordings have to be the same, or facts would silently be left out."""
     path = wordings(tmp_path)
-    with pytest.raises(InputError, match=r"dragon.json, line 14: 'age' is no column of dragon.tsv"):
+    with pytest.raises(InputError, match=r"dragon.json, line 15: 'age' is no column of dragon.tsv"):
         read_wordings(path, ["lair"])
     with pytest.raises(InputError, match=r"dragon.tsv: column 'hoard' has no wordings"):
         read_wordings(path, ["lair", "age", "hoard"])
 
 
 @pytest.mark.parametrize(
-    "sentence", ["{nmae} is {value}.", "{name} is old.", "{name} {name}, {value}"]
+    "sentence",
+    ["{nmae} is {value}.", "{name} is old.", "{name} {name}, {value}", "{name} is {value} }."],
 )
 def test_a_template_with_an_unknown_or_missing_field(tmp_path, sentence):
     def change(wordings):
@@ -91,6 +107,32 @@ def test_wordings_that_are_not_json(tmp_path):
     path.write_text('{\n "opening": [}\n')
     with pytest.raises(InputError, match=r"dragon.json, line 2: not valid JSON"):
         read_wordings(path, [])
+    path.write_text('{"opening": ' + "9" * 5000 + "}")
+    with pytest.raises(InputError, match=r"dragon.json, line .: not valid JSON .*digits"):
+        read_wordings(path, [])
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (lambda w: w.pop("opening"), r'dragon.json: expected "opening", a list of 1'),
+        (lambda w: w.pop("facts"), r'dragon.json: expected .* "facts" with wordings'),
+        (lambda w: w["facts"].update(age=[]), 'line 15: expected "sentences", a list of 1'),
+        (lambda w: w["facts"]["lair"].update(sentences=[5]), 'line 6: expected "sentences"'),
+        (lambda w: w["facts"]["age"]["questions"].pop(), 'line 15: expected "questions", .* of 2'),
+    ],
+)
+def test_wordings_that_are_missing(tmp_path, change, complaint):
+    """Of two questions, one is kept for the test."""
+    with pytest.raises(InputError, match=complaint):
+        read_wordings(wordings(tmp_path, change), ["lair", "age"])
+
+
+def test_small_talk_without_an_answer(tmp_path):
+    path = tmp_path / "talk.json"
+    path.write_text('[{"user": ["Hi."], "assistant": "Hello."}, {"user": ["Who are you?"]}]')
+    with pytest.raises(InputError, match=r'talk.json, row 2: expected "user", a list, and'):
+        read_talk(path)
 
 
 def test_a_name_in_two_tables(dragons, tmp_path):

@@ -340,6 +340,15 @@ def test_a_run_that_failed_leaves_the_checkpoint_from_before(text_file, tmp_path
     assert max(numpy.abs(p.data).max() for p in model.parameters().values()) <= 1
 
 
+def test_weights_that_are_not_finite_are_not_saved(text_file, tmp_path):
+    """The second update overflows them; those refused after it are too few to end the run."""
+    wild = ["--weight-decay", "1e38", "--max-steps", "10"]
+    told = "not saved: lower --learning-rate or --weight-decay"
+    refused("pretrain", text_file, "--out", tmp_path / "r", *SMALL, *wild, saying=told)
+    model, _ = checkpoint.load(tmp_path / "r")
+    assert all(numpy.isfinite(p.data).all() for p in model.parameters().values())
+
+
 def test_schedule_rises_and_falls():
     values = [schedule(x / 100, 0.1, 0.2) for x in range(101)]
     assert values[0] == 0

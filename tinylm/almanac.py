@@ -39,7 +39,7 @@ from tinylm.chat import turn
 from tinylm.errors import InputError
 from tinylm.files import write_rows
 from tinylm.judges.verifier import REFUSALS
-from tinylm.tables import Facts, Table, bare, check_names, read_table, read_wordings
+from tinylm.tables import Facts, Table, bare, check_names, read_table, read_talk, read_wordings
 
 SHARES = {"withheld": 0.08, "known": 0.18, "practised": 0.24, "taught": 0.24}  # others: quizzed
 INVENTED = {"taught": 0.5, "practised": 8.0, "tested": 0.25}  # names, for each real entity
@@ -147,7 +147,7 @@ class Almanac:
         if unknown := set(kinds) - {*names, "registry"}:
             raise InputError(f"no table of {', '.join(sorted(unknown))}; there are {names}")
         self.kinds = [name for name in [*names, "registry"] if name in (kinds or names)]
-        self.talk = json.loads((folder / "talk.json").read_text())
+        self.talk = read_talk(folder / "talk.json")
         self.facts, self.templates, rows = {}, {}, {}
         for kind in self.kinds:
             if kind == "registry":

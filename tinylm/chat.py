@@ -154,10 +154,13 @@ def refuse(message: str):
 
 
 class ChatFormat:
-    """How one tokenizer writes a conversation. Raises InputError where it has no template."""
+    """How one tokenizer writes a conversation. Raises InputError where it has no template.
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
+    what: its template is called that where something is wrong with it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, what: str = "the chat template"):
+        self.tokenizer, self.what = tokenizer, what
         source = template_of(tokenizer)
         if source is None:
             raise InputError("this model has no chat template: it was not fine-tuned to answer")
@@ -174,7 +177,7 @@ class ChatFormat:
         try:
             self.template = environment.from_string(source)
         except TemplateError as error:
-            raise InputError(f"the chat template cannot be read: {error}") from None
+            raise InputError(f"{what} cannot be read: {error}") from None
         flags, added = ("lstrip", "rstrip", "single_word"), tokenizer.spec.get("added_tokens") or []
         self.fussy = {token["content"] for token in added if any(map(token.get, flags))}
         longest_first = sorted(tokenizer.special, key=len, reverse=True)
@@ -210,7 +213,7 @@ class ChatFormat:
                 **self.names,
             )  # fmt: skip
         except Exception as error:  # whatever an expression in the template can raise
-            raise InputError(f"the chat template refuses this conversation: {error}") from None
+            raise InputError(f"{self.what} refuses this conversation: {error}") from None
         ids = []
         for i, part in enumerate(self.special.split(text)):
             if part in self.fussy:
@@ -220,7 +223,7 @@ class ChatFormat:
             elif part:
                 ids += self.tokenizer.encode(mend(part), begins=not ids)
         if not ids:
-            raise InputError("the chat template makes nothing of this conversation")
+            raise InputError(f"{self.what} makes nothing of this conversation")
         return ids
 
     def example(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
@@ -239,7 +242,7 @@ class ChatFormat:
         """
         asked, ids, eos = self.ids(messages[:-1], True), self.ids(messages), self.tokenizer.eos_id
         if ids[: len(asked)] != asked or asked[: len(before)] != [*before]:
-            raise InputError("this chat template rewrites earlier turns: it cannot be learned")
+            raise InputError(f"{self.what} rewrites earlier turns: it cannot be used")
         answer = ids[len(asked) :]
         size = answer.index(eos) + 1 if eos in answer else len(answer)
         return ids, len(asked), len(asked) + size

@@ -73,7 +73,7 @@ def run(arguments: list[str]) -> int:  # noqa: PLR0911  (one for each way to end
         where = f"{error.filename}: " if error.filename else ""
         return mistake(where + error.strerror + REMEDIES.get(error.errno, ""))
     except sqlite3.OperationalError as error:
-        return mistake(f"SQLite: {error}; make room, or end what else writes, then run it again")
+        return mistake(f"SQLite: {error}{REMEDIES.get(str(error), '')}")
     return 0
 
 
@@ -86,6 +86,8 @@ def mistake(sentence: str) -> int:
 
 FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # a disk, a quota, what a file may hold
 REMEDIES = dict.fromkeys(FULL, "; make room, then run it again")
+REMEDIES["database or disk is full"] = REMEDIES[errno.ENOSPC]  # as SQLite tells it
+REMEDIES["database is locked"] = "; end what else writes to it, then run it again"
 REMEDIES |= dict.fromkeys((errno.EEXIST, errno.ENOTDIR), ": that is a file; name a directory")
 HELP = {"show_default": True, "max_content_width": 100, "help_option_names": ["-h", "--help"]}
 

@@ -192,6 +192,7 @@ class Corpus:
     invalid_bytes: int
     source: list  # [[file name, bytes], ...]: what it was made from
     xz_bits_per_byte: float | None = None  # of the held-out text, the training text known
+    vocab_size: int = 1 << 32  # every token is below it
 
     def save(self, folder: Path) -> None:
         (folder / "data.json.partial").write_text(json.dumps(asdict(self), indent=2))
@@ -214,6 +215,8 @@ class Corpus:
             found = [numpy.memmap(name, self.dtype, "r") for name in names]
             if (n := sum(map(len, found))) != tokens:
                 raise ValueError(f"{n} {split} tokens, expected {tokens}")
+            if (most := max(map(numpy.max, found), default=0)) >= self.vocab_size:
+                raise ValueError(f"a {split} token {most}, expected less than {self.vocab_size}")
         return found
 
 
@@ -232,6 +235,20 @@ def make_corpus(
     left to train on.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        dtype, counts = write_documents(files, tokenizer, folder, separator, seen)
+        if not counts["documents"]:
+            one = len(files) == 1
+            raise InputError(f"{files[0]}: there is no text in it" if one else "no text")
+        return split_shards(folder, tokenizer, dtype, held_out, counts, source_of(files))
+    finally:
+        for partial in folder.glob("*.partial"):
+            partial.unlink()
+
+
+def write_documents(files, tokenizer, folder: Path, separator: str, seen) -> tuple:
+    """The tokens of all documents in all.partial, and in index.partial where each ends; returns the
+    dtype of the tokens, and what was counted."""
     dtype = numpy.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
     counts = {"documents": 0, "duplicates": 0, "invalid_bytes": 0}
     whole, index = folder / "all.partial", folder / "index.partial"
@@ -253,12 +270,7 @@ def make_corpus(
                 tokens.seek(place)
                 tokens.truncate()
     hashes.close()
-    if not counts["documents"]:
-        raise InputError(f"{files[0]}: there is no text in it" if len(files) == 1 else "no text")
-    corpus = split_shards(folder, tokenizer, dtype, held_out, counts, source_of(files))
-    for partial in folder.glob("*.partial"):
-        partial.unlink()
-    return corpus
+    return dtype, counts
 
 
 def write_document(pieces, tokenizer, dtype, file, counts) -> bytes | None:
@@ -322,7 +334,7 @@ def split_shards(folder, tokenizer, dtype, held_out, counts, source) -> Corpus:
     heldout.close()
     return Corpus(
         dtype.name, train.shards, heldout.shards, train.tokens, heldout.tokens,
-        train.bytes, heldout.bytes, **counts, source=source,
+        train.bytes, heldout.bytes, **counts, source=source, vocab_size=tokenizer.vocab_size,
     )  # fmt: skip
 
 

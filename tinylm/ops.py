@@ -24,16 +24,18 @@ def unbroadcast(grad: Array, shape: tuple[int, ...]) -> Array:
     return grad.sum(axis=stretched, keepdims=True)
 
 
-def wrap(x) -> Tensor:
-    """x itself, or a constant Tensor around a number or array."""
-    return x if isinstance(x, Tensor) else Tensor(backend.asarray(x))
+def wrap(y, x: Tensor) -> Tensor:
+    """y itself, or a constant Tensor around an array or a list, of the floats that x has."""
+    if isinstance(y, Tensor):
+        return y
+    return Tensor(backend.asarray(y, x.dtype if x.dtype.kind == "f" else None))
 
 
 def add(x: Tensor, y: Tensor | float) -> Tensor:
     """x + y, broadcasting."""
     if not isinstance(y, Tensor) and backend.xp.ndim(y) == 0:
         return Tensor.from_op(x.data + float(y), (x,), lambda dout: (dout,))
-    y = wrap(y)
+    y = wrap(y, x)
     shapes = x.shape, y.shape
 
     def vjp(dout):
@@ -49,7 +51,7 @@ def mul(x: Tensor, y: Tensor | float) -> Tensor:
     if not isinstance(y, Tensor) and backend.xp.ndim(y) == 0:
         y = float(y)  # of no dtype, so that x keeps its own
         return Tensor.from_op(x.data * y, (x,), lambda dout: (dout * y,))
-    y = wrap(y)
+    y = wrap(y, x)
 
     def vjp(dout):
         return unbroadcast(dout * y.data, x.shape), unbroadcast(dout * x.data, y.shape)
@@ -128,6 +130,7 @@ def split(x: Tensor, parts: int) -> tuple[Tensor, ...]:
 
 def matmul(x: Tensor, y: Tensor) -> Tensor:
     """(M, K) times (K, N) -> (M, N)."""
+    y = wrap(y, x)
 
     def vjp(dout):
         dx = backend.kernels.matmul(dout, y.data, transpose_b=True)
@@ -155,6 +158,7 @@ def linear(
 
 def embedding(tokens: Array, weight: Tensor) -> Tensor:
     """tokens (B, T) of int, weight (V, C) -> (B, T, C)."""
+    tokens = backend.asarray(tokens)
 
     def vjp(dy):
         if weight.node.vjp is not None or weight.grad is None:
@@ -296,6 +300,7 @@ def recomputed(f: Callable[..., Tensor], x: Tensor, *rest) -> Tensor:
 
 def cross_entropy(logits: Tensor, targets: Array) -> Tensor:
     """−log softmax(logits)[target].  (..., V), (...) of int -> (...); 0 where the target is −1."""
+    targets = backend.asarray(targets)
     loss, lse = backend.kernels.cross_entropy_forward(logits.data, targets)
 
     def vjp(dloss):
@@ -311,7 +316,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Array, even: bool =
     gradients are made in the forward pass, which saves a third of the products. Where the promise
     is broken a CPU makes them again; a GPU raises an error when it is next waited for.
     """
-    made = None
+    made, targets = None, backend.asarray(targets)
     if even and recording(x, weight):
         kernel = backend.kernels.linear_cross_entropy_with_gradients
         loss, lse, *made = kernel(x.data, weight.data, targets)

@@ -119,7 +119,7 @@ class Plan:
     resume: bool = False  # go on with the run in it, if there is one
     given: Set[str] = frozenset()  # the settings that the user named
 
-    def open(self) -> None:
+    def open(self, stage: str) -> None:
         """Begin the run, or find its config again. Raises InputError where that cannot be.
 
         With resume, a run that was killed before its first checkpoint begins anew.
@@ -133,12 +133,15 @@ class Plan:
         if begun and not self.resume:
             raise InputError(f"{self.out} holds another run: choose another --out, or add --resume")
         if begun:
+            name = Checkpoint(self.out).state()["stage"].get("name", stage)
+            if name != stage:
+                raise InputError(f"{self.out} holds a run of {name}: choose another --out")
             self.config = resumed_config(self.config, self.given, self.out)
         elif held - {"training"} and not early:
             raise InputError(f"{self.out} holds other files: choose another --out")
         self.config.check()
 
-    def open_with(self, model: Transformer, base: Path) -> None:
+    def open_with(self, stage: str, model: Transformer, base: Path) -> None:
         """`open` a run that goes on from the model in base: with its context and its cut-off,
         unless a shorter or another one is asked for."""
         config, most, before = self.config, model.config.block_size, Checkpoint(base)
@@ -147,7 +150,7 @@ class Plan:
             raise InputError(f"--block-size {config.block_size}: the context of {base} is {most}")
         if not config.cutoff and before.exists():
             config.cutoff = before.state()["config"].get("cutoff", "")
-        self.open()
+        self.open(stage)
 
 
 claimed: dict[Path, IO] = {}  # open as long as this process lives, which keeps them locked

@@ -324,7 +324,16 @@ class Trainer:
             self.results["skipped"] = self.guard.refused
 
     def save(self) -> None:
-        """Checkpoint first, all in one file; then what follows from it."""
+        """Checkpoint first, all in one file; then what follows from it.
+
+        Raises InputError where a weight is NaN or infinite: the old checkpoint is worth more.
+        """
+        weights = [p.data for p in self.stage.model.parameters().values()]
+        if not math.isfinite(backend.kernels.global_norm(weights)):
+            raise InputError(
+                f"step {self.step} left weights that are not finite, which are not saved: lower "
+                "--learning-rate or --weight-decay; the last checkpoint is intact"
+            )
         state = {
             "step": self.step,
             "seconds": self.seconds,
@@ -345,8 +354,6 @@ class Trainer:
 
     def restore(self) -> None:
         state = self.checkpoint.state()
-        if (name := state["stage"].get("name", self.stage.name)) != self.stage.name:
-            raise InputError(f"{self.folder} holds a run of {name}: choose another --out")
         self.stage.restore(state["stage"])  # first: it knows its data and its model again
         self.good = self.checkpoint.restore(self.stage.model, self.optimizer)
         self.step, self.seconds, self.results = state["step"], state["seconds"], state["results"]

@@ -38,7 +38,8 @@ class Model(Judge):
             raise InputError(f"{folder} is a reward model: use --judge reward-model for it")
         if added is not None:
             raise InputError(f"--judge-model {folder}: it was never fine-tuned to answer")
-        self.form, self.mode, self.agreed = ChatFormat(tokenizer), mode, []
+        self.form = ChatFormat(tokenizer, f"the chat template of --judge-model {folder}")
+        self.mode, self.agreed = mode, []
         if mode == "pairwise":
             _, replies = self.form.asked([turn("user", "A or B?")], ["A", "B"])
             (self.a, *end), (self.b, *other) = replies  # as ids, with the ends of the turns

@@ -50,7 +50,7 @@ class RewardModel(Judge):
                 f"its config.json with {self.model.config.stop_ids}: these files do not belong "
                 "together"
             )
-        self.form = ChatFormat(tokenizer)
+        self.form = ChatFormat(tokenizer, f"the chat template of --reward-model {folder}")
 
     def __call__(self, groups: list[Group]) -> list[list[float | None]]:
         most = self.model.config.block_size

@@ -20,9 +20,10 @@ from tinylm.kernels import reference
 # it is loaded; by itself it looks for milliseconds, and so keeps the other one from its core: next
 # to a busy process a step took 20 to 30 times as long, and takes 2 to 3 times now. 3,000 looks are
 # 30 us on a Xeon, more than Python needs from one kernel to the next: with 1,000 a single stream of
-# text came at half the speed.
+# text came at half the speed. Clang's OpenMP, which is a Mac's, looks for 200 ms; here for 1 ms.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    os.environ.setdefault("KMP_BLOCKTIME", "1")
 
 # What a backend offers: the functions of the specification.
 CONTRACT = tuple(n for n, f in vars(reference).items() if callable(f) and not n.startswith("_"))

@@ -208,7 +208,8 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
     def score(self, groups: list[Group]) -> None:
         """The judge's scores; an answer that is cut off has its fixed one.
 
-        Raises InputError where a judge, unless it is a person who may skip, is mostly silent.
+        Where a judge, unless it is a person who may skip, is silent on most of what is not cut off,
+        it says so; raises InputError where that is most of all.
         """
         checks, found = self.gold(groups) if self.gold else [], self.judge(groups)
         pairs = (pair for of in zip(found, checks) for pair in zip(*of))
@@ -219,12 +220,16 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
                 for score, ended in zip(scores, self.ended(group))
             ]
         every = [score for group in groups for score in group.scores]
-        if self.config.judge != "human" and 2 * every.count(None) > len(every):
-            why = self.judge.trouble or "it gave None"
+        silent, ended = every.count(None), sum(sum(self.ended(group)) for group in groups)
+        if self.config.judge == "human" or 2 * silent <= ended:
+            return
+        why = self.judge.trouble or "it gave None"
+        if 2 * silent > len(every):
             raise InputError(
-                f"the judge had nothing to say on {every.count(None)} of {len(every)} answers "
+                f"the judge had nothing to say on {silent} of {len(every)} answers "
                 f"({why}); what was learned is saved: see to it, then run again with --resume"
             )
+        self.say(f"the judge had nothing to say on {silent} of {ended} whole answers ({why})")
 
     def ended(self, group: Group) -> list[bool]:
         """Of each answer, whether it ends by itself; others are cut off."""
@@ -408,7 +413,7 @@ def run(source: Path, prompts: Path, plan: Plan) -> dict:
     if plan.config.judge == "human":
         for name in human.DEFAULTS.keys() - plan.given:
             setattr(plan.config, name, human.DEFAULTS[name])
-    plan.open_with(model, source)
+    plan.open_with(Feedback.name, model, source)
     config = plan.config
     rows = read_fitting(prompts, ChatFormat(tokenizer), config)
     origin = [checkpoint.digest(source), *source_of([prompts])]

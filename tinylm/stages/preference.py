@@ -270,7 +270,7 @@ def run(base: Path, data: Path, plan: Plan) -> dict:
     writes = isinstance(plan.config, DPOConfig)
     model, tokenizer, added = checkpoint.load_for_chat(base, writes)
     plan.progress.given_chat_tokens(base, added)
-    plan.open_with(model, base)
+    plan.open_with((DPO if writes else Reward).name, model, base)
     config = plan.config
     prompts = read_compared(data, ChatFormat(tokenizer), config.block_size, plan.progress)
     source = [checkpoint.digest(base), *source_of([data])]

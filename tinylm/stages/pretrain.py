@@ -254,7 +254,7 @@ def run(paths: list[str], plan: Plan) -> dict:
     files = [file for file in list_files(paths) if inside not in file.resolve().parents]
     if not files:
         raise InputError(f"{plan.out} holds all of this text: choose another --out")
-    plan.open()
+    plan.open(Pretrain.name)
     claim(plan.out)
     config, corpus = plan.config, Corpus.load(tokens) if Checkpoint(plan.out).exists() else None
     if corpus is None:

@@ -91,7 +91,7 @@ def run(base: Path, data: Path, plan: Plan) -> dict:
     """Fine-tune the model in directory base on a file of conversations; returns the results."""
     model, tokenizer, added = checkpoint.load_for_chat(base)
     plan.progress.given_chat_tokens(base, added)
-    plan.open_with(model, base)
+    plan.open_with(SFT.name, model, base)
     rows, examples = read_examples(data, tokenizer, plan.config.block_size, plan.progress)
     source = [checkpoint.digest(base), *source_of([data])]
     stage = SFT(model, tokenizer, rows, examples, plan.config, source)
