@@ -4,13 +4,13 @@
 #include "simd.h"
 
 namespace ISA {
-constexpr int CHAINS = LANES == 16 ? 16 : 12;  // enough to hide the latency of each
+constexpr int CHAINS = REGISTERS == 32 ? 16 : 12;  // enough to hide the latency of each
 
 static float multiply_add(long n) {
-    vf sums[CHAINS], a = splat(0.9999f), b = splat(1e-6f);
+    vf sums[CHAINS], a = splat(1e-9f);
     for (int i = 0; i < CHAINS; ++i) sums[i] = splat(i);  // or the compiler keeps one of them
     for (long k = 0; k < n; ++k) {
-        UNROLL for (int i = 0; i < CHAINS; ++i) sums[i] = sums[i] * a + b;
+        UNROLL for (int i = 0; i < CHAINS; ++i) sums[i] += a * sums[(i + 1) % CHAINS];
     }
     for (int i = 1; i < CHAINS; ++i) sums[0] += sums[i];
     return sum(sums[0]);
