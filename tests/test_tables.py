@@ -105,10 +105,10 @@ def test_a_template_that_is_written_with_escapes(tmp_path):
 def test_wordings_that_are_not_json(tmp_path):
     path = tmp_path / "dragon.json"
     path.write_text('{\n "opening": [}\n')
-    with pytest.raises(InputError, match=r"dragon.json, line 2: not valid JSON"):
+    with pytest.raises(InputError, match=r"dragon.json: cannot be read as JSON \(.*: line 2 "):
         read_wordings(path, [])
     path.write_text('{"opening": ' + "9" * 5000 + "}")
-    with pytest.raises(InputError, match=r"dragon.json, line .: not valid JSON .*digits"):
+    with pytest.raises(InputError, match=r"dragon.json: cannot be read as JSON .*digits"):
         read_wordings(path, [])
 
 

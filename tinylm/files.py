@@ -21,7 +21,7 @@ from tinylm.errors import InputError
 def read_json(path: Path) -> dict:
     """The JSON object in a file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:

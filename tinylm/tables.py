@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from tinylm.errors import InputError
-from tinylm.files import read_rows
+from tinylm.files import read_json, read_rows
 
 Facts = dict[str, tuple[str, ...]]  # fact -> accepted answers, the first one used in sentences
 Table = dict[str, Facts]  # name of entity -> its facts
@@ -47,13 +47,8 @@ def read_table(path: Path) -> tuple[list[str], Table]:
 
 def read_wordings(path: Path, facts: list[str]) -> dict:
     """The wordings of a .json file: sentences and questions for each column of its table."""
-    text, table = read_utf8(path), path.with_suffix(".tsv")
-    try:
-        wordings = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", "?")
-        raise InputError(f"{path}, line {line}: not valid JSON ({error})") from None
-    of = wordings.get("facts") if isinstance(wordings, dict) else None
+    wordings, table = read_json(path), path.with_suffix(".tsv")
+    of = wordings.get("facts")
     if not isinstance(of, dict):
         raise InputError(f'{path}: expected "opening", and "facts" with wordings for each column')
     for fact in sorted(set(facts) ^ set(of)):
