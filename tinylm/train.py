@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tinylm import backend, checkpoint, environment, memory
 from tinylm.checkpoint import Checkpoint, Tensors
+from tinylm.cores import shared_cores
 from tinylm.data import Batch
 from tinylm.device_step import device_step
 from tinylm.errors import InputError, asked_to_stop
@@ -150,7 +151,12 @@ class Trainer:
             checkpoint.save_description(self.stage.model, self.stage.tokenizer, self.folder)
             self.save()
         self.device = device_step(self)
-        with asked_to_stop(self.stop), products(self.config.dtype), self.progress.training(self):
+        with (
+            asked_to_stop(self.stop),
+            products(self.config.dtype),
+            self.progress.training(self),
+            shared_cores(self.progress.say) as self.share_cores,
+        ):
             ended = self.loop(metrics)
         if not ended:
             raise KeyboardInterrupt
@@ -172,6 +178,7 @@ class Trainer:
             try:
                 if not self.finished():  # else only the evaluation at the end is still to be made
                     self.asked.append(self.ask() if self.device else partial(dict, self.update()))
+                self.share_cores()
                 self.seconds = time.perf_counter() - began
                 final, stopping = self.finished(), self.stage.stopping
                 evaluating = final or self.step % c.eval_every == 0

@@ -109,10 +109,16 @@ constexpr bool PARALLEL = true;
 constexpr bool PARALLEL = false;
 #endif
 
+// One thread for each of these cores, unless the environment or a container (docker --cpus) allows
+// fewer: threads that together exceed its share are all stopped until the next 0.1 s.
 static int default_threads() {
+    int n = available_cores();
     const char* limit = std::getenv("OMP_NUM_THREADS");
-    const int cores = available_cores(), n = limit ? std::atoi(limit) : 0;
-    return !PARALLEL ? 1 : n > 0 && n < cores ? n : cores;
+    if (limit && std::atoi(limit) > 0) n = std::min(n, std::atoi(limit));
+    double time, period;  // where there is no limit, the file begins with "max", or is missing
+    if (std::ifstream("/sys/fs/cgroup/cpu.max") >> time >> period)
+        n = std::min(n, std::max(1, int(time / period)));
+    return PARALLEL ? n : 1;
 }
 
 static int threads = default_threads();
