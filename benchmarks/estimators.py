@@ -25,6 +25,7 @@ from rich.table import Table
 import tinylm
 from tinylm.data import packed_batch
 from tinylm.estimators import RunningMean, advantages
+from tinylm.progress import table
 
 STYLE = Path(__file__).parents[1] / "docs" / "picture.mplstyle"
 LETTERS, LONGEST, END = 5, 3, 5  # answers: up to three of five letters, then the end
@@ -131,11 +132,10 @@ def pulls(A, r, p, right) -> numpy.ndarray:
     return pull / pull[1]
 
 
-def table(found: list[dict], steps: int) -> Table:
-    made = Table(title=f"The gradient of the expected score, estimated from {steps:,} steps")
-    columns = ("angle to the truth", "of it chance", "variance")
-    for heading in ("estimator", *columns, "pull at easy / even / hard prompts"):
-        made.add_column(heading, justify="left" if heading == "estimator" else "right")
+def told(found: list[dict], steps: int) -> Table:
+    title = f"The gradient of the expected score, estimated from {steps:,} steps"
+    numbers = ("angle to the truth", "of it chance", "variance")
+    made = table(title, "estimator", *numbers, "pull at easy / even / hard prompts")
     for row in found:
         pull = " / ".join(f"{x:.2f}" for x in row["pull"])
         angle = f"{row['angle']:.1f}°", f"{row['noise']:.1f}°"
@@ -184,7 +184,7 @@ def main() -> None:
     if given.json:
         print(json.dumps({"steps": given.steps, "answers": ANSWERS, "estimators": found}))
     else:
-        Console().print(table(found, given.steps))
+        Console().print(told(found, given.steps))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from tempfile import TemporaryDirectory
 
 import numpy
 from rich.console import Console
-from tables import table
 
 import tinylm
 from tinylm import backend
@@ -29,6 +28,7 @@ from tinylm.kernels import cases
 from tinylm.kernels.cases import CASES
 from tinylm.model import ModelConfig, Transformer
 from tinylm.optim import AdamW
+from tinylm.progress import table
 from tinylm.selfcheck import FromNumPy, selfcheck
 from tinylm.train import Guard
 

@@ -8,8 +8,10 @@ from itertools import product
 import contestants
 from contestants import Session, enter, in_turns, peers, times_faster, typical
 from rich.table import Table
-from tables import percent, spread, table
+from tables import percent, spread
 from tasks import ATTENTION, LAYOUTS, PRODUCTS
+
+from tinylm.progress import table
 
 
 def everyone(stack: ExitStack, session: Session, task: str, **arguments) -> tuple[dict, dict]:

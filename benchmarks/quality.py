@@ -18,7 +18,9 @@ from tempfile import TemporaryDirectory
 
 from contestants import HERE, Session, Unavailable, times_faster
 from rich.table import Table
-from tables import spread, table
+from tables import spread
+
+from tinylm.progress import table
 
 PRESET, BLOCK, SEEDS = "shakespeare", 64, 3
 

@@ -1,15 +1,6 @@
-"""How tables look."""
+"""How numbers look in tables."""
 
 from __future__ import annotations
-
-from functools import partial
-
-from rich.box import SIMPLE_HEAD
-
-from tinylm import progress
-
-# The first columns hold words, the others numbers.
-table = partial(progress.table, title_style="bold", title_justify="left", box=SIMPLE_HEAD)
 
 
 def percent(share: float | None) -> str:

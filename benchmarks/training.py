@@ -8,11 +8,12 @@ from tempfile import TemporaryDirectory
 import contestants
 from contestants import Contestant, Session, enter, in_turns, peers, times_faster, typical
 from rich.table import Table
-from tables import percent, spread, table
+from tables import percent, spread
 from tasks import MODELS
 
 from tinylm.config import flops_per_token
 from tinylm.model import ModelConfig
+from tinylm.progress import table
 
 WARM_UP = 3  # steps; torch.compile does its work in the first
 BLOCK = 1.0  # seconds of steps in a turn

@@ -9,7 +9,9 @@ from tempfile import TemporaryDirectory
 
 from contestants import Contestant, Session, enter, in_turns, times_faster, typical
 from rich.table import Table
-from tables import spread, table
+from tables import spread
+
+from tinylm.progress import table
 
 VOCABULARY = 32768
 

@@ -9,8 +9,10 @@ from tempfile import TemporaryDirectory
 import contestants
 from contestants import Session, enter, in_turns, times_faster, typical
 from rich.table import Table
-from tables import spread, table
+from tables import spread
 from tasks import NEW, PROMPT, WRITER
+
+from tinylm.progress import table
 
 PEERS = ("torch-stock", "torch-mkl512")
 AT_ONCE = {  # prompts, and answers to each

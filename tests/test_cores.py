@@ -35,7 +35,7 @@ def test_what_is_spent_is_counted():
         other.kill()
         other.wait()
     seconds, spent, ours = (b - a for a, b in zip(before[:3], cores.usage()[:3]))
-    assert 0.5 <= seconds and 0.05 < spent - ours < seconds * before[3] + 0.1
+    assert seconds >= 0.5 and 0.05 < spent - ours < seconds * before[3] + 0.1
 
 
 def test_a_run_gives_way_once_a_second_and_takes_back(monkeypatch):

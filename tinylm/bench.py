@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from tinylm import backend, memory
@@ -230,10 +229,6 @@ def measure_corpus(files: list[Path]) -> dict[str, Any]:
 
 # ---- what a person reads -----------------------------------------------------------------------
 
-STYLE = {
-    "title_style": "bold", "title_justify": "left", "caption_justify": "left", "box": SIMPLE_HEAD,
-}  # fmt: skip
-
 
 def tables(found: dict) -> Iterable[Table]:
     """The findings of run, for a console."""
@@ -255,7 +250,7 @@ def percent(share: float) -> str:
 
 def machine_table(backend: str, machine: dict) -> Table:
     headings = ("", "1 thread", f"{machine['threads']} threads", "")
-    made = table(f"The machine: {backend}", *headings, **STYLE)
+    made = table(f"The machine: {backend}", *headings)
     speeds = ("fma_gflops", "read_gb_per_s", "copy_gb_per_s")
     for name, key in zip(("multiply-adds", "memory, read", "memory, copy"), speeds):
         unit = "GFLOP/s" if key == "fma_gflops" else "GB/s"
@@ -267,7 +262,7 @@ def machine_table(backend: str, machine: dict) -> Table:
 def kernel_table(rows: list[dict], caption: str) -> Table:
     """A forward and its backward on one line."""
     headings = ("", "", "forward", "", "backward", "")
-    made = table("Kernels", *headings, words=2, caption=caption, **STYLE)
+    made = table("Kernels", *headings, words=2, caption=caption)
     lines: dict[tuple, list] = {}
     for row in rows:
         name = row["kernel"].removesuffix("_forward").removesuffix("_backward")
@@ -280,7 +275,7 @@ def kernel_table(rows: list[dict], caption: str) -> Table:
 
 def training_table(rows: list[dict], corpus: dict | None) -> Table:
     headings = ("preset", "parameters", "tokens/s", "of peak", "bfloat16", "its run")
-    made = table("Training", *headings, *(["epoch"] if corpus else []), **STYLE)
+    made = table("Training", *headings, *(["epoch"] if corpus else []))
     if corpus:
         made.caption = (
             f"corpus: {corpus['bytes']:,} bytes, about {corpus['tokens']:,} tokens of "

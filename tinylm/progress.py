@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich import progress as bars
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.padding import Padding
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
@@ -28,8 +30,9 @@ class Progress:
         self.live = self.console.is_terminal
         self.bar, self.task, self.smooth, self.spoke = None, None, None, 0.0
 
-    def say(self, text: str, style: str = "") -> None:
-        self.console.print(Text(text, style), soft_wrap=not self.live)  # a file wraps nothing
+    def say(self, text: str, style: str = "", indent: int = 0) -> None:
+        told = Padding.indent(Text(text, style), indent) if self.live else Text(" " * indent + text)
+        self.console.print(told, soft_wrap=not self.live)  # a file wraps nothing
 
     def left_out(self, data: Path, places: list[str], what: str) -> None:
         """Tell which rows of a file are not used, if any, and why."""
@@ -52,7 +55,7 @@ class Progress:
     def counting(self, what: str, total: int):
         """A bar over `total` bytes; yields the function to tell of every n more."""
         columns = ("{task.description}", bars.BarColumn(), bars.DownloadColumn())
-        rest = (bars.TransferSpeedColumn(), bars.TimeRemainingColumn())
+        rest = (bars.TransferSpeedColumn(), bars.TimeRemainingColumn(elapsed_when_finished=True))
         with bars.Progress(*columns, *rest, console=self.console, disable=not self.live) as bar:
             task = bar.add_task(what, total=total)
             yield lambda n: bar.advance(task, n)
@@ -92,6 +95,8 @@ class Progress:
             self.bar.update(self.task, description=f"{trainer.stage.name}: evaluating")
 
     def evaluation(self, trainer, found: dict) -> None:
+        if self.live:
+            self.bar.update(self.task, description=trainer.stage.name)
         known = {
             "loss": "held-out loss {:.4f}",
             "bits_per_byte": "{:.3f} bits per byte",
@@ -107,12 +112,13 @@ class Progress:
             told = ", ".join(numbers).replace(", (", " (")
             self.say(f"step {trainer.step}: {told}", "bold")
         if found.get("sample"):
-            self.say("  " + " ".join(found["sample"].split()), "dim")
+            self.say(" ".join(found["sample"].split()), "dim", indent=2)
 
 
 def table(title: str, *headings: str, words: int = 1, **style) -> Table:
     """The first columns hold words, the others numbers."""
-    made = Table(title=title, **style)
+    left = {"title_justify": "left", "caption_justify": "left"}
+    made = Table(title=title, title_style="bold", box=SIMPLE_HEAD, **left, **style)
     for i, heading in enumerate(headings):
         made.add_column(heading, justify="left" if i < words else "right")
     return made

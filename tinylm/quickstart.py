@@ -132,7 +132,10 @@ def verdicts(stages: dict[str, dict]) -> Table:
     made = table("The same questions asked of each stage", *headings, words=2, caption=caption)
     for part, about in PARTS.items():
         for i, (stage, found) in enumerate(stages.items()):
-            shares = [f"{100 * found[part][v]:.1f} %" for v in ("right", "wrong", "idk")]
+            shares = [
+                f"[{colour}]{100 * found[part][verdict]:.1f} %[/]"
+                for verdict, colour in (("right", "green"), ("wrong", "red"), ("idk", "yellow"))
+            ]
             made.add_row("" if i else about, stage, str(found[part]["n"]), *shares)
         made.add_section()
     return made
