@@ -82,10 +82,12 @@ static Plan plan_for(const Product& p, int threads) {
     plan.row_blocks = up(M, plan.mc);
 
     const bool in_few_sets = p.lda % (p.transpose_a ? 512 : 1024) == 0;  // of the caches
-    const long in_place = !intel ? 2048 : p.transpose_a ? 128 : 256;     // columns, at most
-    plan.pack_a = PACKED<Word> || N > in_place || in_few_sets;
+    const bool on_pages = intel && p.transpose_a && p.lda >= 1024;    // of its own each value of k
+    const long in_place = !intel ? 2048 : p.transpose_a ? 128 : 256;  // columns, at most
+    const bool lies_well = N <= in_place && !in_few_sets;
+    plan.pack_a = PACKED<Word> || !lies_well || on_pages;
     plan.pack_b =
-        PACKED<Word> || plan.kc * N > 1 << 17 || N % NR || p.transpose_b || (intel && plan.pack_a);
+        PACKED<Word> || plan.kc * N > 1 << 17 || N % NR || p.transpose_b || (intel && !lies_well);
 
     constexpr long L2 = Micro::TILES ? 1 << 19 : 1 << 18;  // in words
     const long panels = plan.nc / NR, packed = words_of<Word>(plan.kc) * Word::PARTS;
