@@ -51,11 +51,16 @@ class Answers(SharedPrompts):
 
 
 def opinion(model: Transformer, batch: Answers) -> tuple[Tensor, Array | None]:
-    """−log π of each target (B, T), and all logits of the answers' tokens if these are few."""
+    """−log π of each target (B, T), and log π of all tokens in their place (targets, V) if these
+    are few."""
     hidden, head = model.hidden(batch.tokens, batch.start, gap=batch.gap), model.head_weight
     targets = backend.asarray(batch.targets)
     nll = ops.linear_cross_entropy(hidden, head, targets, even=False)
     if model.config.vocab_size > EXACT_KL:
         return nll, None
+    known = targets >= 0
     with no_grad():
-        return nll, ops.linear(Tensor(hidden.data[targets >= 0]), head).data
+        logits = ops.linear(Tensor(hidden.data[known]), head).data
+    at_target = logits[backend.xp.arange(len(logits)), targets[known]]
+    logits -= (nll.data[known] + at_target)[:, None]  # log Σ exp logits
+    return nll, logits

@@ -98,15 +98,13 @@ def cause(group: Scores) -> str:
     return "right" if score > 0 else "wrong" if score < 0 else "neutral"
 
 
-def exact_kl(logits: Array, other: Array) -> Array:
-    """KL(p ‖ q) of p = softmax(logits) and q = softmax(other), (N, V) each -> (N,)."""
-    at_once = range(0, len(logits), 64)  # so many rows stay in cache between one line and the next
-    return backend.xp.concatenate([kl(logits[i : i + 64], other[i : i + 64]) for i in at_once])
+def exact_kl(logp: Array, logq: Array) -> Array:
+    """KL(p ‖ q) of their logarithms, (N, V) each -> (N,)."""
+    at_once = range(0, len(logp), 64)  # so many rows stay in cache between one line and the next
+    return backend.xp.concatenate([kl(logp[i : i + 64], logq[i : i + 64]) for i in at_once])
 
 
-def kl(logits: Array, other: Array) -> Array:
-    """As the likeliest token's log p is −log Σ exp(logits − their maximum), no other log is needed;
-    p and q may underflow."""
-    p, q = (backend.kernels.softmax_forward(of) for of in (logits, other))
-    gap = (logits - logits.max(-1, keepdims=True)) - (other - other.max(-1, keepdims=True))
-    return (p * gap).sum(-1) + backend.xp.log(p.max(-1) / q.max(-1))
+def kl(logp: Array, logq: Array) -> Array:
+    weighted = logp - logq
+    weighted *= backend.kernels.softmax_forward(logp)
+    return weighted.sum(-1)

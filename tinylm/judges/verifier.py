@@ -14,6 +14,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 
 from tinylm.chat import Row
 from tinylm.errors import InputError
@@ -24,6 +25,7 @@ REFUSALS = ("I don't know", "I do not know", "I'm not sure", "I have no idea")
 Score = Callable[[str, str, dict], float | None]
 
 
+@lru_cache(1 << 14)  # the same answers are given again and again
 def normalise(text: str) -> str:
     """Lower case, without accents, punctuation, articles in front, and superfluous space."""
     text = unicodedata.normalize("NFKD", text.replace("’", "'")).casefold()

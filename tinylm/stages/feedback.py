@@ -306,16 +306,16 @@ It wrote several answers to each prompt, a judge scored them, and the better bec
         most, length = self.model.config.block_size, self.config.max_new_tokens
         asked = [(group.prompt, group.ids) for group in groups]
         batch = Answers.of(asked, most, self.stop_ids[0], length=length)
-        nll, logits = opinion(self.model, batch)
+        nll, logp = opinion(self.model, batch)
         with no_grad():
-            ref, other = opinion(self.reference, batch)
+            ref, reference = opinion(self.reference, batch)
         batch.old_logp = -nll.data
         if self.config.accumulate == 1:  # else the tapes of all batches would wait at once
             batch.nll = nll
         known = batch.targets >= 0
         drift = backend.to_numpy(ref.data - nll.data).astype("float64")
-        if logits is not None:
-            kl = exact_kl(logits, other)
+        if logp is not None:
+            kl = exact_kl(logp, reference)
         else:  # k3 of arXiv 2402.03300: e^x − 1 − x
             kl = numpy.expm1(-drift[known]) + drift[known]
         self.drift = float(numpy.maximum(float(kl.mean()), 0))  # rounding may leave -1e-9
