@@ -23,6 +23,7 @@ from tinylm.tokenizer import Tokenizer
 BLANK = "___"
 LONGEST = 200  # tokens of a text or an answer, where nothing else is asked for
 RUN = 64  # tokens of the vocabulary that `draw` first looks at as one
+APART = 256  # tokens of padding that are as slow as another pass over a small model's layers
 STILL_WRITING = 0.75  # share of the rows: if no more are, those that have ended are left behind
 
 
@@ -47,6 +48,18 @@ class LayerCache:
         k, v = (Tensor(kept[:, :, :end]) for kept in self.written)
         return ops.prefix_attention(q, k, v, *self.prompts, self.prompt, start)
 
+    def join(self, shorter: list[LayerCache]) -> None:
+        """Put the prompts that others have read before these, padded on the left."""
+        for i, longest in enumerate(self.prompts):
+            read = [*(part.prompts[i].data for part in shorter), longest.data]
+            P, (_, G, S, D) = sum(map(len, read)), longest.shape
+            joined, at = backend.empty((P, G, S, D), longest.dtype), 0
+            for x in read:
+                rows, padding = joined[at : at + len(x)], S - x.shape[2]
+                rows[:, :, :padding], rows[:, :, padding:] = 0, x
+                at += len(x)
+            self.prompts[i] = Tensor(joined)
+
     def go_on(self, prompt: Array, room: int) -> None:
         _, G, _, D = self.prompts[0].shape
         shape = len(prompt), G, room, D
@@ -69,6 +82,12 @@ class KVCache:
     @property
     def length(self) -> int:
         return self.layers[0].length
+
+    def join(self, shorter: list[KVCache]) -> None:
+        """Put the prompts of others, none of which is longer, before these."""
+        if shorter:
+            for layer, *others in zip(self.layers, *(part.layers for part in shorter)):
+                layer.join(others)
 
     def go_on(self, prompt: Sequence[int], room: int) -> None:
         """Once the prompts are read: row b continues prompt[b], by up to `room` tokens."""
@@ -192,13 +211,29 @@ def read(
     """Logits (B, V) of what follows each row, the rows' padding (B, 1), and a cache with room for
     more tokens.
     """
-    place = {row: i for i, row in enumerate(dict.fromkeys(map(tuple, rows)))}
-    cache = KVCache(model)
-    tokens, padding = pad_left(list(place))
-    logits = last_logits(model, tokens, padding, cache)
+    unique = sorted(dict.fromkeys(map(tuple, rows)), key=len)
+    caches, logits = [], []
+    for group in alike(unique):
+        caches.append(KVCache(model))
+        logits.append(last_logits(model, *pad_left(group), caches[-1]))
+    *shorter, cache = caches
+    cache.join(shorter)
+    place = {row: i for i, row in enumerate(unique)}
     prompt = [place[tuple(row)] for row in rows]
+    padding = numpy.array([[cache.length - len(row)] for row in rows], numpy.int32)
     cache.go_on(prompt, min(model.config.block_size - cache.length, more))
-    return logits[prompt], padding[prompt], cache
+    return numpy.concatenate(logits)[prompt], padding, cache
+
+
+def alike(rows: list) -> list[list]:
+    """Rows, the shortest first, in groups that are each padded to its longest: not many tokens are
+    lost so, and not many groups are made."""
+    n, longest = len(rows), len(rows[-1])
+    padded = [len(rows[i - 1]) * i + longest * (n - i) for i in range(1, n + 1)]
+    split = min(range(1, n + 1), key=lambda i: padded[i - 1])
+    if padded[split - 1] + APART >= padded[-1]:
+        return [rows]
+    return [*alike(rows[:split]), rows[split:]]
 
 
 def pad_left(rows: Sequence[Sequence[int]]) -> tuple[numpy.ndarray, numpy.ndarray]:
