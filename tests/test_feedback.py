@@ -11,7 +11,7 @@ import pytest
 from tiny_feedback import Says, constant, count_of_a, make_stage, same, snapshot, train
 
 from tinylm import backend, memory, ops
-from tinylm.answers import Answers
+from tinylm.answers import Answers, opinion
 from tinylm.chat import Row, turn
 from tinylm.data import SharedPrompts
 from tinylm.errors import InputError
@@ -254,6 +254,16 @@ def test_drift_is_exact_where_logits_lie_far_apart():
 
 
 # ---- the stage ---------------------------------------------------------------------------------
+
+
+def test_an_opinion_is_of_all_tokens_in_a_targets_place(tokenizer):
+    stage = make_stage(tokenizer, count_of_a)
+    batch = stage.draw()
+    nll, logp = opinion(stage.model, batch)
+    known = batch.targets >= 0
+    at_target = logp[numpy.arange(known.sum()), batch.targets[known]]
+    assert numpy.allclose(numpy.logaddexp.reduce(logp, -1), 0, atol=1e-5)
+    assert numpy.allclose(at_target, -nll.data[known], atol=1e-5)
 
 
 def test_a_constant_reward_leaves_the_weights_as_they_are(tokenizer, tmp_path):

@@ -1,14 +1,17 @@
 """Decoding with a cache gives what full forwards give; sampling draws what it should."""
 
+import sys
+
 import numpy
 import pytest
 
 import tinylm
 from tinylm.errors import InputError
-from tinylm.generate import beam_search, blank_ids, draw, fill, sample, stream, stream_text
+from tinylm.generate import alike, beam_search, blank_ids, draw, fill, sample, stream, stream_text
 from tinylm.tokenizer import train_bpe
 
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 30, 12]]
+LONG = [i % 31 for i in range(20)]
 
 
 def greedy(model, ids, n):
@@ -26,11 +29,23 @@ def test_the_cache_gives_the_tokens_of_the_full_forward(model, each_backend):
         assert new == greedy(model, prompt, 20)
 
 
-def test_a_batch_of_unequal_prompts_gives_what_each_gives_alone(model, each_backend):
+@pytest.mark.parametrize("apart", [256, 4, 0])  # read at once, in groups, each by itself
+def test_a_batch_of_unequal_prompts_gives_what_each_gives_alone(
+    model, each_backend, apart, monkeypatch
+):
     """Padding must not be seen by attention, nor shift positions."""
-    steps = stream(model, PROMPTS, 20, numpy.random.default_rng(0), temperature=0)
+    monkeypatch.setattr(sys.modules["tinylm.generate"], "APART", apart)
+    prompts = [LONG, *PROMPTS, LONG[4:], PROMPTS[0]]
+    steps = stream(model, prompts, 20, numpy.random.default_rng(0), temperature=0)
     rows = numpy.array(list(steps)).T.tolist()
-    assert rows == [greedy(model, prompt, 20) for prompt in PROMPTS]
+    assert rows == [greedy(model, prompt, 20) for prompt in prompts]
+
+
+def test_prompts_are_read_in_groups_of_like_length(monkeypatch):
+    monkeypatch.setattr(sys.modules["tinylm.generate"], "APART", 4)
+    rows = [[0] * n for n in (1, 2, 2, 9, 9, 10, 40, 41)]
+    assert [[*map(len, group)] for group in alike(rows)] == [[1, 2, 2], [9, 9, 10], [40, 41]]
+    assert alike(rows[:1]) == [rows[:1]]
 
 
 def test_equal_prompts_are_read_once_and_answered_each(model, each_backend, monkeypatch):

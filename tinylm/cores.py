@@ -49,23 +49,29 @@ def shared_cores(say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
 
 def usage() -> tuple[float, float, float, int]:
     """(the time, what was spent by anybody on the processors that this process may use, what of it
-    by this process, all in seconds; how many processors these are)."""
-    processors = dict(enumerate(psutil.cpu_times(percpu=True)))
-    if hasattr(os, "sched_getaffinity"):
-        allowed = os.sched_getaffinity(0)
-        processors = {i: times for i, times in processors.items() if i in allowed}
-    waiting = ("idle", "iowait", "guest", "guest_nice")  # a guest's time is the user's, too
+    by this process and its children, all in seconds; how many processors these are)."""
+    try:
+        processors = psutil.cpu_times(percpu=True)
+    except OSError:  # not for us to know
+        processors = []
+    allowed = getattr(os, "sched_getaffinity", lambda pid: range(len(processors)))(0)
+    if max(allowed, default=0) < len(processors):  # else they go by other numbers, or some are off
+        processors = [processors[i] for i in allowed]
+    waiting = {"idle", "iowait", "guest", "guest_nice"}  # a guest's time is the user's, too
+    if os.nice(0) <= 0:
+        waiting.add("nice")  # whoever is nice wants no more than we leave
     spent = sum(
         seconds
-        for times in processors.values()
+        for times in processors
         for kind, seconds in times._asdict().items()
         if kind not in waiting
     )
-    return time.perf_counter(), spent, time.process_time(), len(processors)
+    return time.perf_counter(), spent, sum(os.times()[:4]), len(processors)
 
 
 def free_threads(before: tuple, after: tuple, most: int) -> int:
-    """How many threads, 1 to most, would each have had a processor between two usages."""
+    """How many threads, 1 to most, between two usages: one less for each processor that others had,
+    beyond those that we leave free anyway."""
     seconds, spent, ours = (b - a for a, b in zip(before[:3], after[:3]))
-    others = max(0.0, spent - ours) / seconds
-    return min(most, max(1, round(after[3] - others)))
+    spare = max(0, after[3] - most)
+    return max(1, most - max(0, round((spent - ours) / seconds - spare)))

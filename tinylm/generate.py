@@ -117,7 +117,7 @@ def sample(
     if not temperature > 0:
         raise InputError(f"temperature: expected 0 or more, got {temperature}")
     x = logits - logits.max(-1, keepdims=True)
-    x /= max(temperature, 1e-30)  # a quotient by next to nothing would be infinite
+    x /= min(max(temperature, 1e-30), 1e30)  # a quotient by next to nothing would be infinite
     if 0 < top_k < x.shape[-1]:
         kth = numpy.partition(x, -top_k, -1)[:, -top_k, None]
         x[x < kth] = -numpy.inf
@@ -233,7 +233,7 @@ def alike(rows: list) -> list[list]:
     split = min(range(1, n + 1), key=lambda i: padded[i - 1])
     if padded[split - 1] + APART >= padded[-1]:
         return [rows]
-    return [*alike(rows[:split]), rows[split:]]
+    return [*alike(rows[:split]), *alike(rows[split:])]
 
 
 def pad_left(rows: Sequence[Sequence[int]]) -> tuple[numpy.ndarray, numpy.ndarray]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from textwrap import shorten
 
 from rich.table import Table
+from rich.text import Text
 
 from tinylm import backend, checkpoint, evaluate, report
 from tinylm.almanac import Almanac
@@ -114,7 +115,7 @@ def compare(out: Path, world: Almanac) -> tuple[dict, list]:
         right = next(iter(q.accepted), None)
         picked.append({"set": PARTS[part], "question": q.text, "answer": right})
         cells = (shorten(texts[i], 70, placeholder=" …") for texts in said.values())
-        samples.add_row(part, q.text, *cells)
+        samples.add_row(part, q.text, *map(Text, cells))
     results = {"sets": PARTS, "stages": stages, "asked": picked}
     return results, [samples, verdicts(stages)]
 

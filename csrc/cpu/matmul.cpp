@@ -82,7 +82,8 @@ static Plan plan_for(const Product& p, int threads) {
     plan.row_blocks = up(M, plan.mc);
 
     const bool in_few_sets = p.lda % (p.transpose_a ? 512 : 1024) == 0;  // of the caches
-    const bool on_pages = intel && p.transpose_a && p.lda >= 1024;    // of its own each value of k
+    // each value of k on a page of its own, and enough columns and depth that packing pays
+    const bool on_pages = intel && p.transpose_a && p.lda >= 1024 && N > NR && K > 64;
     const long in_place = !intel ? 2048 : p.transpose_a ? 128 : 256;  // columns, at most
     const bool lies_well = N <= in_place && !in_few_sets;
     plan.pack_a = PACKED<Word> || !lies_well || on_pages;

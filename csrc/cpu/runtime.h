@@ -2,6 +2,7 @@
 // fork.
 #pragma once
 #include <pthread.h>
+#include <algorithm>
 #include <cstdlib>
 #include <fstream>
 #include <set>
@@ -13,6 +14,9 @@
 #include <sched.h>
 #elif defined(__APPLE__)
 #include <sys/sysctl.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
 #endif
 #include "kernels.h"
 #include "pool.h"
@@ -113,6 +117,9 @@ constexpr bool PARALLEL = false;
 // fewer: threads that together exceed its share are all stopped until the next 0.1 s.
 static int default_threads() {
     int n = available_cores();
+#ifdef _OPENMP
+    n = std::max(n, omp_get_num_places());  // where OMP_PROC_BIND has bound this thread to one
+#endif
     const char* limit = std::getenv("OMP_NUM_THREADS");
     if (limit && std::atoi(limit) > 0) n = std::min(n, std::atoi(limit));
     double time, period;  // where there is no limit, the file begins with "max", or is missing
