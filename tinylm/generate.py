@@ -116,8 +116,9 @@ def sample(
         return logits.argmax(-1)
     if not temperature > 0:
         raise InputError(f"temperature: expected 0 or more, got {temperature}")
-    x = logits - logits.max(-1, keepdims=True)
-    x /= min(max(temperature, 1e-30), 1e30)  # a quotient by next to nothing would be infinite
+    x = numpy.subtract(logits, logits.max(-1, keepdims=True), dtype=numpy.float64)
+    if temperature != 1:
+        x /= max(temperature, 1e-100)  # a quotient by next to nothing would be infinite
     if 0 < top_k < x.shape[-1]:
         kth = numpy.partition(x, -top_k, -1)[:, -top_k, None]
         x[x < kth] = -numpy.inf
@@ -131,7 +132,7 @@ def nucleus(weights: numpy.ndarray, top_p: float) -> numpy.ndarray:
     """Zero all but the largest weights that together hold top_p of each row's sum."""
     order = numpy.argsort(-weights, -1, kind="stable")
     ranked = numpy.take_along_axis(weights, order, -1)
-    larger = numpy.cumsum(ranked, -1, "float64") - ranked  # the sum of the weights before this one
+    larger = numpy.cumsum(ranked, -1) - ranked  # the sum of the weights before this one
     enough = max(top_p, 1e-9) * weights.sum(-1, keepdims=True)  # the likeliest one is always kept
     numpy.put_along_axis(weights, order, numpy.where(larger < enough, ranked, 0), -1)
     return weights
@@ -145,12 +146,12 @@ def draw(weights: numpy.ndarray, share: numpy.ndarray) -> numpy.ndarray:
     """
     rows, V = numpy.arange(len(weights)), weights.shape[-1]
     sums = numpy.add.reduceat(weights, numpy.arange(0, V, RUN), -1)
-    ends = numpy.cumsum(sums, -1, "float64")
+    ends = numpy.cumsum(sums, -1)
     point = share * ends[:, -1]
     run = first_above(ends, point)
     point = numpy.maximum(point - (ends[rows, run] - sums[rows, run]), 0)
     places = numpy.minimum(run[:, None] * RUN + numpy.arange(RUN), V - 1)
-    ends = numpy.cumsum(weights[rows[:, None], places], -1, "float64")
+    ends = numpy.cumsum(weights[rows[:, None], places], -1)
     return places[rows, first_above(ends, point)]
 
 
