@@ -58,7 +58,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    given, notes = arguments(), Console(stderr=True, highlight=False)
+    given, notes = arguments(), Console(stderr=True, highlight=False, markup=False)
     show = (lambda table: None) if given.json else Console().print
     backend.set_threads(given.threads)
     session = Session(given.threads, given.turns, notes.print, given.text, given.shakespeare)
