@@ -1,11 +1,11 @@
 """Draws the README's terminal: a recording (asciinema's .cast) as one animated SVG.
 
-    pip install asciinema pyte
-    asciinema rec --cols 96 --rows 34 --command bash quickstart.cast
+    pip install "asciinema<3" pyte
+    asciinema rec --cols 92 --rows 32 --command bash quickstart.cast
     python docs/terminal.py quickstart.cast docs/images/quickstart.svg
 
 Every screen lies below the one before it, and a window on the strip of them jumps from one to the
-next. A line that several screens show is drawn once. Training is played FASTER.
+next. A line that several screens show is drawn once. From FROM to TO it is played FASTER.
 """
 
 import json
